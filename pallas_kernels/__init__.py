@@ -1,0 +1,1 @@
+"""Attention and recurrence kernels for long contexts: arrays in, arrays out."""
