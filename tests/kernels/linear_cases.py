@@ -17,9 +17,10 @@ class Case(NamedTuple):
     options: dict
 
 
-def make_case(
-    t=65, kind="vector", *, delta=False, normalise=False, mean=-0.5, shape=(2, 2, 8, 5), dtype=np.float64, segment_ids=None
-) -> Case:
+def make_case(t=65, kind="vector", *, shape=(2, 2, 8, 5), dtype=np.float64, mean=-0.5, **options) -> Case:
+    """`options`: delta (use the delta rule), normalise, segment_ids."""
+    delta, normalise, segment_ids = (options.pop(name, None) for name in ("delta", "normalise", "segment_ids"))
+    assert not options
     b, h, dk, dv = shape
     rng = np.random.default_rng(t)
 
@@ -36,7 +37,7 @@ def make_case(
     beta = rng.uniform(size=(b, t, h)).astype(dtype) if delta else None
     state = LinearState(draw(b, h, dk, dv), np.abs(draw(b, h, dk)) if normalise else None)
     cotangents = (draw(b, t, h, dv), LinearState(draw(b, h, dk, dv), draw(b, h, dk) if normalise else None))
-    return Case((q, k, v, g, beta, state), cotangents, {"normalise": normalise, "segment_ids": segment_ids})
+    return Case((q, k, v, g, beta, state), cotangents, {"normalise": bool(normalise), "segment_ids": segment_ids})
 
 
 def forward(case: Case, implementation: str):

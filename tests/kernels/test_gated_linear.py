@@ -121,20 +121,26 @@ class GatedLinearChecks:
 class TestXla(GatedLinearChecks):
     implementation = "xla"
 
-    @pytest.mark.parametrize("options", [{"kind": "scalar", "delta": True}, {"kind": "vector", "normalise": True}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{"kind": "scalar", "delta": True}, {"kind": "vector", "normalise": True}], ids=str
+    )
     def test_prefill_and_decode_equal_one_pass(self, options):
         case = make_case(70, dtype=np.float32, **options)
         normalise = case.options["normalise"]
         q, k, v, g, beta, state = case.inputs
         whole, last = forward(case, "xla")
-        step = jax.jit(lambda q, k, v, g, state, beta: recurrent_step(q, k, v, g, state, beta=beta, normalise=normalise))
+
+        @jax.jit
+        def step(q, k, v, g, beta, state):
+            return recurrent_step(q, k, v, g, state, beta=beta, normalise=normalise)
+
         for cut in (65, 66, 67):
             first = [None if x is None else x[:, :cut] for x in (q, k, v, g, beta)]
             o, carried = forward(case._replace(inputs=(*first, state)), "xla")
             assert_close(o, whole[:, :cut], 1e-5)
             for i in range(cut, 70):
                 token = [None if x is None else x[:, i] for x in (q, k, v, g, beta)]
-                o, carried = step(*token[:4], carried, token[4])
+                o, carried = step(*token, carried)
                 assert_close(o, whole[:, i], 1e-4)
             assert_close(carried, last, 1e-4)
 
@@ -154,7 +160,9 @@ class TestXla(GatedLinearChecks):
             return jax.vjp(lambda q: gated_linear_attention(q, x, x, x)[0], q)[1]
 
         kept = jax.eval_shape(residuals, x)
-        assert sum(leaf.size for leaf in jax.tree.leaves(kept)) <= 4 * x.size + (t // xla.MAX_CHUNK) * b * h * dk * dv + 64
+        assert (
+            sum(leaf.size for leaf in jax.tree.leaves(kept)) <= 4 * x.size + (t // xla.MAX_CHUNK) * b * h * dk * dv + 64
+        )
 
 
 class TestDeltaRule:
@@ -179,10 +187,9 @@ class TestDeltaRule:
     def test_identical_keys_stay_stable(self):
         q, k, v, _, beta, _ = make_case(128, "none", delta=True, dtype=np.float32).inputs
         k = np.broadcast_to(k[:, :1], k.shape)
-        found, expected = (
-            gated_linear_attention(q, k, v, beta=jnp.ones_like(beta), implementation=name) for name in ("xla", "reference")
-        )
-        assert_close(found, expected, 1e-4)
+        beta = np.ones_like(beta)
+        found = gated_linear_attention(q, k, v, beta=beta, implementation="xla")
+        assert_close(found, gated_linear_attention(q, k, v, beta=beta, implementation="reference"), 1e-4)
 
 
 class TestBadInput:
@@ -199,7 +206,7 @@ class TestBadInput:
             self.call(log_decay=jnp.full((2, 4, 2), jnp.nan))
 
     def test_state_of_the_wrong_shape(self):
-        with pytest.raises(ValueError, match=r"initial_state\.s has shape \(2, 2, 8, 4\): this call needs \(2, 2, 8, 8\)"):
+        with pytest.raises(ValueError, match=r"initial_state\.s has shape \(2, 2, 8, 4\): .* needs \(2, 2, 8, 8\)"):
             self.call(initial_state=LinearState(jnp.ones((2, 2, 8, 4)), None))
 
     def test_state_without_normaliser(self):
