@@ -21,7 +21,7 @@ def make_tensors(seed: int = 0) -> dict[str, np.ndarray]:
         "bf16": rng.standard_normal((2, 3, 4)).astype(ml_dtypes.bfloat16),
         "ids": np.arange(6, dtype=np.int64),
         "flag": np.array([True, False, True]),
-        "scalar": np.float32(2.5).reshape(()),
+        "scalar": np.array(2.5, np.float32),
         "empty": np.zeros((0, 4), np.float32),
     }
 
