@@ -5,7 +5,7 @@ The test of Mohtashami and Jaggi (arXiv 2305.16300) in our own words.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from lcjax.eval.plots import heat_map
 from lcjax.eval.task import Example, Scored, Task, mean
 from lcjax.serve.engine import Engine
 
-OPENING = "Somewhere in the long and dull text below a pass key is hidden. Find it and remember it. You will be asked for it.\n"
+OPENING = "A pass key is hidden somewhere in the long and dull text below. Find it and remember it.\n"
 FILLER = "The meadow is green. The sea is blue. The sun is warm. A road leads out, and a road leads home again.\n"
 NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
@@ -30,7 +30,7 @@ class Passkey(Task):
     trials: int = 4
     new_tokens: int = 12
     seed: int = 0
-    engine: Engine = Engine()
+    engine: Engine = field(default_factory=Engine)
     name: str = "passkey"
 
     def __post_init__(self):
@@ -65,9 +65,8 @@ class Passkey(Task):
         lines = int((room - least) / each)
         while len(prompt(lines)) > room:
             lines -= 1
-        while len(longer := prompt(lines + 1)) <= room:
+        while len(prompt(lines + 1)) <= room:
             lines += 1
-        del longer
         return tuple(prompt(lines))
 
     def score(self, example: Example, text: str) -> float:

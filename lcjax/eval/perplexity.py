@@ -5,6 +5,7 @@ context, read in chunks through the cache, so that neither T x T scores nor T x 
 each target sees only the tokens shortly before it instead: compare the two on the same targets.
 """
 
+import functools
 import json
 import math
 import time
@@ -154,14 +155,10 @@ def _chunks(rows: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarr
         yield padded[:, begin : begin + chunk], padded[:, begin + 1 : begin + chunk + 1], valid
 
 
+@functools.lru_cache(maxsize=4)
 def _step(graphdef: Any) -> Any:
     """One chunk through the model; compiled once per model and shape."""
-    if graphdef not in _steps:
-        _steps[graphdef] = jax.jit(lambda *args: _score_chunk(graphdef, *args), donate_argnums=1)
-    return _steps[graphdef]
-
-
-_steps: dict[Any, Any] = {}
+    return jax.jit(lambda *args: _score_chunk(graphdef, *args), donate_argnums=1)
 
 
 def _score_chunk(

