@@ -45,8 +45,7 @@ def _compile(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals.update(raise_exception=_raise, strftime_now=_now)
-    return environment.from_string(template)
+    return environment.from_string(template, globals={"raise_exception": _raise, "strftime_now": _now})
 
 
 def render(

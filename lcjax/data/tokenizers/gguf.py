@@ -127,5 +127,6 @@ def _sentence_piece(file: Path, metadata: dict[str, Any]) -> Tokenizer:
     if len(scores) != len(tokens):
         raise TokenizerError(f"{file} has {len(tokens)} tokens and {len(scores)} scores: the file is damaged")
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    model = model_from_scores(tokens, scores, kinds, prefix)
-    return SentencePieceTokenizer(model, _special(metadata, adds_bos=True), metadata.get("tokenizer.chat_template"))
+    special = _special(metadata, adds_bos=True)
+    model = model_from_scores(tokens, scores, kinds, special.unk_id, prefix)
+    return SentencePieceTokenizer(model, special, metadata.get("tokenizer.chat_template"))

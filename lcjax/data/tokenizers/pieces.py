@@ -103,28 +103,33 @@ def load_model(file: Path) -> SentencePieceTokenizer:
 
 
 def model_from_scores(
-    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], dummy_prefix: bool
+    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], unk_id: int | None, dummy_prefix: bool
 ) -> bytes:
     """A serialised SentencePiece BPE model from the fields of a GGUF, whose token types are SentencePiece's own.
 
     Args:
       pieces, scores, kinds: one entry a token; kinds as in `gguf.TokenType`.
+      unk_id: the unknown token, where no token has that type: some converters mark it as a control token.
       dummy_prefix: whether a space is put before a text.
     """
     schema: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
-
+    types = schema.ModelProto.SentencePiece
+    kinds = list(kinds)
+    if types.UNKNOWN not in kinds and unk_id is not None and 0 <= unk_id < len(kinds):
+        kinds[unk_id] = types.UNKNOWN
+    if kinds.count(types.UNKNOWN) != 1:
+        raise TokenizerError(f"the vocabulary has {kinds.count(types.UNKNOWN)} unknown tokens: SentencePiece needs one")
+    unk_id = kinds.index(types.UNKNOWN)
     proto = schema.ModelProto()
     for piece, score, kind in zip(pieces, scores, kinds, strict=True):
-        proto.pieces.add(piece=piece, score=score, type=kind)
-    byte_count = sum(kind == schema.ModelProto.SentencePiece.BYTE for kind in kinds)
+        # Converters write the spaces of user-defined tokens plainly; SentencePiece sees them escaped.
+        text = piece.replace(" ", "\u2581") if kind == types.USER_DEFINED else piece
+        proto.pieces.add(piece=text, score=score, type=kind)
     proto.trainer_spec.model_type = schema.TrainerSpec.BPE
-    proto.trainer_spec.byte_fallback = byte_count == 256
+    proto.trainer_spec.byte_fallback = kinds.count(types.BYTE) == 256
     proto.trainer_spec.vocab_size = len(pieces)
-    unknown = [i for i, kind in enumerate(kinds) if kind == schema.ModelProto.SentencePiece.UNKNOWN]
-    if len(unknown) != 1:
-        raise TokenizerError(f"the vocabulary has {len(unknown)} unknown tokens where SentencePiece needs one")
-    proto.trainer_spec.unk_id = unknown[0]
-    proto.trainer_spec.unk_piece = pieces[unknown[0]]
+    proto.trainer_spec.unk_id = unk_id
+    proto.trainer_spec.unk_piece = pieces[unk_id]
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = dummy_prefix
     proto.normalizer_spec.remove_extra_whitespaces = False
