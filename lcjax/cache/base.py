@@ -5,15 +5,27 @@ arguments XLA writes them in place. Keep caches as a tuple over layers (or carry
 outputs a second copy of everything would appear.
 """
 
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, TypedDict, Unpack, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from pallas_kernels.masks import Mask
+
+from pallas_kernels import block_sparse_attention
 
 type Counts = Int[Array | np.ndarray, "B"]
 """Tokens of each request. Zeros in NumPy are known while tracing: the first chunk then needs no look at the cache."""
+
+
+class Options(TypedDict, total=False):
+    """How to attend, as in `pallas_kernels.block_sparse_attention`. Without `return_lse` (default True) lse is None."""
+
+    scale: float | None
+    soft_cap: float | None
+    sink_logits: Array | None
+    return_lse: bool
 
 
 @runtime_checkable
@@ -44,13 +56,22 @@ class AttentionCache(Protocol):
         """k, v `[B,T,K,D]` follow the tokens held. `valid[B,T]` marks real tokens; padding is on the right."""
         ...
 
-    def attend(self, q: Array, mask: Any, **options: Any) -> tuple[Array, Array]:
-        """q `[B,T,H,D]` of the last T appended tokens -> (o `[B,T,H,Dv]`, lse `[B,H,T]` float32).
+    def attend(self, q: Array, mask: Any, **options: Unpack[Options]) -> tuple[Array, Array | None]:
+        """q `[B,T,H,D]` of the last T appended tokens -> (o `[B,T,H,Dv]` in q's dtype, lse `[B,H,T]` float32).
 
-        `options`: scale, soft_cap, sink_logits as in `pallas_kernels.block_sparse_attention`.
         Rows of padding hold finite values without meaning.
         """
         ...
+
+
+def through_op(
+    q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K Dv"], mask: Mask, **options: Any
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"] | None]:
+    """`block_sparse_attention` in the cache's dtype, with a pair as result whether or not lse was asked for."""
+    options = {"return_lse": True, **options}
+    out = block_sparse_attention(q.astype(k.dtype), k, v, mask, **options)
+    o, lse = out if options["return_lse"] else (out, None)
+    return o.astype(q.dtype), lse
 
 
 def appended(tokens: int, valid: Bool[Array, "B T"] | None, batch: int) -> Int[Array, "B"] | np.ndarray:

@@ -1,16 +1,26 @@
 """Every token keeps its slot: the cache of a layer that may look anywhere."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+from pallas_kernels.masks import Mask
 
-from lcjax.cache.base import Counts, appended, check_room, known_empty, no_tokens, write_first, write_slots
+from lcjax.cache.base import (
+    Counts,
+    Options,
+    appended,
+    check_room,
+    known_empty,
+    no_tokens,
+    through_op,
+    write_first,
+    write_slots,
+)
 from lcjax.cache.direct import attend_direct, few
 from lcjax.cache.visible import visible
-from pallas_kernels import block_sparse_attention
 
 PLAN_BLOCK = 128
 
@@ -61,24 +71,14 @@ class DenseCache:
         )
 
     def attend(
-        self,
-        q: Float[Array, "B T H D"],
-        mask: Any,
-        *,
-        scale: float | None = None,
-        soft_cap: float | None = None,
-        sink_logits: Float[Array, "H"] | None = None,
-    ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
+        self, q: Float[Array, "B T H D"], mask: Mask, **options: Unpack[Options]
+    ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"] | None]:
         """One token reads the slots directly; a chunk goes through the block-sparse op, the first without an offset."""
         tokens, heads = q.shape[1:3]
-        options = {"scale": scale, "soft_cap": soft_cap, "sink_logits": sink_logits}
         if known_empty(self.start) and tokens <= self.capacity:
-            k, v = self.k[:, :tokens], self.v[:, :tokens]
-            return block_sparse_attention(q, k, v, mask, return_lse=True, **options)
+            return through_op(q, self.k[:, :tokens], self.v[:, :tokens], mask, **options)
         if not few(tokens):
-            return block_sparse_attention(
-                q, self.k, self.v, mask, q_offset=self.start, kv_length=self.length, return_lse=True, **options
-            )
+            return through_op(q, self.k, self.v, mask, q_offset=self.start, kv_length=self.length, **options)
         plan = mask.plan(heads, tokens, self.capacity, PLAN_BLOCK, PLAN_BLOCK)
         slots = jnp.arange(self.capacity, dtype=jnp.int32)
         columns = jnp.where(slots < self.length[:, None], slots, -1)
