@@ -44,6 +44,15 @@ CONFIGURABLES = {
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
     "GatedLinear": "lcjax.models.spec:GatedLinear",
+    "pretrained": "lcjax.serve.source:Pretrained",
+    # decoding
+    "generate": "lcjax.serve.job:Generate",
+    "Engine": "lcjax.serve.engine:Engine",
+    "Sampling": "lcjax.serve.sampling:Sampling",
+    # evaluation
+    "evaluate": "lcjax.eval.job:Evaluate",
+    "perplexity": "lcjax.eval.perplexity:Perplexity",
+    "passkey": "lcjax.eval.passkey:Passkey",
 }
 """Short gin name -> `module:object`, imported when a configuration uses it. A dotted name that is not in the table
 (`my_package.my_module.MyOptimizer`) is imported as it stands: a study needs no edit here."""
@@ -120,14 +129,15 @@ def main(job_name: str, argv: Sequence[str] | None = None, parser: argparse.Argu
 
 
 @contextlib.contextmanager
-def refusals(program: str) -> Generator[None]:
-    """Turn an error about the user's input (ValueError, OSError) into one sentence on stderr and exit status 2.
+def refusals(program: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Generator[None]:
+    """Turn errors about the user's input or machine into one sentence on stderr and exit status 2.
 
-    For the stages before a device is busy: building the job, opening files, fitting shapes to the mesh.
+    The default kinds are for the stages before a device is busy: building the job, opening files, fitting shapes to
+    the mesh. Later stages name the errors that speak to the user; any other keeps its traceback.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -1,16 +1,26 @@
 """Every token keeps its slot: the cache of a layer that may look anywhere."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
+from pallas_kernels.masks import Mask
 
-from lcjax.cache.base import appended, check_room, write_slots
+from lcjax.cache.base import (
+    Counts,
+    Options,
+    appended,
+    check_room,
+    known_empty,
+    no_tokens,
+    through_op,
+    write_first,
+    write_slots,
+)
 from lcjax.cache.direct import attend_direct, few
 from lcjax.cache.visible import visible
-from pallas_kernels import block_sparse_attention
 
 PLAN_BLOCK = 128
 
@@ -22,15 +32,14 @@ class DenseCache:
 
     k: Float[Array, "B S K D"]
     v: Float[Array, "B S K Dv"]
-    length: Int[Array, "B"]
-    start: Int[Array, "B"]
+    length: Counts
+    start: Counts
 
     @classmethod
     def init(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Self:
         """An empty cache for `capacity` tokens a request."""
         shape = (batch, capacity, num_kv_heads, head_dim)
-        nothing = jnp.zeros((batch,), jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), nothing, jnp.zeros((batch,), jnp.int32))
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), no_tokens(batch), no_tokens(batch))
 
     @property
     def capacity(self) -> int:
@@ -49,6 +58,9 @@ class DenseCache:
         batch, tokens = k.shape[:2]
         count = appended(tokens, valid, batch)
         check_room(self.length, count, self.capacity)
+        if known_empty(self.length):
+            k, v = write_first(self.k, k), write_first(self.v, v)
+            return replace(self, k=k, v=v, length=self.length + jnp.asarray(count), start=self.length)
         slot = self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         return replace(
             self,
@@ -59,21 +71,14 @@ class DenseCache:
         )
 
     def attend(
-        self,
-        q: Float[Array, "B T H D"],
-        mask: Any,
-        *,
-        scale: float | None = None,
-        soft_cap: float | None = None,
-        sink_logits: Float[Array, "H"] | None = None,
-    ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
-        """One token reads the slots directly; a chunk goes through the block-sparse op."""
+        self, q: Float[Array, "B T H D"], mask: Mask, **options: Unpack[Options]
+    ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"] | None]:
+        """One token reads the slots directly; a chunk goes through the block-sparse op, the first without an offset."""
         tokens, heads = q.shape[1:3]
-        options = {"scale": scale, "soft_cap": soft_cap, "sink_logits": sink_logits}
+        if known_empty(self.start) and tokens <= self.capacity:
+            return through_op(q, self.k[:, :tokens], self.v[:, :tokens], mask, **options)
         if not few(tokens):
-            return block_sparse_attention(
-                q, self.k, self.v, mask, q_offset=self.start, kv_length=self.length, return_lse=True, **options
-            )
+            return through_op(q, self.k, self.v, mask, q_offset=self.start, kv_length=self.length, **options)
         plan = mask.plan(heads, tokens, self.capacity, PLAN_BLOCK, PLAN_BLOCK)
         slots = jnp.arange(self.capacity, dtype=jnp.int32)
         columns = jnp.where(slots < self.length[:, None], slots, -1)
