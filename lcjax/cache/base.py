@@ -5,7 +5,7 @@ arguments XLA writes them in place. Keep caches as a tuple over layers (or carry
 outputs a second copy of everything would appear.
 """
 
-from typing import Any, Protocol, Self, TypedDict, Unpack, runtime_checkable
+from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class AttentionCache(Protocol):
         """Bytes of keys, values and states held for the whole batch."""
         ...
 
-    def append(self, k: Array, v: Array, valid: Array | None = None) -> Self:
+    def append(self, k: Array, v: Array, valid: Array | None = None) -> "AttentionCache":
         """k, v `[B,T,K,D]` follow the tokens held. `valid[B,T]` marks real tokens; padding is on the right."""
         ...
 
@@ -74,7 +74,7 @@ def through_op(
     return o.astype(q.dtype), lse
 
 
-def appended(tokens: int, valid: Bool[Array, "B T"] | None, batch: int) -> Int[Array, "B"] | np.ndarray:
+def appended(tokens: int, valid: Bool[Array, "B T"] | None, batch: int) -> Counts:
     """How many of the `tokens` new tokens of each request are real."""
     if valid is None:
         return np.full((batch,), tokens, np.int32)
@@ -86,7 +86,7 @@ def no_tokens(batch: int) -> np.ndarray:
     return np.zeros((batch,), np.int32)
 
 
-def known_empty(length: Array | np.ndarray) -> bool:
+def known_empty(length: Counts) -> bool:
     """Whether the cache was certainly empty, by what is known while tracing."""
     return isinstance(length, np.ndarray) and not length.any()
 
@@ -112,7 +112,7 @@ def write_slots(
     return buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
 
 
-def check_room(length: Array | np.ndarray, tokens: Array, capacity: int) -> None:
+def check_room(length: Counts, tokens: Counts, capacity: int) -> None:
     """Raise when an append passes the end; only where the numbers are known (outside jit)."""
     if isinstance(length, jax.core.Tracer) or isinstance(tokens, jax.core.Tracer):
         return

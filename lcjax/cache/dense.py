@@ -1,7 +1,7 @@
 """Every token keeps its slot: the cache of a layer that may look anywhere."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class DenseCache:
     start: Counts
 
     @classmethod
-    def init(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Self:
+    def init(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any) -> "DenseCache":
         """An empty cache for `capacity` tokens a request."""
         shape = (batch, capacity, num_kv_heads, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), no_tokens(batch), no_tokens(batch))
@@ -53,7 +53,7 @@ class DenseCache:
 
     def append(
         self, k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], valid: Bool[Array, "B T"] | None = None
-    ) -> Self:
+    ) -> "DenseCache":
         """Write the new tokens behind the ones held."""
         batch, tokens = k.shape[:2]
         count = appended(tokens, valid, batch)

@@ -7,7 +7,7 @@ equals the dense cache under the same mask.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class RingCache:
     @classmethod
     def init(
         cls, batch: int, window: int, num_kv_heads: int, head_dim: int, dtype: Any, *, sink: int = 0, chunk: int = 1
-    ) -> Self:
+    ) -> "RingCache":
         """An empty ring that takes at most `chunk` tokens an append."""
         if window < 1 or sink < 0 or chunk < 1:
             raise ValueError(
@@ -66,7 +66,7 @@ class RingCache:
 
     def append(
         self, k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], valid: Bool[Array, "B T"] | None = None
-    ) -> Self:
+    ) -> "RingCache":
         """Write the new tokens; each takes the place of the token R before it."""
         batch, tokens = k.shape[:2]
         if tokens > self.ring - self.window + 1:
