@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
-from pallas_kernels.masks import Mask
 
 from pallas_kernels import block_sparse_attention
+from pallas_kernels.masks import Mask
 
 type Counts = Int[Array | np.ndarray, "B"]
 """Tokens of each request. Zeros in NumPy are known while tracing: the first chunk then needs no look at the cache."""
@@ -68,10 +69,20 @@ def through_op(
     q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K Dv"], mask: Mask, **options: Any
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"] | None]:
     """`block_sparse_attention` in the cache's dtype, with a pair as result whether or not lse was asked for."""
-    options = {"return_lse": True, **options}
-    out = block_sparse_attention(q.astype(k.dtype), k, v, mask, **options)
-    o, lse = out if options["return_lse"] else (out, None)
-    return o.astype(q.dtype), lse
+    if options.pop("return_lse", True):
+        return with_lse(q, k, v, mask, **options)
+    o = block_sparse_attention(q.astype(k.dtype), k, v, mask, **options)
+    assert not isinstance(o, tuple)
+    return o.astype(q.dtype), None
+
+
+def with_lse(
+    q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K Dv"], mask: Mask, **options: Any
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
+    """As `through_op`, and always with lse."""
+    out = block_sparse_attention(q.astype(k.dtype), k, v, mask, return_lse=True, **options)
+    assert isinstance(out, tuple)
+    return out[0].astype(q.dtype), out[1]
 
 
 def appended(tokens: int, valid: Bool[Array, "B T"] | None, batch: int) -> Counts:
@@ -112,9 +123,14 @@ def write_slots(
     return buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
 
 
+def traced(x: Any) -> bool:
+    """Whether the value is not known yet."""
+    return isinstance(x, Tracer)
+
+
 def check_room(length: Counts, tokens: Counts, capacity: int) -> None:
     """Raise when an append passes the end; only where the numbers are known (outside jit)."""
-    if isinstance(length, jax.core.Tracer) or isinstance(tokens, jax.core.Tracer):
+    if traced(length) or traced(tokens):
         return
     reached = int(np.max(np.asarray(length) + np.asarray(tokens)))
     if reached > capacity:

@@ -6,7 +6,6 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-from pallas_kernels.masks import Mask
 
 from lcjax.cache.base import (
     Counts,
@@ -21,6 +20,7 @@ from lcjax.cache.base import (
 )
 from lcjax.cache.direct import attend_direct, few
 from lcjax.cache.visible import visible
+from pallas_kernels.masks import Mask
 
 PLAN_BLOCK = 128
 
@@ -61,7 +61,7 @@ class DenseCache:
         if known_empty(self.length):
             k, v = write_first(self.k, k), write_first(self.v, v)
             return replace(self, k=k, v=v, length=self.length + jnp.asarray(count), start=self.length)
-        slot = self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+        slot = jnp.asarray(self.length)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         return replace(
             self,
             k=write_slots(self.k, k, slot, valid),
@@ -81,6 +81,6 @@ class DenseCache:
             return through_op(q, self.k, self.v, mask, q_offset=self.start, kv_length=self.length, **options)
         plan = mask.plan(heads, tokens, self.capacity, PLAN_BLOCK, PLAN_BLOCK)
         slots = jnp.arange(self.capacity, dtype=jnp.int32)
-        columns = jnp.where(slots < self.length[:, None], slots, -1)
-        rows = self.start[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+        columns = jnp.where(slots < jnp.asarray(self.length)[:, None], slots, -1)
+        rows = jnp.asarray(self.start)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         return attend_direct(q, self.k, self.v, visible(plan, rows, columns), **options)

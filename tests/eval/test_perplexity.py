@@ -84,7 +84,7 @@ def test_bad_input_is_named(model, text, tmp_path):
         Perplexity("no/book.txt").check()
     with pytest.raises(ValueError, match=r"has \d+ tokens .* start 0 and length 4096 need 4097"):
         Perplexity(text).tokens(model)
-    with pytest.raises(ValueError, match="lengths .* must be positive"):
+    with pytest.raises(ValueError, match=r"lengths .* must be positive"):
         Perplexity(text, lengths=(0,))
     with pytest.raises(ValueError, match=r"perplexity.targets is 64; it must lie in 1\.\.32"):
         Perplexity(text, lengths=(32, 64), targets=64)
