@@ -381,7 +381,7 @@ def _numbers(form: Form, keys: int, grain: int) -> tuple[Any, Any, tuple[Ints, I
     """(sink, window, (expiry, second) or None) of one pattern, columns in blocks of `grain` keys."""
     if form.terms is None:
         return np.int32(INF), np.int32(0), None
-    sink, window, rows = np.int32(0), np.int32(0), None
+    sink, window, rows = np.int32(0), np.int32(0 if form.causal else -INF), None
     for term in form.terms:
         kinds = {type(atom) for atom in term}
         if kinds == {Sink}:

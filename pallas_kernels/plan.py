@@ -158,9 +158,9 @@ class RowRuns:
         stop = jnp.clip(last_row // self.block_k + 1, 0, tiles) if self.causal else jnp.int32(tiles)
         sink_tiles, window = jnp.asarray(self.sink_tiles)[pattern], jnp.asarray(self.window)[pattern]
         sinks = jnp.minimum(sink_tiles, stop)
-        oldest = jnp.where(window > row, 0, jnp.maximum(row - window + 1, 0))  # row - INF never wraps: row >= 0
+        oldest = jnp.maximum(row - jnp.maximum(window, 0) + 1, 0)
         begin = jnp.clip(oldest // self.block_k, sinks, stop)
-        begin = jnp.where((window <= 0) & self.causal, stop, begin)
+        begin = jnp.where(window <= (0 if self.causal else -INF), stop, begin)
         if self.packed is None:
             return sinks, jnp.int32(0), jnp.int32(0), begin, stop - begin
         first, rank = jnp.asarray(self.first), jnp.asarray(self.rank)

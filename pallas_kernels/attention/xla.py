@@ -1,7 +1,7 @@
 """Block-sparse attention on any device: tiles of queries and keys in loops, skipping the tiles that no query reads.
 
-Memory is linear in length. One loop runs over (unit, query tile); inside it another runs over the key tiles that the tile
-visits, as many as there are. A unit is what shares its visits: all heads when they share a pattern, else one KV head.
+Memory is linear in length. One loop runs over (unit, query tile); inside it another runs over the key tiles that the
+tile visits, as many as there are. A unit is what shares its visits: all heads if they share a pattern, else one KV head.
 """
 
 from __future__ import annotations
@@ -157,10 +157,9 @@ def _visits(schedule: Schedule, columns: Columns, batch: int, length: int, tiles
     if schedule.kv_length is not None:
         live = live & (key < schedule.kv_length[:, None, None])
     if schedule.segment_ids is not None:
-        low, high = zip(
-            *(_extremes(ids, n) for ids, n in zip(schedule.segment_ids, (s.block_q, s.block_k), strict=True))
-        )
-        live = live & (low[0][:, :, None] <= high[1][:, None]) & (low[1][:, None] <= high[0][:, :, None])
+        queries, key_ids = schedule.segment_ids
+        (q_low, q_high), (k_low, k_high) = _extremes(queries, s.block_q), _extremes(key_ids, s.block_k)
+        live = live & (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
     heads = schedule.pattern.shape[0] if s.unit_heads == 1 else 1
     if s.unit_batch == 1:  # units run over batch rows, then KV heads
         live = xp.broadcast_to(live, (heads if live.shape[0] == 1 else live.shape[0], batch, *live.shape[2:]))
@@ -180,7 +179,7 @@ def _listed(schedule: Schedule, tiles_k: int) -> Array:
     """bool [K or 1, B, tiles_q, tiles_k]: tiles that hold a listed block."""
     lists, s = schedule.lists, schedule.settings
     batch, rows_of_heads, rows, width = lists.idx.shape
-    tile_q = jnp.arange(s.tiles_q * s.block_q // s.block_q)
+    tile_q = jnp.arange(s.tiles_q)
     row_tile = jnp.arange(rows) * lists.block_q // s.block_q
     hit = jnp.zeros((batch, rows_of_heads, s.tiles_q, tiles_k + 1), bool)
     used = jnp.arange(width) < lists.count[..., None]
