@@ -118,7 +118,7 @@ class _PreparedCorpus:
     """A `Corpus` over one split of a prepared TFDS builder."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, field: str, what: str):
-        fields = list(builder.info.features or {})
+        fields = sorted(builder.info.features or {})
         if field not in fields:
             raise DataError(f"{what} has no field {field!r}: choose one of {', '.join(fields)}")
         try:

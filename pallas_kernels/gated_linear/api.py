@@ -44,8 +44,8 @@ def gated_linear_attention(
       log_decay: logarithm of the forget factor, at most 0 (-inf allowed), per head or per key channel; None keeps all.
       beta: writing strength of the delta rule.
       initial_state: what the row continues from; zeros without it. It belongs to the row's first segment.
-      segment_ids: packed rows. Ids never decrease; the state starts empty at every new id. A 0 after a positive id, or a
-        negative id, is padding: it leaves the state alone, its output is 0 and its inputs may hold anything, even NaN.
+      segment_ids: packed rows. Ids never decrease; the state starts empty at every new id. A 0 after a positive id, or
+        a negative id, is padding: it leaves the state alone, its output is 0, its inputs may hold anything, even NaN.
       normalise: divide by the sum of weights; not defined together with `beta`.
       scale: factor on the output, `Dk**-0.5` by default and 1 when `normalise`.
       implementation: a backend to force; by default the first one that supports the call.
@@ -114,9 +114,7 @@ def _check_decay(log_decay, segments: Segments | None) -> None:
     used = used if segments is None else used[np.asarray(segments.valid)]
     wrong = used[~(used <= 0)]
     if wrong.size:
-        raise ValueError(
-            f"log_decay has the value {wrong.max()}: it must be at most 0, so that states fade and never grow"
-        )
+        raise ValueError(f"log_decay has the value {wrong.max()}: at most 0 is allowed, so that states never grow")
 
 
 def _check_shapes(q, k, v, log_decay, beta) -> None:

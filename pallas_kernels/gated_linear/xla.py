@@ -1,9 +1,9 @@
 """Gated linear attention by chunks, in plain JAX: parallel over chunks, one short scan over the chunk states.
 
-Inside a chunk of C tokens the decay from token j to token i is a product of factors in [0, 1]. It is built by halving: for
-every pair of neighbouring blocks of w tokens, the product splits at their border into a row factor (border to i) and a
-column factor (j to border), so each off-diagonal block is one matrix product and no factor ever exceeds 1. Nothing
-overflows, however strong the decay, and a decay of 0 (log-decay -inf) cuts exactly.
+Inside a chunk of C tokens the decay from token j to token i is a product of factors in [0, 1]. It is built by halving:
+for every pair of neighbouring blocks of w tokens, the product splits at their border into a row factor (border to i)
+and a column factor (j to border), so each off-diagonal block is one matrix product and no factor ever exceeds 1.
+Nothing overflows, however strong the decay, and a decay of 0 (log-decay -inf) cuts exactly.
 
 After Yang et al., Gated Linear Attention (arXiv 2312.06635), section 4, with halving in place of their two levels; the
 delta rule in the WY form of arXiv 2406.06484 and 2412.06464. The backward keeps chunk-entry states only.
@@ -189,13 +189,14 @@ def _chunked_backward(exact, residuals, cotangents):
     if c.erase is not None:
         dv, dk_rows, dk_columns, dbeta = _delta_backward(x, c, entry, dv, dot)
         dk = dk + dk_columns
-    # the decay from j to i holds a factor of every token after j up to i: credit row i, debit column j, sum from the end
+    # the decay from j to i has a factor of each token after j up to i: credit row i, debit column j, sum from the end
     balance = x.q * dq + x.k * (dk_rows - dk)
     ends = c.decays.total * (entry * leaving).sum(-1) + (x.k * dk_write).sum(-2)
     if x.log_decay.shape[-1] == 1:
         balance, ends = balance.sum(-1, keepdims=True), ends.sum(-1, keepdims=True)
     upper = jnp.triu(jnp.ones((x.q.shape[-2],) * 2, x.q.dtype))
     dg = dot("ij,...je->...ie", upper, balance) + ends[..., None, :]
+    dg = jnp.where(x.log_decay == -jnp.inf, 0, dg)  # a cut has no slope; what the sum leaves there is rounding
     return _Inputs(dq, dk + dk_rows, dv, dg, dbeta), d_first
 
 

@@ -11,7 +11,7 @@ def draw(*shape, seed=0):
 
 
 def by_loop(x, w, bias, tail):
-    width, (b, t, c) = len(w), x.shape
+    width, t = len(w), x.shape[1]
     padded = np.concatenate([tail, x], axis=1)
     return np.stack([(padded[:, i : i + width] * w).sum(1) for i in range(t)], axis=1) + bias
 

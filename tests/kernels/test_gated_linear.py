@@ -5,7 +5,7 @@ import pytest
 
 from pallas_kernels import LinearState, gated_linear_attention, recurrent_step
 from pallas_kernels.gated_linear import xla
-from tests.kernels.linear_cases import assert_close, forward, make_case, packed, with_gradients
+from tests.kernels.linear_cases import Case, assert_close, forward, jit, make_case, packed, with_gradients
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 130]
 
@@ -168,7 +168,7 @@ class TestXla(GatedLinearChecks):
 class TestDeltaRule:
     def test_zero_strength_writes_nothing(self):
         q, k, v, g, beta, _ = make_case(20, "scalar", delta=True, dtype=np.float32).inputs
-        o, _ = gated_linear_attention(q, k, v, g, beta=0 * beta)
+        o, _ = jit(gated_linear_attention)(q, k, v, g, beta=0 * beta)
         assert_close(o, np.zeros_like(o), 0)
 
     def test_a_repeated_key_overwrites(self):
@@ -181,15 +181,14 @@ class TestDeltaRule:
     def test_orthonormal_keys_add(self):
         key = np.eye(8, dtype=np.float32)[None, :, None]
         q, _, v, *_ = make_case(8, "none", shape=(1, 1, 8, 5), dtype=np.float32).inputs
-        found = gated_linear_attention(q, key, v, beta=jnp.ones((1, 8, 1)))
-        assert_close(found, gated_linear_attention(q, key, v), 1e-5)
+        found = jit(gated_linear_attention)(q, key, v, beta=jnp.ones((1, 8, 1)))
+        assert_close(found, jit(gated_linear_attention)(q, key, v), 1e-5)
 
     def test_identical_keys_stay_stable(self):
         q, k, v, _, beta, _ = make_case(128, "none", delta=True, dtype=np.float32).inputs
         k = np.broadcast_to(k[:, :1], k.shape)
-        beta = np.ones_like(beta)
-        found = gated_linear_attention(q, k, v, beta=beta, implementation="xla")
-        assert_close(found, gated_linear_attention(q, k, v, beta=beta, implementation="reference"), 1e-4)
+        case = Case((q, k, v, None, np.ones_like(beta), None), (), {})
+        assert_close(forward(case, "xla"), forward(case, "reference"), 1e-4)
 
 
 class TestBadInput:
