@@ -1,7 +1,7 @@
 """The cache of a recurrent mixer: a state of fixed size, whatever the length."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class RecurrentCache:
     start: Counts
 
     @classmethod
-    def init(cls, state: LinearState, tails: dict[str, Array]) -> Self:
+    def init(cls, state: LinearState, tails: dict[str, Array]) -> "RecurrentCache":
         """From the zero state and zero tails of a mixer."""
         batch = state.s.shape[0]
         return cls(state, tails, no_tokens(batch), no_tokens(batch))
@@ -41,7 +41,7 @@ class RecurrentCache:
 
     def advance(
         self, state: LinearState, tails: dict[str, Array], tokens: int, valid: Bool[Array, "B T"] | None = None
-    ) -> Self:
+    ) -> "RecurrentCache":
         """The cache after `tokens` more tokens, of which `valid` marks the real ones."""
         tails = {name: tail.astype(self.tails[name].dtype) for name, tail in tails.items()}
         count = appended(tokens, valid, self.length.shape[0])

@@ -51,13 +51,14 @@ class Scored(NamedTuple):
     score: float
 
 
+@dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """Base of generated-answer tasks. Subclasses are frozen dataclasses with these fields."""
+    """Base of generated-answer tasks; a subclass is a frozen dataclass too, with its own defaults."""
 
     name: str
     lengths: tuple[int, ...]
-    seed: int
-    engine: Engine
+    seed: int = 0
+    engine: Engine = field(default_factory=Engine)
 
     @abstractmethod
     def examples(self, tokenizer: Tokenizer, budget: int, seed: int) -> Iterable[Example]:
