@@ -17,7 +17,7 @@ from lcjax.checkpoint.manifest import Sections
 from lcjax.data.pipeline import Pipeline, build_pipeline, merge_states
 from lcjax.data.tokenizers import Tokenizer, load_tokenizer
 from lcjax.models.decoder import abstract
-from lcjax.models.flops import CONVENTION, flops_per_token
+from lcjax.observe.flops import CONVENTION, flops_per_token
 from lcjax.observe.hardware import peak_flops, peak_memory_bytes
 from lcjax.observe.metrics import MetricsLog, plot_loss
 from lcjax.parallel.rules import batch_sharding
@@ -80,8 +80,7 @@ def prepare(job: Train, output: Path, config: str) -> Run:
     shapes = states.abstract_state(job.model, optimizer, mesh)
     restored = manager.restore(shapes, sections, accept=job.checkpoints.accept)
     if restored is None:
-        create = jax.jit(lambda: states.initialise(job.model, optimizer, job.seed), out_shardings=states.shardings(shapes))
-        state, step = create(), 0
+        state, step = states.create(job.model, optimizer, job.seed, shapes), 0
     else:
         state, step = restored.state, restored.step
         batches.set_state(restored.data_state)
