@@ -1,0 +1,1 @@
+"""Evaluation: tasks at a token budget, their scores, and reports."""

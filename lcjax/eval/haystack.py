@@ -1,0 +1,114 @@
+"""Haystacks from real text: a folder of books, or by default the documentation of Python's own standard library.
+
+A haystack is a fixed list of sentences; a prefix of it that is measured in words or in sentences is the filler of an
+example. `budget.Fitter` decides how many units fit. Text that ends is repeated.
+"""
+
+import ast
+import functools
+import hashlib
+import itertools
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]*[A-Z0-9])")
+_SHORTEST_DOCUMENT = 80
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Sentences of running text. `source` and `fingerprint` (SHA-256 of the text) go into an example's metadata."""
+
+    source: str
+    sentences: tuple[str, ...]
+    fingerprint: str
+
+    def take_words(self, count: int, start: int = 0) -> list[str]:
+        """Sentences from index `start` on with `count` words in all; the last one is cut, the text repeats when it ends."""
+        taken: list[str] = []
+        for sentence in self.cycle(start):
+            if count <= 0:
+                break
+            words = sentence.split()
+            taken.append(sentence if len(words) <= count else " ".join(words[:count]))
+            count -= len(words)
+        return taken
+
+    def take(self, count: int, start: int = 0, shortest: int = 0) -> list[str]:
+        """`count` whole sentences of at least `shortest` words, from index `start` on."""
+        kept = (sentence for sentence in self.cycle(start) if not shortest or len(sentence.split()) >= shortest)
+        return list(itertools.islice(kept, count))
+
+    def cycle(self, start: int = 0) -> Iterator[str]:
+        """Endless sentences from index `start` (taken modulo the number of sentences) on."""
+        start %= len(self.sentences)
+        yield from self.sentences[start:]
+        yield from itertools.cycle(self.sentences)
+
+    def random_start(self, rng: Random) -> int:
+        """A sentence index to start from."""
+        return rng.randrange(len(self.sentences))
+
+
+@functools.lru_cache(maxsize=4)
+def load_haystack(source: str = "python") -> Haystack:
+    """A haystack from `source`: "python", a text file, or a folder of `*.txt` files (read in order of their names).
+
+    Raises FileNotFoundError for a path that does not exist, ValueError for text without sentences.
+    """
+    if source == "python":
+        text = "\n\n".join(_python_documentation())
+    else:
+        path = Path(source)
+        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not files or not files[0].exists():
+            raise FileNotFoundError(f"haystack {source!r} is no text file and no folder with *.txt files in it")
+        text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    sentences = tuple(split_sentences(text))
+    if not sentences:
+        raise ValueError(f"haystack {source!r} holds no text")
+    label = source if source == "python" else Path(source).name
+    return Haystack(label, sentences, hashlib.sha256(text.encode()).hexdigest())
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a text: paragraphs are split after a full stop, question or exclamation mark; white space is joined."""
+    sentences = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        joined = " ".join(paragraph.split())
+        sentences += [piece.strip() for piece in _SENTENCE_END.split(joined) if any(c.isalpha() for c in piece)]
+    return sentences
+
+
+def insert_at(lines: list[str], needles: list[str], places: list[int]) -> list[str]:
+    """Lines with needle j before the line that had index `places[j]`; places ascend, `len(lines)` is the end."""
+    result: list[str] = []
+    done = 0
+    for needle, place in zip(needles, places, strict=True):
+        result += [*lines[done:place], needle]
+        done = place
+    return result + lines[done:]
+
+
+def at_depths(lines: list[str], depths: list[float]) -> list[int]:
+    """Places int(len x depth) of depths in [0, 1]."""
+    return [int(len(lines) * depth) for depth in depths]
+
+
+def _python_documentation() -> Iterator[str]:
+    """The language reference that `pydoc` ships, then the docstrings of the modules at the library's top level."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                document = ast.get_docstring(node)
+                if document and len(document) >= _SHORTEST_DOCUMENT:
+                    yield document
