@@ -1,0 +1,83 @@
+"""What every cache of attention keys and values can do, and the pieces that the layouts share.
+
+A cache is a frozen pytree of fixed shape: `append` and `attend` return new values, and under `jax.jit` with donated
+arguments XLA writes them in place. Keep caches as a tuple over layers (or carry them through a loop): as scanned
+outputs a second copy of everything would appear.
+"""
+
+from typing import Any, Protocol, Self, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@runtime_checkable
+class AttentionCache(Protocol):
+    """Keys and values of the tokens seen so far by one attention layer.
+
+    `length[B]` counts the tokens of each request, on the device. `start[B]` is the length before the last `append`:
+    the query at row t of `attend` sits at position start + t.
+    """
+
+    @property
+    def length(self) -> Array: ...
+
+    @property
+    def start(self) -> Array: ...
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one request may reach; the caller checks this on the host before a launch."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys, values and states held for the whole batch."""
+        ...
+
+    def append(self, k: Array, v: Array, valid: Array | None = None) -> Self:
+        """k, v `[B,T,K,D]` follow the tokens held. `valid[B,T]` marks real tokens; padding is on the right."""
+        ...
+
+    def attend(self, q: Array, mask: Any, **options: Any) -> tuple[Array, Array]:
+        """q `[B,T,H,D]` of the last T appended tokens -> (o `[B,T,H,Dv]`, lse `[B,H,T]` float32).
+
+        `options`: scale, soft_cap, sink_logits as in `pallas_kernels.block_sparse_attention`.
+        Rows of padding hold finite values without meaning.
+        """
+        ...
+
+
+def appended(tokens: int, valid: Bool[Array, "B T"] | None, batch: int) -> Int[Array, "B"]:
+    """How many of the `tokens` new tokens of each request are real."""
+    if valid is None:
+        return jnp.full((batch,), tokens, jnp.int32)
+    return jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+def write_slots(
+    buffer: Float[Array, "B S K D"],
+    new: Float[Array, "B T K D"],
+    slot: Int[Array, "B T"],
+    keep: Bool[Array, "B T"] | None,
+) -> Float[Array, "B S K D"]:
+    """Put each new row into its slot; rows with `keep` false are dropped. In place when `buffer` is donated."""
+    batch, tokens = slot.shape
+    if keep is not None:
+        # Distinct slots past the end: the scatter drops them and stays free of duplicates.
+        slot = jnp.where(keep, slot, buffer.shape[1] + jnp.arange(tokens, dtype=slot.dtype))
+    rows = jnp.arange(batch)[:, None]
+    return buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
+
+
+def check_room(length: Array, tokens: Array, capacity: int) -> None:
+    """Raise when an append passes the end; only where the numbers are known (outside jit)."""
+    if isinstance(length, jax.core.Tracer) or isinstance(tokens, jax.core.Tracer):
+        return
+    reached = int(jnp.max(length + tokens))
+    if reached > capacity:
+        raise ValueError(
+            f"cache: appending reaches {reached} tokens, but the capacity is {capacity}; "
+            "make the cache larger or the prompt shorter"
+        )

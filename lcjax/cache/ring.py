@@ -1,0 +1,148 @@
+"""The cache of a layer with attention sinks and a window: its memory does not grow with the text.
+
+The first `sink` tokens keep their slots; every later token j goes to slot sink + (j - sink) mod R of a ring with
+R = window + chunk - 1, so that a chunk of `chunk` tokens can be written before its first query looks back over a
+whole window. What a slot holds follows from `length` alone, and the window mask hides what has expired: the result
+equals the dense cache under the same mask.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lcjax.cache.base import appended, write_slots
+from lcjax.cache.direct import attend_direct, few
+from lcjax.cache.visible import visible
+from pallas_kernels import block_sparse_attention, merge_attention
+from pallas_kernels.masks import Causal, Sink, Window
+from pallas_kernels.plan import Plan
+
+UNBOUNDED = 2**31 - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RingCache:
+    """`k[:, :sink]` holds the sinks, the rest is the ring."""
+
+    k: Float[Array, "B S K D"]
+    v: Float[Array, "B S K Dv"]
+    length: Int[Array, "B"]
+    start: Int[Array, "B"]
+    sink: int = field(metadata={"static": True})
+    window: int = field(metadata={"static": True})
+
+    @classmethod
+    def init(
+        cls, batch: int, window: int, num_kv_heads: int, head_dim: int, dtype: Any, *, sink: int = 0, chunk: int = 1
+    ) -> Self:
+        """An empty ring that takes at most `chunk` tokens an append."""
+        if window < 1 or sink < 0 or chunk < 1:
+            raise ValueError(
+                f"ring cache: window {window} and chunk {chunk} must be positive and sink {sink} not negative"
+            )
+        shape = (batch, sink + window + chunk - 1, num_kv_heads, head_dim)
+        nothing = jnp.zeros((batch,), jnp.int32)
+        return cls(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), nothing, jnp.zeros((batch,), jnp.int32), sink, window
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one request may reach: a ring never fills (positions are int32)."""
+        return UNBOUNDED
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values: 2 B (sink + window + chunk - 1) K D times the width of the dtype."""
+        return self.k.nbytes + self.v.nbytes
+
+    @property
+    def ring(self) -> int:
+        """Slots behind the sinks."""
+        return self.k.shape[1] - self.sink
+
+    def append(
+        self, k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], valid: Bool[Array, "B T"] | None = None
+    ) -> Self:
+        """Write the new tokens; each takes the place of the token R before it."""
+        batch, tokens = k.shape[:2]
+        if tokens > self.ring - self.window + 1:
+            raise ValueError(
+                f"ring cache: an append of {tokens} tokens is longer than its chunk of {self.ring - self.window + 1}; "
+                "prefill in smaller chunks or make the cache with a larger chunk"
+            )
+        position = self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+        slot = jnp.where(position < self.sink, position, self.sink + (position - self.sink) % self.ring)
+        return replace(
+            self,
+            k=write_slots(self.k, k, slot, valid),
+            v=write_slots(self.v, v, slot, valid),
+            length=self.length + appended(tokens, valid, batch),
+            start=self.length,
+        )
+
+    def positions(self) -> Int[Array, "B S"]:
+        """The absolute position of the token in each slot; -1 where none has been written."""
+        length = self.length[:, None]
+        fixed = jnp.arange(self.sink, dtype=jnp.int32)
+        fixed = jnp.where(fixed < length, fixed, -1)
+        last = length - self.sink - 1  # index, counted behind the sinks, of the newest token
+        place = jnp.arange(self.ring, dtype=jnp.int32)
+        index = last - (last - place) % self.ring
+        turning = jnp.where((index >= 0) & (last >= 0), self.sink + index, -1)
+        return jnp.concatenate([fixed, turning], axis=1)
+
+    def attend(
+        self,
+        q: Float[Array, "B T H D"],
+        mask: Any,
+        *,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        sink_logits: Float[Array, "H"] | None = None,
+    ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
+        """As `DenseCache.attend` for a causal mask whose window and sinks are at most this ring's."""
+        tokens, heads = q.shape[1:3]
+        plan = mask.plan(heads, tokens, max(tokens, self.sink + self.window), 128, 128)
+        self._check(plan)
+        options = {"scale": scale, "soft_cap": soft_cap, "sink_logits": sink_logits}
+        if few(tokens):
+            rows = self.start[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+            return attend_direct(q, self.k, self.v, visible(plan, rows, self.positions()), **options)
+        return self._attend_chunk(q, plan, **options)
+
+    def _attend_chunk(
+        self, q: Array, plan: Plan, *, scale: float | None, soft_cap: float | None, sink_logits: Array | None
+    ) -> tuple[Array, Array]:
+        """Sinks and unrolled ring are disjoint key sets: two calls and a merge."""
+        first = jnp.maximum(self.length - self.ring, self.sink)  # oldest token in the ring
+        place = (first[:, None] - self.sink + jnp.arange(self.ring, dtype=jnp.int32)) % self.ring
+        order = (self.sink + place)[:, :, None, None]
+        k, v = (jnp.take_along_axis(x, order, axis=1) for x in (self.k, self.v))
+        options = {"scale": scale, "soft_cap": soft_cap, "return_lse": True}
+        near = block_sparse_attention(
+            q, k, v, Causal() & Window(plan.window[0]), sink_logits=sink_logits,
+            q_offset=self.start - first, kv_length=jnp.maximum(self.length - first, 0), **options,
+        )  # fmt: skip
+        if self.sink == 0:
+            return near
+        far = block_sparse_attention(
+            q, self.k[:, : self.sink], self.v[:, : self.sink], Causal() & Sink(self.sink),
+            q_offset=self.start, kv_length=jnp.minimum(self.length, self.sink), **options,
+        )  # fmt: skip
+        o, lse = merge_attention(near, far)
+        return o.astype(q.dtype), lse
+
+    def _check(self, plan: Plan) -> None:
+        """Refuse a mask that asks for tokens this ring has let go."""
+        if not plan.causal or plan.expiry is not None or plan.second is not None:
+            raise ValueError("ring cache: its mask must be causal, of sinks and a window only; use a dense cache")
+        if len(plan.window) != 1:
+            raise ValueError(f"ring cache: the mask has {len(plan.window)} head patterns; use a dense cache")
+        for name, number, most in (("sink", plan.sink, self.sink), ("window", plan.window, self.window)):
+            if not isinstance(number, jax.core.Tracer) and int(jnp.max(jnp.asarray(number))) > most:
+                raise ValueError(f"ring cache: the mask's {name} {number} is larger than the ring's {most}")
