@@ -35,7 +35,7 @@ class Encoder(Protocol):
 class Draft:
     """A question before it is known whether it fits.
 
-    `answer` is a text that scores 1 (default: the references in a row); `max_new_tokens` grows where that text is longer.
+    `answer` is a text that scores 1 (default: the references in a row); `max_new_tokens` grows where it is longer.
     """
 
     body: str
@@ -63,8 +63,8 @@ class Draft:
 def prompt_ids(tokenizer: Encoder, prompt: Prompt) -> list[int]:
     """Ids of a prompt, as the model gets them.
 
-    Chat messages go through the tokenizer's template, which brings its own BOS; a last message of the role "assistant" is
-    left open, so that decoding continues it. A plain text gets a BOS where the tokenizer has one.
+    Chat messages go through the tokenizer's template, which brings its own BOS; a last message of the role "assistant"
+    is left open, so that decoding continues it. A plain text gets a BOS where the tokenizer has one.
     """
     if isinstance(prompt, str):
         return list(tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None))
@@ -131,9 +131,7 @@ class Fitter:
             last = (units, total)
             if total > self.budget:
                 if units <= minimum:
-                    require_fit(
-                        f"{name} with its smallest haystack ({units} units)", tokens, draft.max_new_tokens, self.budget
-                    )
+                    require_fit(f"{name} ({units} haystack units)", tokens, draft.max_new_tokens, self.budget)
                 high = (units, total)
             elif low is None or units >= low[0]:
                 low = (units, total, draft)
@@ -178,8 +176,8 @@ def truncate_text(
 ) -> tuple[Draft, int] | None:
     """`build(text)` where it fits; otherwise what the policy says. Returns the draft and its prompt tokens.
 
-    "error" raises BudgetError; "drop" returns None; "head" keeps the start of the text, "tail" its end, "middle" its first
-    and last half. Only `text` is cut: instruction and question stay whole. The policy is written into the metadata.
+    "error" raises BudgetError; "drop" returns None; "head" keeps the start of the text, "tail" its end, "middle" its
+    first and last half. Only `text` is cut: instruction and question stay whole. The metadata say what was cut.
     """
     if policy not in TRUNCATIONS:
         raise ValueError(f"unknown truncation policy {policy!r}; known: {', '.join(TRUNCATIONS)}")

@@ -4,7 +4,6 @@ A haystack is a fixed list of sentences; a prefix of it that is measured in word
 example. `budget.Fitter` decides how many units fit. Text that ends is repeated.
 """
 
-import ast
 import functools
 import hashlib
 import itertools
@@ -15,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]*[A-Z0-9])")
+_SENTENCE_END = re.compile(r"([.!?][\"'”’)]*) (?=[\"'“‘(]*[A-Z0-9])")
+_DOCSTRING = re.compile(r'^[ ]*"""([^"]+)"""$', re.MULTILINE)
+_LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
 _SHORTEST_DOCUMENT = 80
 
 
@@ -28,7 +29,7 @@ class Haystack:
     fingerprint: str
 
     def take_words(self, count: int, start: int = 0) -> list[str]:
-        """Sentences from index `start` on with `count` words in all; the last one is cut, the text repeats when it ends."""
+        """Sentences from index `start` on with `count` words in all: the last one is cut, a text that ends repeats."""
         taken: list[str] = []
         for sentence in self.cycle(start):
             if count <= 0:
@@ -76,11 +77,12 @@ def load_haystack(source: str = "python") -> Haystack:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text: paragraphs are split after a full stop, question or exclamation mark; white space is joined."""
+    """Sentences of a text: paragraphs split after a full stop, question or exclamation mark, white space joined."""
     sentences = []
     for paragraph in re.split(r"\n\s*\n", text):
         joined = " ".join(paragraph.split())
-        sentences += [piece.strip() for piece in _SENTENCE_END.split(joined) if any(c.isalpha() for c in piece)]
+        pieces = _SENTENCE_END.sub(r"\1\n", joined).split("\n")
+        sentences += [piece for piece in pieces if any(map(str.isalpha, piece))]
     return sentences
 
 
@@ -100,15 +102,13 @@ def at_depths(lines: list[str], depths: list[float]) -> list[int]:
 
 
 def _python_documentation() -> Iterator[str]:
-    """The language reference that `pydoc` ships, then the docstrings of the modules at the library's top level."""
+    """The language reference that `pydoc` ships, then the documentation strings of the library's sources, by path."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
         yield topics[name]
-    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                document = ast.get_docstring(node)
-                if document and len(document) >= _SHORTEST_DOCUMENT:
-                    yield document
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(root.rglob("*.py")):
+        if not _LEFT_OUT & set(file.relative_to(root).parts):
+            source = file.read_text(encoding="utf-8", errors="ignore")
+            yield from (text for text in _DOCSTRING.findall(source) if len(text) >= _SHORTEST_DOCUMENT)

@@ -24,8 +24,8 @@ def overlap_entails(passage: str, claim: str, share: float = 0.7) -> bool:
 def citation_scores(text: str, passages: Sequence[str], entails: Entails = overlap_entails) -> dict[str, float]:
     """Citation recall and precision of an answer that cites passages as [1], [2], ...
 
-    Recall: share of sentences that their cited passages, joined, entail. Precision: share of citations that are needed or
-    that entail alone; a citation of a passage that does not exist counts against it. No sentence: both 0.
+    Recall: share of sentences that their cited passages, joined, entail. Precision: share of citations that are needed
+    or that entail alone; a citation of a passage that does not exist counts against it. No sentence: both 0.
     """
     sentences = [piece for piece in _SENTENCE.split(text.strip()) if _CITED.sub("", piece).strip()]
     supported = needed = cited = 0

@@ -1,4 +1,4 @@
-"""Judging by a model: a protocol, a local model, and an HTTP endpoint with the OpenAI chat schema (standard library)."""
+"""Judging by a model: a protocol, a local model, and an HTTP endpoint with the OpenAI chat schema."""
 
 import json
 import os

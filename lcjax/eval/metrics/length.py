@@ -7,7 +7,7 @@ _HAN = re.compile(r"[一-鿿]")
 
 
 def count_words(text: str) -> int:
-    """Chinese characters plus whole runs of ASCII letters: "don't" is 2, "B2B" is 0, a word glued to a character is 0."""
+    """Chinese characters plus whole runs of ASCII letters: "don't" is 2, "B2B" 0, a word glued to a character 0."""
     return len(_HAN.findall(text)) + len(_LATIN.findall(text))
 
 

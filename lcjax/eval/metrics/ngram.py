@@ -1,4 +1,4 @@
-"""N-gram scores from `rouge-score` and `sacrebleu`, scaled to [0, 1]. Both load on first use: their imports are slow."""
+"""N-gram scores from `rouge-score` and `sacrebleu` in [0, 1]. Both load on first use: their imports are slow."""
 
 import functools
 from collections.abc import Sequence

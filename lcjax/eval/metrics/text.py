@@ -1,7 +1,7 @@
 """Scores of an answer text against reference texts; every function returns a share in [0, 1].
 
-Normalisation is the one of SQuAD (Rajpurkar et al., 2016): lower case, no ASCII punctuation, no English articles, single
-spaces. An empty prediction always scores 0.
+Normalisation is the one of SQuAD (Rajpurkar et al., 2016): lower case, no ASCII punctuation, no English articles,
+single spaces. An empty prediction always scores 0.
 """
 
 import re
@@ -95,7 +95,7 @@ def number_share(text: str, references: Sequence[str]) -> float:
 
 
 def classification(text: str, references: Sequence[str], classes: Sequence[str]) -> float:
-    """LongBench's label score: 1 / (labels found that are not proper parts of the gold one) if gold is found, else 0."""
+    """LongBench's label score: 1 / (labels found that are no proper part of the gold one) if gold is found, else 0."""
     best = 0.0
     for gold in references:
         found = [label for label in classes if label in text and not (label in gold and label != gold)]

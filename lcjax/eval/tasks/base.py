@@ -85,7 +85,7 @@ def depth_grid(index: int, count: int = 11) -> float:
 
 
 def spread_depths(rng: Random, count: int) -> list[float]:
-    """`count` ascending depths out of the 40 even steps of RULER; drawn again without end when there are more needles."""
+    """`count` ascending depths out of RULER's 40 even steps, each once while there are enough of them."""
     steps = [round(100 * i / 39) / 100 for i in range(40)]
     drawn: list[float] = []
     while len(drawn) < count:

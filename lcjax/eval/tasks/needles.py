@@ -20,8 +20,8 @@ _KIND = {"word": "word", "uuid": "code", "number": "number"}
 class Needle(GeneratedTask):
     """Find the values of one or more keys.
 
-    `keys` needles' keys of `values` values each are hidden and `queries` of the keys are asked for. A unit is a word of the
-    essay, or a line of the others. Score: share of the values that the answer holds.
+    `keys` keys with `values` values each are hidden, and `queries` of the keys are asked for. A unit is a word of the
+    essay, or a line of the other kinds. Score: share of the values that the answer holds.
     """
 
     straw: Straw = "essay"
@@ -66,7 +66,7 @@ class Needle(GeneratedTask):
         kind = _KIND[self.value_kind] + ("s" if len(references) > 1 else "")
         verb = "are" if len(references) > 1 else "is"
         body = (
-            f"The text below hides secret {kind}. Keep them in mind: you will be asked for them afterwards.\n\n{context}\n\n"
+            f"The text below hides secret {kind}. Remember them: you will be asked afterwards.\n\n{context}\n\n"
             f"What {verb} the secret {kind} of {listing(asked)} in the text above?"
         )
         prefix = f"The secret {kind} of {listing(asked)} in the text {verb}"
