@@ -1,1 +1,0 @@
-"""Evaluation: tasks at a token budget, their scores, and reports."""
