@@ -44,6 +44,15 @@ CONFIGURABLES = {
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
     "GatedLinear": "lcjax.models.spec:GatedLinear",
+    "pretrained": "lcjax.serve.source:Pretrained",
+    # decoding
+    "generate": "lcjax.serve.job:Generate",
+    "Engine": "lcjax.serve.engine:Engine",
+    "Sampling": "lcjax.serve.sampling:Sampling",
+    # evaluation
+    "evaluate": "lcjax.eval.job:Evaluate",
+    "perplexity": "lcjax.eval.perplexity:Perplexity",
+    "passkey": "lcjax.eval.passkey:Passkey",
 }
 """Short gin name -> `module:object`, imported when a configuration uses it. A dotted name that is not in the table
 (`my_package.my_module.MyOptimizer`) is imported as it stands: a study needs no edit here."""

@@ -9,7 +9,11 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+type Counts = Int[Array | np.ndarray, "B"]
+"""Tokens of each request. Zeros in NumPy are known while tracing: the first chunk then needs no look at the cache."""
 
 
 @runtime_checkable
@@ -49,11 +53,27 @@ class AttentionCache(Protocol):
         ...
 
 
-def appended(tokens: int, valid: Bool[Array, "B T"] | None, batch: int) -> Int[Array, "B"]:
+def appended(tokens: int, valid: Bool[Array, "B T"] | None, batch: int) -> Int[Array, "B"] | np.ndarray:
     """How many of the `tokens` new tokens of each request are real."""
     if valid is None:
-        return jnp.full((batch,), tokens, jnp.int32)
+        return np.full((batch,), tokens, np.int32)
     return jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+def no_tokens(batch: int) -> np.ndarray:
+    """The counts of an empty cache."""
+    return np.zeros((batch,), np.int32)
+
+
+def known_empty(length: Array | np.ndarray) -> bool:
+    """Whether the cache was certainly empty, by what is known while tracing."""
+    return isinstance(length, np.ndarray) and not length.any()
+
+
+def write_first(buffer: Float[Array, "B S K D"], new: Float[Array, "B T K D"]) -> Float[Array, "B S K D"]:
+    """Put the first chunk into an empty buffer. Padding goes along: later tokens replace it before it is seen."""
+    fits = new[:, : buffer.shape[1]].astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice(buffer, fits, (0, 0, 0, 0))
 
 
 def write_slots(
@@ -71,11 +91,11 @@ def write_slots(
     return buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
 
 
-def check_room(length: Array, tokens: Array, capacity: int) -> None:
+def check_room(length: Array | np.ndarray, tokens: Array, capacity: int) -> None:
     """Raise when an append passes the end; only where the numbers are known (outside jit)."""
     if isinstance(length, jax.core.Tracer) or isinstance(tokens, jax.core.Tracer):
         return
-    reached = int(jnp.max(length + tokens))
+    reached = int(np.max(np.asarray(length) + np.asarray(tokens)))
     if reached > capacity:
         raise ValueError(
             f"cache: appending reaches {reached} tokens, but the capacity is {capacity}; "

@@ -5,9 +5,9 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from lcjax.cache.base import appended, check_room, write_slots
+from lcjax.cache.base import Counts, appended, check_room, known_empty, no_tokens, write_first, write_slots
 from lcjax.cache.direct import attend_direct, few
 from lcjax.cache.visible import visible
 from pallas_kernels import block_sparse_attention
@@ -22,15 +22,14 @@ class DenseCache:
 
     k: Float[Array, "B S K D"]
     v: Float[Array, "B S K Dv"]
-    length: Int[Array, "B"]
-    start: Int[Array, "B"]
+    length: Counts
+    start: Counts
 
     @classmethod
     def init(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Self:
         """An empty cache for `capacity` tokens a request."""
         shape = (batch, capacity, num_kv_heads, head_dim)
-        nothing = jnp.zeros((batch,), jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), nothing, jnp.zeros((batch,), jnp.int32))
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), no_tokens(batch), no_tokens(batch))
 
     @property
     def capacity(self) -> int:
@@ -49,6 +48,9 @@ class DenseCache:
         batch, tokens = k.shape[:2]
         count = appended(tokens, valid, batch)
         check_room(self.length, count, self.capacity)
+        if known_empty(self.length):
+            k, v = write_first(self.k, k), write_first(self.v, v)
+            return replace(self, k=k, v=v, length=self.length + jnp.asarray(count), start=self.length)
         slot = self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         return replace(
             self,
@@ -67,9 +69,12 @@ class DenseCache:
         soft_cap: float | None = None,
         sink_logits: Float[Array, "H"] | None = None,
     ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
-        """One token reads the slots directly; a chunk goes through the block-sparse op."""
+        """One token reads the slots directly; a chunk goes through the block-sparse op, the first without an offset."""
         tokens, heads = q.shape[1:3]
         options = {"scale": scale, "soft_cap": soft_cap, "sink_logits": sink_logits}
+        if known_empty(self.start) and tokens <= self.capacity:
+            k, v = self.k[:, :tokens], self.v[:, :tokens]
+            return block_sparse_attention(q, k, v, mask, return_lse=True, **options)
         if not few(tokens):
             return block_sparse_attention(
                 q, self.k, self.v, mask, q_offset=self.start, kv_length=self.length, return_lse=True, **options

@@ -12,13 +12,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+from pallas_kernels.masks import Causal, Sink, Window
+from pallas_kernels.plan import Plan
 
-from lcjax.cache.base import appended, write_slots
+from lcjax.cache.base import Counts, appended, known_empty, no_tokens, write_first, write_slots
 from lcjax.cache.direct import attend_direct, few
 from lcjax.cache.visible import visible
 from pallas_kernels import block_sparse_attention, merge_attention
-from pallas_kernels.masks import Causal, Sink, Window
-from pallas_kernels.plan import Plan
 
 UNBOUNDED = 2**31 - 1
 
@@ -30,8 +30,8 @@ class RingCache:
 
     k: Float[Array, "B S K D"]
     v: Float[Array, "B S K Dv"]
-    length: Int[Array, "B"]
-    start: Int[Array, "B"]
+    length: Counts
+    start: Counts
     sink: int = field(metadata={"static": True})
     window: int = field(metadata={"static": True})
 
@@ -45,10 +45,8 @@ class RingCache:
                 f"ring cache: window {window} and chunk {chunk} must be positive and sink {sink} not negative"
             )
         shape = (batch, sink + window + chunk - 1, num_kv_heads, head_dim)
-        nothing = jnp.zeros((batch,), jnp.int32)
-        return cls(
-            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), nothing, jnp.zeros((batch,), jnp.int32), sink, window
-        )
+        empty = no_tokens(batch)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty, sink, window)
 
     @property
     def capacity(self) -> int:
@@ -75,13 +73,17 @@ class RingCache:
                 f"ring cache: an append of {tokens} tokens is longer than its chunk of {self.ring - self.window + 1}; "
                 "prefill in smaller chunks or make the cache with a larger chunk"
             )
+        count = appended(tokens, valid, batch)
+        if known_empty(self.length):  # slots are positions until the ring turns
+            k, v = write_first(self.k, k), write_first(self.v, v)
+            return replace(self, k=k, v=v, length=self.length + jnp.asarray(count), start=self.length)
         position = self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         slot = jnp.where(position < self.sink, position, self.sink + (position - self.sink) % self.ring)
         return replace(
             self,
             k=write_slots(self.k, k, slot, valid),
             v=write_slots(self.v, v, slot, valid),
-            length=self.length + appended(tokens, valid, batch),
+            length=self.length + count,
             start=self.length,
         )
 
@@ -110,6 +112,8 @@ class RingCache:
         plan = mask.plan(heads, tokens, max(tokens, self.sink + self.window), 128, 128)
         self._check(plan)
         options = {"scale": scale, "soft_cap": soft_cap, "sink_logits": sink_logits}
+        if known_empty(self.start):
+            return block_sparse_attention(q, self.k[:, :tokens], self.v[:, :tokens], mask, return_lse=True, **options)
         if few(tokens):
             rows = self.start[:, None] + jnp.arange(tokens, dtype=jnp.int32)
             return attend_direct(q, self.k, self.v, visible(plan, rows, self.positions()), **options)

@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
-
 from pallas_kernels.plan import Plan
 
 
