@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from lcjax.eval.task import Prompt
+from lcjax.eval.item import Prompt
 
 type Truncation = Literal["error", "drop", "head", "tail", "middle"]
 TRUNCATIONS: tuple[Truncation, ...] = ("error", "drop", "head", "tail", "middle")
@@ -21,7 +21,7 @@ class BudgetError(ValueError):
 class Encoder(Protocol):
     """The part of a tokenizer that budgets need."""
 
-    bos_id: int | None
+    adds_bos: bool
     chat_template: str | None
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]: ...
@@ -64,10 +64,10 @@ def prompt_ids(tokenizer: Encoder, prompt: Prompt) -> list[int]:
     """Ids of a prompt, as the model gets them.
 
     Chat messages go through the tokenizer's template, which brings its own BOS; a last message of the role "assistant"
-    is left open, so that decoding continues it. A plain text gets a BOS where the tokenizer has one.
+    is left open, so that decoding continues it. A plain text gets a BOS where the tokenizer adds one.
     """
     if isinstance(prompt, str):
-        return list(tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None))
+        return list(tokenizer.encode(prompt, add_bos=tokenizer.adds_bos))
     opened = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
     messages = prompt[:-1] if opened else prompt
     return list(tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True) + opened))

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from random import Random
 from uuid import UUID
 
-ADJECTIVES = (
+_ADJECTIVES = (
     "amber ancient bitter bold brave brisk calm careful clever cold crimson curious daring dusty eager early faint "
     "fancy fierce gentle giant golden grand happy hidden hollow honest humble icy jolly keen kind late lively lonely "
     "loud lucky mellow merry mighty misty modest narrow noble odd pale patient plain polite proud quick quiet rapid "
     "rough royal rusty salty sharp shy silent silver simple sleepy slow smooth solid stern still sturdy subtle sunny "
     "swift tall tame tender tidy tiny vivid warm wild wise young"
-).split()
+)
 
-NOUNS = (
+_NOUNS = (
     "acorn anchor apron arrow badger barrel basket beacon bell bench bottle bridge bucket button cabin candle canoe "
     "carpet castle cellar chimney cliff clock cloud compass cradle crane curtain desk drum eagle engine falcon feather "
     "fence ferry fiddle flute forest fountain garden glove hammer harbour harvest hedge island jacket kettle ladder "
@@ -20,10 +20,11 @@ NOUNS = (
     "paddle parcel pebble pencil pepper piano pillow pocket puzzle quilt rabbit ribbon river saddle sandal scarf "
     "shovel spoon stable sweater table teapot thimble tower trumpet tunnel turnip umbrella valley violin wagon walnut "
     "whistle willow window"
-).split()
+)
 
-_ONSETS = "b br c cl d dr f fl g gr h j k l m n p pl qu r s sh sl st t th tr v w z".split()
-_VOWELS = "a e i o u ai ea ee ou".split()
+_SYLLABLES = ("b br c cl d dr f fl g gr h j k l m n p pl qu r s sh sl st t th tr v w z", "a e i o u ai ea ee ou")
+ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
+_ONSETS, _VOWELS = (part.split() for part in _SYLLABLES)
 _CODAS = ["", "", "", "l", "m", "n", "r", "s", "t", "nd", "rk", "st"]
 
 FILLER = (

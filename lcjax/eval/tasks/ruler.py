@@ -1,6 +1,6 @@
 """RULER's other five tasks (Hsieh et al., 2024, arXiv 2404.06654), in our wording, and the list of all 13.
 
-`qa_1` and `qa_2` are asked about made-up people and firms, so that they run offline and no model knows the answers; with
+`qa_1` and `qa_2` ask about made-up people and firms, so that they run offline and no model knows the answers; with
 `source` they read SQuAD's or HotpotQA's JSON instead.
 """
 
@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 from lcjax.eval.budget import Draft, Fitter
 from lcjax.eval.tasks import needles
 from lcjax.eval.tasks.base import GeneratedTask
-from lcjax.eval.words import FILLER, NOUNS, digits, distinct, endless_words, letters, listing, names
+from lcjax.eval.words import FILLER, NOUNS, digits, distinct, endless_words, letters, names
 
 _ZETA_2 = math.pi**2 / 6
 
@@ -61,8 +61,8 @@ class VariableTracking(GeneratedTask):
 class CommonWords(GeneratedTask):
     """The ten words that occur most often in a numbered list. A unit is an uncommon word.
 
-    Common words occur `often` times and the others `rarely`: RULER's 30 and 3, or 6 and 1 under 4,096 tokens and where the
-    long form does not fit.
+    Common words occur `often` times and the others `rarely`: RULER's 30 and 3, or 6 and 1 under 4,096 tokens and where
+    the long form does not fit.
     """
 
     often: int = 30
@@ -196,7 +196,7 @@ def _entry(rng: Random, person: str, place: str, firm: str, hops: int) -> tuple[
     """Question, answer and paragraphs about one made-up person."""
     year, trade = digits(rng, 4), rng.choice(("glass", "clocks", "paper", "ropes", "lamps", "tiles", "salt", "boats"))
     if hops == 1:
-        text = f"{person} learned to make {trade} as a child. Born in the town of {place}, {person} opened a workshop in {year}."
+        text = f"{person} learned to make {trade} early. Born in the town of {place}, {person} opened a shop in {year}."
         return f"In which town was {person} born?", place, (text,)
     first = f"{person} sold {trade} for many years and then founded the firm {firm} in {year}."
     second = f"The firm {firm} is known for {trade}. Its head office stands in the town of {place}."
