@@ -57,23 +57,27 @@ class Haystack:
 
 @functools.lru_cache(maxsize=4)
 def load_haystack(source: str = "python") -> Haystack:
-    """A haystack from `source`: "python", a text file, or a folder of `*.txt` files (read in order of their names).
-
-    Raises FileNotFoundError for a path that does not exist, ValueError for text without sentences.
-    """
-    if source == "python":
-        text = "\n\n".join(_python_documentation())
-    else:
-        path = Path(source)
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        if not files or not files[0].exists():
-            raise FileNotFoundError(f"haystack {source!r} is no text file and no folder with *.txt files in it")
-        text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    """The sentences of `read_text(source)`. Raises ValueError for text without sentences."""
+    text = read_text(source)
     sentences = tuple(split_sentences(text))
     if not sentences:
         raise ValueError(f"haystack {source!r} holds no text")
     label = source if source == "python" else Path(source).name
     return Haystack(label, sentences, hashlib.sha256(text.encode()).hexdigest())
+
+
+def read_text(source: str) -> str:
+    """The text of "python" (documentation of the standard library), of a file, or of a folder's `*.txt` by name.
+
+    Raises FileNotFoundError for a path that does not exist.
+    """
+    if source == "python":
+        return "\n\n".join(_python_documentation())
+    path = Path(source)
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise FileNotFoundError(f"haystack {source!r} is no text file and no folder with *.txt files in it")
+    return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def split_sentences(text: str) -> list[str]:

@@ -18,7 +18,8 @@ class HaystackReasoning(GeneratedTask):
     """Who keeps what in which room, on which floor, cleaned on which day: `steps` look-ups lead to one word.
 
     `people` chains are told, so that the answer cannot be guessed from the only day in the text. Facts lie at
-    independent depths, or all within 5 % of the text where `clustered`. A unit is a sentence. Score: first line equals the word.
+    independent depths, or all within 5 % of the text where `clustered`. A unit is a sentence. Score: the first line is
+    the word.
     """
 
     steps: int = 2
