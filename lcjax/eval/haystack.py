@@ -18,6 +18,8 @@ _SENTENCE_END = re.compile(r"([.!?][\"'”’)]*) (?=[\"'“‘(]*[A-Z0-9])")
 _DOCSTRING = re.compile(r'^[ ]*"""([^"]+)"""$', re.MULTILINE)
 _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
 _SHORTEST_DOCUMENT = 80
+_LONGEST = 60  # words of a sentence
+_LONGEST_WORD = 40  # characters
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,14 @@ def split_sentences(text: str) -> list[str]:
     for paragraph in re.split(r"\n\s*\n", text):
         joined = " ".join(paragraph.split())
         pieces = _SENTENCE_END.sub(r"\1\n", joined).split("\n")
-        sentences += [piece for piece in pieces if any(map(str.isalpha, piece))]
+        sentences += [short for piece in pieces for short in _shorten(piece) if any(map(str.isalpha, short))]
     return sentences
+
+
+def _shorten(sentence: str) -> list[str]:
+    """The sentence, or its pieces where it is so long that it would be a coarse unit of a haystack."""
+    words = [word for word in sentence.split() if len(word) <= _LONGEST_WORD]
+    return [" ".join(words[i : i + _LONGEST]) for i in range(0, len(words), _LONGEST)]
 
 
 def insert_at(lines: list[str], needles: list[str], places: list[int]) -> list[str]:

@@ -114,8 +114,8 @@ def printable(text: str) -> str:
 
 
 def subsequence_ratio(left: str, right: str) -> float:
-    """2 LCS(left, right) / (len(left) + len(right)); 0 for two empty strings. Time O(len x len)."""
-    if not left or not right:
+    """2 LCS(left, right) / (len(left) + len(right)); 0 where one is blank. Time O(len x len)."""
+    if not left.strip() or not right.strip():
         return 0.0
     row = [0] * (len(right) + 1)
     for a in left:

@@ -36,7 +36,7 @@ class BabiLong(GeneratedTask):
             raise ValueError(f"babilong.question is {self.question!r}; choose one of {', '.join(WORLDS)}")
 
     @property
-    def name(self) -> str:  # ty: ignore[invalid-attribute-override]
+    def name(self) -> str:
         """babilong_qa1, ..."""
         return f"babilong_{self.question}"
 

@@ -26,7 +26,7 @@ class GeneratedTask:
     chat: bool | None = None
     haystack: str = "python"
 
-    name: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
     metric: ClassVar[str] = "all_substrings"
     step: ClassVar[int] = 16
 
@@ -39,6 +39,11 @@ class GeneratedTask:
     def most(self) -> int | None:
         """Largest number of haystack units, None for no end."""
         return None
+
+    @property
+    def name(self) -> str:
+        """Name in tables; says which variant it is."""
+        return self.kind
 
     def text(self) -> Haystack:
         """The haystack's sentences."""

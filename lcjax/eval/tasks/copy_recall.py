@@ -1,10 +1,9 @@
 """The copy-recall probe: a passage of one text is planted in another and begins again at the end.
 
 A model with working long-range attention goes on copying; a small model that answers no question still shows this.
-`plants` are token rows for teacher-forced scoring (`lcjax.eval.copy_recall`); `CopyRecall` asks for the copy by decoding.
+`plants` are token rows for teacher-forced scoring (`lcjax.eval.copy_recall`); `CopyRecall` has the copy decoded.
 """
 
-import functools
 from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
@@ -44,7 +43,6 @@ def plants(
     return rows
 
 
-@functools.lru_cache(maxsize=4)
 def _ids(tokenizer: Encoder, source: str) -> list[int]:
     return list(tokenizer.encode(read_text(source)[:_CHARACTERS]))
 
@@ -64,7 +62,7 @@ class CopyRecall(GeneratedTask):
 
     words: int = 48
     cue: int = 12
-    name: ClassVar[str] = "copy_recall"
+    kind: ClassVar[str] = "copy_recall"
 
     @property
     def least(self) -> int:

@@ -22,7 +22,7 @@ class JsonTask(LoadedTask):
     label: str = ""
 
     @property
-    def name(self) -> str:  # ty: ignore[invalid-attribute-override]
+    def name(self) -> str:
         """`label`, or the file's stem."""
         return self.label or Path(self.source).stem
 

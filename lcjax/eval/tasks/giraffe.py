@@ -24,7 +24,7 @@ PLACES: tuple[Place, ...] = ("start", "anywhere", "end")
 class Lines(GeneratedTask):
     """Many lines "name: number", one is asked for. A unit is a line; score: the answer's first integer is right."""
 
-    name: ClassVar[str] = "longchat_lines"
+    kind: ClassVar[str] = "longchat_lines"
     metric: ClassVar[str] = "first_integer_match"
 
     def draft(self, rng: Random, units: int, index: int) -> Draft:
@@ -126,7 +126,7 @@ def _articles(source: str) -> list[Article]:
 class AlteredNumericQa(PlacedQuestion):
     """The answer is a number that was changed in the document: knowing the world does not help."""
 
-    name: ClassVar[str] = "altered_numeric_qa"
+    kind: ClassVar[str] = "altered_numeric_qa"
     numeric: ClassVar[bool] = True
 
 
@@ -134,7 +134,7 @@ class AlteredNumericQa(PlacedQuestion):
 class FreeFormQa(PlacedQuestion):
     """The answer is a name or a word."""
 
-    name: ClassVar[str] = "free_form_qa"
+    kind: ClassVar[str] = "free_form_qa"
 
 
 def made_up_article(rng: Random, numeric: bool) -> Article:

@@ -55,7 +55,7 @@ class HelmetTask(GeneratedTask):
 class JsonKv(HelmetTask):
     """Recall: the value of a UUID key in a JSON object, after two demonstrations. A unit is a pair."""
 
-    name: ClassVar[str] = "helmet_json_kv"
+    kind: ClassVar[str] = "helmet_json_kv"
 
     @property
     def least(self) -> int:
@@ -110,7 +110,7 @@ class Rag(SourcedTask):
     The gold passage steps over six depths; two other rows are shown as demonstrations.
     """
 
-    name: ClassVar[str] = "helmet_rag"
+    kind: ClassVar[str] = "helmet_rag"
     fields: ClassVar[tuple[str, ...]] = ("question", "answers", "positives", "negatives")
 
     def draft(self, rng: Random, units: int, index: int) -> Draft:
@@ -133,7 +133,7 @@ class Rag(SourcedTask):
 class Rerank(SourcedTask):
     """Rank passages by how well they answer a query. Rows: query, passages of {id, text, grade}. Score: NDCG@10."""
 
-    name: ClassVar[str] = "helmet_rerank"
+    kind: ClassVar[str] = "helmet_rerank"
     fields: ClassVar[tuple[str, ...]] = ("query", "passages")
     pool: ClassVar[str] = "passages"
     prefix: ClassVar[str] = "Ranking:"
@@ -174,7 +174,7 @@ class Cite(SourcedTask):
     """
 
     chat: bool | None = None
-    name: ClassVar[str] = "helmet_cite"
+    kind: ClassVar[str] = "helmet_cite"
     fields: ClassVar[tuple[str, ...]] = ("question", "answers", "positives", "negatives")
 
     def draft(self, rng: Random, units: int, index: int) -> Draft:
@@ -211,7 +211,7 @@ class ManyShot(HelmetTask):
 
     source: str = ""
     classes: int = 8
-    name: ClassVar[str] = "helmet_icl"
+    kind: ClassVar[str] = "helmet_icl"
     metric: ClassVar[str] = "first_integer_match"
     prefix: ClassVar[str] = "label:"
 

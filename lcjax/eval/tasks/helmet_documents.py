@@ -26,7 +26,7 @@ class LongQa(LoadedTask):
 
     truncation: Truncation = "head"
     judge: Judge | None = None
-    name: ClassVar[str] = "helmet_longqa"
+    kind: ClassVar[str] = "helmet_longqa"
 
     def rows(self) -> Iterator[Row]:
         """One row a question."""
@@ -84,7 +84,7 @@ class Summary(LoadedTask):
     truncation: Truncation = "head"
     new_tokens: int = 400
     judge: Judge | None = None
-    name: ClassVar[str] = "helmet_summ"
+    kind: ClassVar[str] = "helmet_summ"
 
     def rows(self) -> Iterator[Row]:
         """One row a document."""
@@ -107,8 +107,8 @@ class Summary(LoadedTask):
         listed = "\n".join(f"{i}. {point}" for i, point in enumerate(points, 1))
         asked = (
             f"Reference summary: {reference}\nIts key points:\n{listed}\n\nSummary to judge: {text}\n\nReply with JSON "
-            'of integers: "fluency" (1 readable, else 0), "recalled" (how many key points the summary holds), "sentences" '
-            '(sentences of the summary) and "supported" (how many of them the reference supports).'
+            'of integers: "fluency" (1 readable, else 0), "recalled" (how many key points it holds), "sentences" '
+            '(how many it has) and "supported" (how many of them the reference supports).'
         )
         fields = ("fluency", "recalled", "sentences", "supported")
         marks = ask_scores(self.judge, asked, fields, low=0, high=10_000)

@@ -46,7 +46,7 @@ class LEval(LoadedTask):
             raise ValueError(f"L-Eval has no sub-task {self.task!r}; known: {known}")
 
     @property
-    def name(self) -> str:  # ty: ignore[invalid-attribute-override]
+    def name(self) -> str:
         """leval_quality, ..."""
         return f"leval_{self.task}"
 

@@ -41,7 +41,12 @@ class LoadedTask:
     limit: int | None = None
     chat: bool | None = None
 
-    name: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        """Name in tables; says which variant it is."""
+        return self.kind
 
     def rows(self) -> Iterator[Row]:
         """All questions in a fixed order."""

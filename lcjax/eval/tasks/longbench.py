@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from lcjax.eval.budget import Draft, Truncation
 from lcjax.eval.item import Item
-from lcjax.eval.metrics import METRICS, text
+from lcjax.eval.metrics import METRICS
+from lcjax.eval.metrics.text import classification, first_line, subsequence_ratio
 from lcjax.eval.tasks.loaded import LoadedTask, Row
 from lcjax.eval.tasks.rows import read_rows
 
@@ -76,7 +77,7 @@ class LongBench(LoadedTask):
             raise ValueError(f"LongBench has no data set {self.data_set!r}; known: {', '.join(DATA_SETS)}")
 
     @property
-    def name(self) -> str:  # ty: ignore[invalid-attribute-override]
+    def name(self) -> str:
         """longbench_qasper, ..."""
         return f"longbench_{self.data_set}"
 
@@ -95,16 +96,16 @@ class LongBench(LoadedTask):
             around = before + "{document}" + after.replace("{input}", row["input"])
             yield Row(str(row.get("_id", f"{self.name}-{number}")), row["context"], around, draft)
 
-    def score(self, example: Item, text_: str) -> float:
+    def score(self, example: Item, text: str) -> float:
         """The data set's metric in [0, 1]."""
-        answer = text.first_line(text_) if self.data_set in _FIRST_LINE else text_
+        answer = first_line(text) if self.data_set in _FIRST_LINE else text
         return longbench_score(DATA_SETS[self.data_set].metric, answer, example)
 
 
 def longbench_score(metric: str, answer: str, example: Item) -> float:
     """Score by a metric of LongBench; `rougeL_chars` puts blanks between characters first."""
     if metric == "classification":
-        return text.classification(answer, example.references, example.metadata["classes"])
+        return classification(answer, example.references, example.metadata["classes"])
     if metric == "rougeL_chars":
         return _character_rouge(answer, example.references)
     return METRICS[metric](answer, example.references)
@@ -114,7 +115,7 @@ def _character_rouge(answer: str, references: tuple[str, ...]) -> float:
     """ROUGE-L over characters; rouge-score keeps only ASCII words, so its own tokens would be empty here."""
     found = [c for c in answer if not c.isspace()]
     return max(
-        (text.subsequence_ratio("".join(found), "".join(reference.split())) for reference in references), default=0
+        (subsequence_ratio("".join(found), "".join(reference.split())) for reference in references), default=0
     )
 
 

@@ -41,7 +41,12 @@ class LongWrite:
     lengths: tuple[int, ...] = (1000, 2000, 5000)
     judge: Judge | None = None
     chat: bool | None = None
-    name: ClassVar[str] = "longbench_write"
+    kind: ClassVar[str] = "longbench_write"
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        return self.kind
 
     def examples(self, tokenizer: Encoder, budget: int, seed: int) -> Iterator[Item]:
         """One item a prompt; the metadata hold the required words and the bin they belong to."""

@@ -1,5 +1,5 @@
-"""MMLongBench's text side (Wang et al., NeurIPS 2025, arXiv 2505.10610): token rule, metrics, and the rows whose context
-is text. Rows with images are refused by name until a model here can see.
+"""MMLongBench's text side (Wang et al., NeurIPS 2025, arXiv 2505.10610): token rule, metrics, and rows whose context is
+text. Rows with images are refused by name until a model here can see.
 
 Rows: question, answer (text, number or list), kind ("retrieval", "choice", "count" or "document") and context, a list
 of {"text": ...} and {"image": ..., "height": ..., "width": ...}.
@@ -42,7 +42,7 @@ def document_score(answer: str, reference: Any) -> float:
     """The rule of the document questions.
 
     Integers must be equal; floats within 1 %, also after x100 or /100; links, dates, mail addresses and page numbers
-    must occur; other text scores token F1. A list of texts is compared as one text, one of numbers by its mean item score.
+    must occur; other text scores token F1. A list of texts is compared as one text, one of numbers item by item.
     """
     if isinstance(reference, list):
         if all(isinstance(item, str) for item in reference):
@@ -65,7 +65,7 @@ def document_score(answer: str, reference: Any) -> float:
 class MmLongBenchText(LoadedTask):
     """Questions over interleaved text."""
 
-    name: ClassVar[str] = "mmlongbench_text"
+    kind: ClassVar[str] = "mmlongbench_text"
 
     def rows(self) -> Iterator[Row]:
         """One row a question; RowError for an image or an unknown kind."""

@@ -69,7 +69,7 @@ class ThreadTask(GeneratedTask):
 class SingleNeedle(ThreadTask):
     """The value of one key; the depth steps over an even grid of 11 from example to example."""
 
-    name: ClassVar[str] = "single_needle"
+    kind: ClassVar[str] = "single_needle"
 
     def draft(self, rng: Random, units: int, index: int) -> Draft:
         """Ask for the pair at depth index % 11."""
@@ -93,12 +93,17 @@ class MultiNeedle(ThreadTask):
 
     needles: int = 5
     clustered: bool = False
-    name: ClassVar[str] = "multi_needle"
+    kind: ClassVar[str] = "multi_needle"
 
     @property
     def least(self) -> int:
         """One pair a needle."""
         return self.needles
+
+    @property
+    def name(self) -> str:
+        """Such as multi_needle_5 or conditional_needle_5_clustered."""
+        return f"{self.kind}_{self.needles}" + ("_clustered" if self.clustered else "")
 
     def draft(self, rng: Random, units: int, index: int) -> Draft:
         """Ask for the values in the order of the haystack."""
@@ -115,7 +120,7 @@ class ConditionalNeedle(MultiNeedle):
     """The values of all keys that hold a symbol; the keys are not listed."""
 
     symbol: str = "*"
-    name: ClassVar[str] = "conditional_needle"
+    kind: ClassVar[str] = "conditional_needle"
 
     def draft(self, rng: Random, units: int, index: int) -> Draft:
         """One character of each wanted key becomes the symbol."""
@@ -142,18 +147,24 @@ class Threads(ThreadTask):
     threads: int = 1
     length: int = 3
     direction: Direction = "forward"
-    name: ClassVar[str] = "threads"
+    kind: ClassVar[str] = "threads"
 
     def __post_init__(self) -> None:
         if self.direction not in ("forward", "backward", "random"):
-            raise ValueError(f"{self.name}.direction is {self.direction!r}; choose 'forward', 'backward' or 'random'")
+            raise ValueError(f"{self.kind}.direction is {self.direction!r}; choose 'forward', 'backward' or 'random'")
         if self.length < 2 or self.threads < 1:
-            raise ValueError(f"{self.name} needs threads >= 1 and length >= 2, got {self.threads} and {self.length}")
+            raise ValueError(f"{self.kind} needs threads >= 1 and length >= 2, got {self.threads} and {self.length}")
 
     @property
     def least(self) -> int:
         """One pair a hop."""
         return self.threads * self.length
+
+    @property
+    def name(self) -> str:
+        """Such as single_thread_5_forward, multi_thread_3x5_forward."""
+        size = f"{self.threads}x{self.length}" if self.threads > 1 else str(self.length)
+        return f"{self.kind}_{size}_{self.direction}"
 
     def routes(self, rng: Random, units: int) -> list[list[int]]:
         """Pair indices of every thread in the order of its hops."""
@@ -171,7 +182,7 @@ class Threads(ThreadTask):
             for here, there in itertools.pairwise(route):
                 pairs[there][0] = pairs[here][1]
         starts = ", ".join(f'"{pairs[route[0]][0]}"' for route in routes)
-        facts = {"threads": self.threads, "thread_length": self.length, "direction": self.direction}
+        facts: dict[str, Any] = {"threads": self.threads, "thread_length": self.length, "direction": self.direction}
         facts |= {"depth": routes[0][-1] / units, "needles": self.threads}
         return self.ask(pairs, self._question(starts), [pairs[route[-1]][1] for route in routes], facts)
 
@@ -188,7 +199,7 @@ class Threads(ThreadTask):
 class SingleThread(Threads):
     """One thread."""
 
-    name: ClassVar[str] = "single_thread"
+    kind: ClassVar[str] = "single_thread"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +207,7 @@ class MultiThread(Threads):
     """Several threads at once."""
 
     threads: int = 3
-    name: ClassVar[str] = "multi_thread"
+    kind: ClassVar[str] = "multi_thread"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +215,7 @@ class BranchedThread(Threads):
     """One thread whose values are lists of `branches` strings, of which exactly one goes on; the last one is a leaf."""
 
     branches: int = 2
-    name: ClassVar[str] = "branched_thread"
+    kind: ClassVar[str] = "branched_thread"
 
     def draft(self, rng: Random, units: int, index: int) -> Draft:
         """The value of each thread pair becomes a list; the last value stays a single string."""
@@ -229,8 +240,8 @@ def needle_threading(
     directions: tuple[Direction, ...] = ("forward", "backward"),
     short_keys: bool = False,
 ) -> list[GeneratedTask]:
-    """The whole suite: every task over its sweep; the variant is part of the task's label (see `variant`)."""
-    more = {"num_examples": num_examples, "short_keys": short_keys}
+    """The whole suite: every task over its sweep; names say the variant."""
+    more: dict[str, Any] = {"num_examples": num_examples, "short_keys": short_keys}
     tasks: list[GeneratedTask] = [SingleNeedle(**more)]
     kinds: tuple[Callable[..., GeneratedTask], ...] = (MultiNeedle, ConditionalNeedle)
     tasks += [kind(needles=m, clustered=c, **more) for kind in kinds for m in needles for c in (False, True)]

@@ -31,7 +31,7 @@ class Needle(GeneratedTask):
     key_kind: Literal["word", "uuid"] = "word"
     value_kind: Literal["number", "uuid"] = "number"
 
-    name: ClassVar[str] = "needle"
+    kind: ClassVar[str] = "needle"
 
     @property
     def least(self) -> int:
@@ -55,7 +55,7 @@ class Needle(GeneratedTask):
             facts = haystack_facts(haystack, depths=depths)
             context = " ".join(insert_at(straw, needles, at_depths(straw, depths)))
         else:
-            other = [" ".join(FILLER)] * units
+            other: list[str] = [" ".join(FILLER)] * units
             if self.straw == "needles":
                 drawn = (_DRAW[self.key_kind](rng) for _ in iter(int, 1))
                 decoys = (key for key in drawn if key not in pairs)
@@ -81,14 +81,14 @@ class NiahSingle1(Needle):
     """One number in noise lines."""
 
     straw: Straw = "noise"
-    name: ClassVar[str] = "niah_single_1"
+    kind: ClassVar[str] = "niah_single_1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NiahSingle2(Needle):
     """One number in an essay."""
 
-    name: ClassVar[str] = "niah_single_2"
+    kind: ClassVar[str] = "niah_single_2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class NiahSingle3(Needle):
     """One UUID in an essay."""
 
     value_kind: Literal["number", "uuid"] = "uuid"
-    name: ClassVar[str] = "niah_single_3"
+    kind: ClassVar[str] = "niah_single_3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class NiahMultikey1(Needle):
     """Four keys in an essay, one asked for."""
 
     keys: int = 4
-    name: ClassVar[str] = "niah_multikey_1"
+    kind: ClassVar[str] = "niah_multikey_1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class NiahMultikey2(Needle):
     """One key among lines that are all needles."""
 
     straw: Straw = "needles"
-    name: ClassVar[str] = "niah_multikey_2"
+    kind: ClassVar[str] = "niah_multikey_2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class NiahMultikey3(Needle):
     straw: Straw = "needles"
     key_kind: Literal["word", "uuid"] = "uuid"
     value_kind: Literal["number", "uuid"] = "uuid"
-    name: ClassVar[str] = "niah_multikey_3"
+    kind: ClassVar[str] = "niah_multikey_3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class NiahMultivalue(Needle):
     """One key with four values in an essay."""
 
     values: int = 4
-    name: ClassVar[str] = "niah_multivalue"
+    kind: ClassVar[str] = "niah_multivalue"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,4 +139,4 @@ class NiahMultiquery(Needle):
 
     keys: int = 4
     queries: int = 4
-    name: ClassVar[str] = "niah_multiquery"
+    kind: ClassVar[str] = "niah_multiquery"

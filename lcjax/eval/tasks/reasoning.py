@@ -35,7 +35,7 @@ class HaystackReasoning(GeneratedTask):
             )
 
     @property
-    def name(self) -> str:  # ty: ignore[invalid-attribute-override]
+    def name(self) -> str:
         """reasoning_1, reasoning_2, reasoning_3."""
         return f"reasoning_{self.steps}"
 

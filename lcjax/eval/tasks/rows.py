@@ -97,5 +97,6 @@ def _tfds_rows(name: str) -> Iterator[Row]:
     import tensorflow_datasets as tfds
 
     data_set, _, split = name.partition(":")
-    for row in tfds.data_source(data_set, split=split or "test"):
-        yield {key: value.decode("utf-8") if isinstance(value, bytes) else value for key, value in dict(row).items()}
+    rows: Any = tfds.data_source(data_set, split=split or "test")
+    for row in rows:
+        yield {key: value.decode("utf-8") if isinstance(value, bytes) else value for key, value in row.items()}

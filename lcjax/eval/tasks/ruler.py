@@ -25,7 +25,7 @@ class VariableTracking(GeneratedTask):
     """Name all variables that got the same value through a chain of assignments. A unit is a line of noise."""
 
     hops: int = 4
-    name: ClassVar[str] = "vt"
+    kind: ClassVar[str] = "vt"
 
     @property
     def least(self) -> int:
@@ -50,7 +50,7 @@ class VariableTracking(GeneratedTask):
         draw = distinct(letters(rng, width).upper() for _ in iter(int, 1))
         variables = list(itertools.islice(draw, self.hops + 1))
         sources = [str(value), *(f"VAR {name}" for name in variables)]
-        text = [" ".join(FILLER)] * lines
+        text: list[str] = [" ".join(FILLER)] * lines
         places = sorted(rng.sample(range(lines), len(variables)))
         for j, (place, variable, source) in enumerate(zip(places, variables, sources, strict=False)):
             text.insert(place + j, f"VAR {variable} = {source}.")
@@ -67,7 +67,7 @@ class CommonWords(GeneratedTask):
 
     often: int = 30
     rarely: int = 3
-    name: ClassVar[str] = "cwe"
+    kind: ClassVar[str] = "cwe"
 
     @property
     def least(self) -> int:
@@ -106,7 +106,7 @@ class FrequentWords(GeneratedTask):
     """The three most frequent code words of a Zipf-like text, dots ignored. A unit is a word of the text."""
 
     alpha: float = 2.0
-    name: ClassVar[str] = "fwe"
+    kind: ClassVar[str] = "fwe"
     step: ClassVar[int] = 256
 
     @property
@@ -229,14 +229,14 @@ def read_questions(source: str) -> tuple[list[Question], list[str]]:
 class Qa1(DocumentQuestion):
     """One-hop questions (SQuAD's place in RULER)."""
 
-    name: ClassVar[str] = "qa_1"
+    kind: ClassVar[str] = "qa_1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Qa2(DocumentQuestion):
     """Two-hop questions (HotpotQA's place in RULER)."""
 
-    name: ClassVar[str] = "qa_2"
+    kind: ClassVar[str] = "qa_2"
     hops: ClassVar[int] = 2
 
 
