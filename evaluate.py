@@ -1,6 +1,6 @@
 """Measure a model at long context.
 
-python evaluate.py --gin_file=configs/eval/smollm2_perplexity.gin --gin_bindings='perplexity.text="book.txt"' --output runs/eval
+python evaluate.py --gin_file=configs/eval/smollm2_perplexity.gin --gin_bindings='perplexity.text="book.txt"' --output DIR
 """
 
 from lcjax import settings

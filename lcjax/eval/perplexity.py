@@ -2,7 +2,8 @@
 
 Inputs are tokens[start : start + N] and targets the tokens one later, N for each of `lengths`. The whole text is one
 context, read in chunks through the cache, so that neither T x T scores nor T x V logits ever exist. With `context`,
-each target sees only the tokens shortly before it instead: compare the two on the same targets.
+each target sees only the tokens shortly before it instead: compare the two on the same targets. With `targets`, the
+same last tokens are scored for every N, given the N tokens that lead up to them: what more context is worth.
 """
 
 import functools
@@ -20,6 +21,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+from rich.console import Console
+from rich.progress import track
 
 from lcjax.cache import init_caches
 from lcjax.eval.plots import by_position
@@ -35,8 +38,10 @@ class Perplexity:
 
     start: first input token. window: tokens averaged for one point by position. max_chars: only the beginning of the
     file is tokenized. context: None for one context of all tokens; else a sliding context of at most this many tokens
-    (each target sees at least half of it, the first ones what there is). add_bos: put the beginning-of-text token
-    before the inputs; the targets stay the same. chunk: tokens read at a time. batch: sliding contexts read together.
+    (each target sees at least half of it, the first ones what there is). targets: None, or how many tokens at the
+    end of tokens[start : start + max(lengths)] are scored for every length; N then counts backwards. add_bos: put
+    the beginning-of-text token before the inputs; the targets stay the same. chunk: tokens read at a time. batch:
+    sliding contexts read together.
     """
 
     text: str
@@ -45,6 +50,7 @@ class Perplexity:
     window: int = 2048
     max_chars: int = 2_000_000
     context: int | None = None
+    targets: int | None = None
     add_bos: bool = False
     chunk: int = 512
     batch: int = 4
@@ -58,6 +64,12 @@ class Perplexity:
             raise ValueError(f"perplexity: lengths {self.lengths} must be positive and start {self.start} not negative")
         if self.context is not None and self.context < 2:
             raise ValueError(f"perplexity.context must be at least 2 tokens, got {self.context}")
+        if self.targets is not None and not 1 <= self.targets <= min(self.lengths):
+            raise ValueError(
+                f"perplexity.targets is {self.targets}; it must lie in 1..{min(self.lengths)}, the least length"
+            )
+        if self.targets is not None and self.context is not None:
+            raise ValueError("perplexity: context and targets are two different comparisons; set one of them")
 
     def check(self) -> None:
         """Refuse a missing text before the model is loaded."""
@@ -67,29 +79,47 @@ class Perplexity:
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
         """{name: {N: perplexity}, name_by_position: {end of window: perplexity of its targets}}."""
         tokens = self.tokens(model)
+        if self.targets is not None:
+            found = {str(n): self._leading_up(model, tokens, n) for n in self.lengths}
+            print(f"{self.name} of the same {self.targets} tokens by context: {found}", flush=True)
+            return {self.name: found}
         began = time.perf_counter()
         nll = self.losses(model, tokens)
-        seconds = time.perf_counter() - began
+        rate = len(nll) / (time.perf_counter() - began)
         table = {str(n): _perplexity(nll[:n]) for n in self.lengths}
-        windows = {str(end): _perplexity(nll[end - self.window : end]) for end in self._window_ends(len(nll))}
+        windows = {
+            end: _perplexity(nll[end - self.window : end]) for end in range(self.window, len(nll) + 1, self.window)
+        }
+        self._write(windows, model, output)
+        print(f"{self.name}: {table}, {rate:,.0f} tokens/s with compilation", flush=True)
+        return {self.name: table, f"{self.name}_by_position": {str(end): value for end, value in windows.items()}}
+
+    def _write(self, windows: dict[int, float], model: Loaded, output: Path) -> None:
+        """The curve by position as JSON lines and as a figure."""
         with (output / f"{self.name}.jsonl").open("w") as file:
             for end, value in windows.items():
-                begin = int(end) - self.window
-                file.write(
-                    json.dumps({"text": Path(self.text).name, "begin": begin, "end": int(end), "perplexity": value})
-                )
-                file.write("\n")
+                row = {"text": Path(self.text).name, "begin": end - self.window, "end": end, "perplexity": value}
+                file.write(json.dumps(row) + "\n")
         if windows:
-            curve = np.array([int(end) for end in windows]), np.array(list(windows.values()))
+            curve = np.array([0, *windows]), np.array(list(windows.values()))
             title = f"{Path(self.text).stem}, windows of {self.window:,} tokens"
             by_position(
                 {model.source: curve}, title=title, path=output / f"{self.name}.png", trained=model.spec.max_length
             )
-        print(f"{self.name}: {table}, {len(nll) / seconds:,.0f} tokens/s", flush=True)
-        return {self.name: table, f"{self.name}_by_position": windows}
 
-    def _window_ends(self, count: int) -> range:
-        return range(self.window, count + 1, self.window)
+    def _leading_up(self, model: Loaded, tokens: np.ndarray, length: int) -> float:
+        """Perplexity of the last targets, given the `length` tokens up to each end."""
+        rows = np.concatenate([self._bos(model), tokens[-length - 1 :]])[None]
+        return _perplexity(score(model, rows, self.chunk, self.targets))
+
+    def _bos(self, model: Loaded) -> np.ndarray:
+        if not self.add_bos:
+            return np.zeros(0, np.int32)
+        if model.tokenizer.bos_id is None:
+            raise ValueError(
+                "perplexity.add_bos: the model's tokenizer has no beginning-of-text token; set it to False"
+            )
+        return np.array([model.tokenizer.bos_id], np.int32)
 
     def tokens(self, model: Loaded) -> np.ndarray:
         """The inputs of the longest length and one more."""
@@ -106,15 +136,10 @@ class Perplexity:
 
     def losses(self, model: Loaded, tokens: np.ndarray) -> np.ndarray:
         """Negative log-likelihood in nats of each token after the first."""
-        bos = [model.tokenizer.bos_id] if self.add_bos else []
-        if None in bos:
-            raise ValueError(
-                "perplexity.add_bos: the model's tokenizer has no beginning-of-text token; set it to False"
-            )
+        bos = self._bos(model)
         if self.context is None:
-            rows = np.concatenate([np.array(bos, np.int32), tokens])[None]
-            return score(model, rows, self.chunk)[0, len(bos) :]
-        return self._sliding(model, tokens, np.array(bos, np.int32))
+            return score(model, np.concatenate([bos, tokens])[None], self.chunk)[0, len(bos) :]
+        return self._sliding(model, tokens, bos)
 
     def _sliding(self, model: Loaded, tokens: np.ndarray, bos: np.ndarray) -> np.ndarray:
         """Contexts that overlap by half; each scores the targets that the one before did not."""
@@ -134,44 +159,57 @@ class Perplexity:
         return nll
 
 
-def score(model: Loaded, rows: np.ndarray, chunk: int) -> np.ndarray:
-    """rows `[B,N+1]` of tokens -> negative log-likelihood `[B,N]` (float64) of each token given all before it."""
+def score(model: Loaded, rows: np.ndarray, chunk: int, last: int | None = None) -> np.ndarray:
+    """rows `[B,N+1]` of tokens -> negative log-likelihood `[B,N]` (float64) of each token given all before it.
+
+    With `last`, only that of the last tokens, `[B,last]`.
+    """
     batch, count = rows.shape[0], rows.shape[1] - 1
     chunk = min(chunk, count)
     caches = init_caches(model.spec, batch, -(-count // chunk) * chunk, chunk=chunk)
-    step = _step(model.graphdef)
+    first = 0 if last is None else count - last
     pieces = []
-    for tokens, targets, valid in _chunks(rows, chunk):
-        nll, caches = step(model.params, caches, tokens, targets, valid)
-        pieces.append(nll)
-    return np.concatenate([np.asarray(nll, np.float64) for nll in pieces], axis=1)[:, :count]
+    console = Console(stderr=True)
+    chunks = track(list(_chunks(rows, chunk)), "reading", console=console, disable=not console.is_terminal)
+    for begin, (tokens, targets, valid) in chunks:
+        if begin + chunk <= first:
+            caches = _reader(model.graphdef)(model.params, caches, tokens, valid)
+        else:
+            nll, caches = _scorer(model.graphdef)(model.params, caches, tokens, targets, valid)
+            pieces.append(np.asarray(nll, np.float64))
+    scored = np.concatenate(pieces, axis=1)
+    return scored[:, : scored.shape[1] - -count % chunk][:, -(count - first) :]
 
 
-def _chunks(rows: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _chunks(rows: np.ndarray, chunk: int) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """(first position, (tokens, targets, valid)) of each chunk."""
     batch, count = rows.shape[0], rows.shape[1] - 1
     padded = np.pad(rows, ((0, 0), (0, -count % chunk))).astype(np.int32)
     for begin in range(0, count, chunk):
         valid = np.broadcast_to(np.arange(begin, begin + chunk) < count, (batch, chunk))
-        yield padded[:, begin : begin + chunk], padded[:, begin + 1 : begin + chunk + 1], valid
+        yield begin, (padded[:, begin : begin + chunk], padded[:, begin + 1 : begin + chunk + 1], valid)
 
 
 @functools.lru_cache(maxsize=4)
-def _step(graphdef: Any) -> Any:
-    """One chunk through the model; compiled once per model and shape."""
-    return jax.jit(lambda *args: _score_chunk(graphdef, *args), donate_argnums=1)
+def _reader(graphdef: Any) -> Any:
+    """One chunk into the caches; compiled once per model and shape."""
+
+    def read(params: Any, caches: Any, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"]) -> tuple[Any, ...]:
+        return nnx.merge(graphdef, params).hidden(tokens, caches=caches, valid=valid)[1]
+
+    return jax.jit(read, donate_argnums=1)
 
 
-def _score_chunk(
-    graphdef: Any,
-    params: Any,
-    caches: tuple[Any, ...],
-    tokens: Int[Array, "B C"],
-    targets: Int[Array, "B C"],
-    valid: Bool[Array, "B C"],
-) -> tuple[Float[Array, "B C"], tuple[Any, ...]]:
-    model = nnx.merge(graphdef, params)
-    hidden, caches = model.hidden(tokens, caches=caches, valid=valid)
-    return token_losses(model, hidden, targets), caches
+@functools.lru_cache(maxsize=4)
+def _scorer(graphdef: Any) -> Any:
+    """As `_reader`, and the losses `[B,C]` of the targets."""
+
+    def read(params: Any, caches: Any, tokens: Array, targets: Int[Array, "B C"], valid: Array) -> tuple[Array, Any]:
+        model = nnx.merge(graphdef, params)
+        hidden, caches = model.hidden(tokens, caches=caches, valid=valid)
+        return token_losses(model, hidden, targets), caches
+
+    return jax.jit(read, donate_argnums=1)
 
 
 def token_losses(model: Any, hidden: Float[Array, "B T width"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -64,7 +63,9 @@ class Decoder(nnx.Module):
         caches, valid: one cache per layer; `valid` marks real tokens of a chunk whose rows are padded on the right.
         remat: 'none', 'full' or 'dots' (matrix products kept). scan: stack runs of equal layers and scan over them.
         """
-        if caches is not None and (len(caches) != len(self.layers) or segment_ids is not None or scan or remat != "none"):
+        if caches is not None and (
+            len(caches) != len(self.layers) or segment_ids is not None or scan or remat != "none"
+        ):
             raise ValueError(
                 f"hidden: caches must be one per layer ({len(self.layers)}, got {len(caches)}) "
                 "and exclude segment_ids, scan and remat"

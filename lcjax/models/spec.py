@@ -12,6 +12,7 @@ FEATURE_MAPS = ("none", "elu", "relu", "softmax")
 DECAYS = ("none", "scalar", "vector")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("bfloat16", "float32")
+PLAIN_ROPE = Rope()
 
 
 def _one_of(record: object, field: str, allowed: tuple[str, ...]) -> None:
@@ -33,7 +34,7 @@ class Attention:
 
     window: int | None = None
     sink: int = 0
-    rope: Rope | None = Rope()
+    rope: Rope | None = PLAIN_ROPE
     scale: float | None = None  # None: head_dim ** -0.5
     soft_cap: float | None = None
     sink_logits: bool = False  # one learned logit per head that joins the softmax's denominator
@@ -41,7 +42,9 @@ class Attention:
     def __post_init__(self):
         _positive(self, "window", "scale", "soft_cap")
         if self.sink < 0 or (self.sink and self.window is None):
-            raise ValueError(f"Attention.sink must be >= 0 and needs a window; got sink={self.sink}, window={self.window}")
+            raise ValueError(
+                f"Attention.sink must be >= 0 and needs a window; got sink={self.sink}, window={self.window}"
+            )
 
     def mask(self) -> masks.Mask:
         """The layer's pattern in the kernels' mask algebra (segments are passed beside it)."""
@@ -56,8 +59,8 @@ class Attention:
 class GatedLinear:
     """Gated linear attention (Yang et al., arXiv 2312.06635): state S_t = decay_t S_(t-1) + k_t^T v_t, output q_t S_t.
 
-    `None` sizes are the model's own (num_heads, head_dim). `normalise` divides by the same recurrence over ones and needs
-    a non-negative feature map. Decay is logsigmoid of a low-rank projection over 16, per head or per key feature.
+    `None` sizes are the model's own (num_heads, head_dim). `normalise` divides by the same recurrence over ones and
+    needs a non-negative feature map. Decay is logsigmoid of a low-rank projection over 16, per head or per key feature.
     """
 
     num_heads: int | None = None
@@ -77,7 +80,9 @@ class GatedLinear:
         if self.conv_width < 0 or self.conv_width == 1:
             raise ValueError(f"GatedLinear.conv_width must be 0 (none) or at least 2, got {self.conv_width}")
         if self.normalise and self.feature_map == "none":
-            raise ValueError("GatedLinear.normalise needs a non-negative feature_map ('elu', 'relu' or 'softmax'), got 'none'")
+            raise ValueError(
+                "GatedLinear.normalise needs a non-negative feature_map ('elu', 'relu' or 'softmax'), got 'none'"
+            )
 
     def sizes(self, spec: "ModelSpec") -> tuple[int, int, int]:
         """Heads, key features and value features of a head."""
@@ -115,7 +120,16 @@ class ModelSpec:
     dtype: str = "bfloat16"  # compute; parameters have their own
 
     def __post_init__(self):
-        sizes = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_length")
+        sizes = (
+            "vocab_size",
+            "width",
+            "mlp_width",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_length",
+        )
         _positive(self, *sizes, "norm_eps", "logit_soft_cap", "embed_scale")
         _one_of(self, "activation", ACTIVATIONS)
         _one_of(self, "dtype", DTYPES)

@@ -22,7 +22,7 @@ def rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., An
 
 
 def runs(kinds: list[Any]) -> list[tuple[int, int, int]]:
-    """Cut a list into (start, period, repeats), each a stretch of equal periods, longest stretch first from the left."""
+    """Cut a list into (start, period, repeats): from the left, each time the longest stretch of equal periods."""
     cut, start = [], 0
     while start < len(kinds):
         best = (1, 1)
@@ -46,7 +46,10 @@ def apply_stacked(blocks: list[Any], x: jax.Array, context: Any, remat: str, sca
         return nnx.merge(graphdef, state)(x, context)[0]
 
     for start, period, repeats in runs(kinds) if scan else [(0, len(blocks), 1)]:
-        block = [rematerialised(lambda state, x, kind=kind: one(kind, state, x), remat) for kind in kinds[start : start + period]]
+        block = [
+            rematerialised(lambda state, x, kind=kind: one(kind, state, x), remat)
+            for kind in kinds[start : start + period]
+        ]
         states = [state for _, state in parts[start : start + period * repeats]]
         if repeats == 1:
             for apply, state in zip(block, states, strict=True):
