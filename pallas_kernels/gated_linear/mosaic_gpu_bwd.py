@@ -1,7 +1,7 @@
 """Gated linear attention on Hopper, backward.
 
-Two passes over the segments of the sequence, as forward: every segment's own state cotangent, then, with the true one entering
-from the right, all gradients chunk by chunk from the last. The decay gradient of a chunk is a reversed sum of
+Two passes over the segments of the sequence, as forward: every segment's own state cotangent, then, with the true one
+entering from the right, all gradients chunk by chunk from the last. The decay gradient of a chunk is a reversed sum of
 `q dq - k dk` over the chunk plus what the leaving state owes, `rowsum(S dS)`, carried from chunk to chunk.
 """
 
@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.gated_linear import mosaic_gpu_parts as parts
-from pallas_kernels.gated_linear.mosaic_gpu import entry_states, launch, segment_states, to_units
+from pallas_kernels.gated_linear.mosaic_gpu_fwd import entry_states, launch, segment_states, to_units
 from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, LEVELS, WIDTH, Split, Sums, products, read, tile
 
 WARPGROUPS = 2
@@ -102,7 +102,7 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
 
 
 def backward(q, k, v, g, chunk_states, last, do, d_last, *, scale: float, interpret=False, slots: int = 264):
-    """Gradients in bfloat16: dq, dk, dg by value tile `[Dv/64, ...]`, dv by key tile `[Dk/64, ...]`; and ds0, float32."""
+    """Gradients dq, dk, dv, dg, in bfloat16, and ds0. dv comes by key tile `[Dk/64, ...]`, the others by value tile."""
     b, t, h, dk = q.shape
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)
     local, decay = segment_states(q, do, g, split, reverse=True, interpret=interpret, warpgroups=WARPGROUPS)
