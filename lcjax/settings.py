@@ -39,11 +39,27 @@ CONFIGURABLES = {
     "Checkpoints": "lcjax.train.job:Checkpoints",
     "Reports": "lcjax.train.job:Reports",
     "Sample": "lcjax.train.job:Sample",
+    "StepOptions": "lcjax.train.step:StepOptions",
+    "Sampling": "lcjax.serve.sampling:Sampling",
     "Mesh": "lcjax.train.job:MeshSpec",
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
     "GatedLinear": "lcjax.models.spec:GatedLinear",
+    "Rope": "lcjax.positions.laws:Rope",
+    "LinearRope": "lcjax.positions.laws:Linear",
+    "DynamicNTK": "lcjax.positions.laws:DynamicNTK",
+    "YaRN": "lcjax.positions.laws:YaRN",
+    "Llama3Rope": "lcjax.positions.laws:Llama3",
+    "LongRoPE": "lcjax.positions.laws:LongRoPE",
+    # data
+    "DataSpec": "lcjax.data.spec:DataSpec",
+    "Mixture": "lcjax.data.spec:Mixture",
+    "PythonStdlib": "lcjax.data.sources:PythonStdlib",
+    "TextFiles": "lcjax.data.sources:TextFiles",
+    "JsonLines": "lcjax.data.sources:JsonLines",
+    "SourceTree": "lcjax.data.sources:SourceTree",
+    "TFDSText": "lcjax.data.sources:TFDSText",
 }
 """Short gin name -> `module:object`, imported when a configuration uses it. A dotted name that is not in the table
 (`my_package.my_module.MyOptimizer`) is imported as it stands: a study needs no edit here."""
@@ -120,14 +136,15 @@ def main(job_name: str, argv: Sequence[str] | None = None, parser: argparse.Argu
 
 
 @contextlib.contextmanager
-def refusals(program: str) -> Generator[None]:
-    """Turn an error about the user's input (ValueError, OSError) into one sentence on stderr and exit status 2.
+def refusals(program: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Generator[None]:
+    """Turn errors about the user's input or machine into one sentence on stderr and exit status 2.
 
-    For the stages before a device is busy: building the job, opening files, fitting shapes to the mesh.
+    The default kinds are for the stages before a device is busy: building the job, opening files, fitting shapes to
+    the mesh. Later stages name the errors that speak to the user; any other keeps its traceback.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -22,7 +22,8 @@ def attend_direct(
     scale: float | None = None,
     soft_cap: float | None = None,
     sink_logits: Float[Array, "H"] | None = None,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
+    return_lse: bool = True,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"] | None]:
     """Softmax attention where `allowed`; (o in q's dtype, lse in float32). A row without keys gives 0 and -inf."""
     batch, steps, heads, dim = q.shape
     slots, groups, value_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -53,6 +54,8 @@ def attend_direct(
     summed = summed.reshape(batch, groups, rows // groups, groups, value_dim)
     o = jnp.sum(summed * eye[:, None, :, None].astype(summed.dtype), axis=3)  # own group's columns
     o = jnp.moveaxis(o.reshape(batch, heads, steps, value_dim), 1, 2).astype(q.dtype)
+    if not return_lse:
+        return o, None
     lse = jnp.where(total > 0, safe + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
     return o, lse.reshape(batch, heads, steps)
 

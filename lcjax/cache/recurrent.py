@@ -1,13 +1,13 @@
 """The cache of a recurrent mixer: a state of fixed size, whatever the length."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from lcjax.cache.base import appended
+from lcjax.cache.base import appended, no_tokens
 from pallas_kernels import LinearState
 
 UNBOUNDED = 2**31 - 1
@@ -19,15 +19,15 @@ class RecurrentCache:
     """The linear-attention state and, per convolved stream (such as 'q', 'k'), its last W-1 inputs."""
 
     state: LinearState
-    tails: dict[str, Float[Array, "B W C"]]
-    length: Int[Array, "B"]
-    start: Int[Array, "B"]
+    tails: dict[str, Any]  # [B,W-1,C]
+    length: Any  # int32 [B]
+    start: Any  # int32 [B]
 
     @classmethod
-    def init(cls, state: LinearState, tails: dict[str, Array]) -> Self:
+    def init(cls, state: LinearState, tails: dict[str, Array]) -> "RecurrentCache":
         """From the zero state and zero tails of a mixer."""
         batch = state.s.shape[0]
-        return cls(state, tails, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32))
+        return cls(state, tails, no_tokens(batch), no_tokens(batch))
 
     @property
     def capacity(self) -> int:
@@ -41,11 +41,11 @@ class RecurrentCache:
 
     def advance(
         self, state: LinearState, tails: dict[str, Array], tokens: int, valid: Bool[Array, "B T"] | None = None
-    ) -> Self:
+    ) -> "RecurrentCache":
         """The cache after `tokens` more tokens, of which `valid` marks the real ones."""
         tails = {name: tail.astype(self.tails[name].dtype) for name, tail in tails.items()}
         count = appended(tokens, valid, self.length.shape[0])
-        return replace(self, state=state, tails=tails, length=self.length + count, start=self.length)
+        return replace(self, state=state, tails=tails, length=jnp.asarray(self.length) + count, start=self.length)
 
 
 def ragged_tail(
@@ -56,7 +56,7 @@ def ragged_tail(
     if width == 0:
         return tail
     joined = jnp.concatenate([tail, x.astype(tail.dtype)], axis=1)
-    count = appended(x.shape[1], valid, x.shape[0])
+    count = jnp.asarray(appended(x.shape[1], valid, x.shape[0]))
     index = count[:, None] + jnp.arange(width, dtype=jnp.int32)
     return jnp.take_along_axis(joined, index[:, :, None], axis=1)
 

@@ -24,7 +24,7 @@ from lcjax.checkpoint.manifest import Sections
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint that could not be written, or must not be used; the message says what to do."""
 
 

@@ -63,5 +63,5 @@ class AttentionLayer(nnx.Module):
             o = block_sparse_attention(q, k, v, self.mixer.mask(), segment_ids=context.segment_ids, **options)
         else:
             cache = cache.append(k, v, context.valid)
-            o, _ = cache.attend(q, self.mixer.mask(), **options)
+            o, _ = cache.attend(q, self.mixer.mask(), return_lse=False, **options)
         return self.out(o), cache

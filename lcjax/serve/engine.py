@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcjax.cache import cache_bytes, init_caches
+from lcjax.cache import cache_bytes
 from lcjax.models.spec import ModelSpec
+from lcjax.serve.programs import Programs
 from lcjax.serve.report import Report
 from lcjax.serve.sampling import Sampling, stack
-from lcjax.serve.steps import DecodeState, Limits, decode, prefill
+from lcjax.serve.steps import Limits
 from lcjax.serve.text import TextStream
 
 
@@ -24,7 +25,7 @@ class Request:
     prompt: str | tuple[int, ...]
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -70,11 +71,6 @@ class Completion:
     reason: str = ""
 
 
-class _Programs(NamedTuple):
-    prefill: Any
-    decode: Any
-
-
 @dataclass
 class _Row:
     index: int
@@ -87,18 +83,18 @@ class _Row:
 class Generator:
     """Answers requests with one model. Programs are compiled once per (batch size, cache size) and kept."""
 
-    def __init__(self, graphdef: Any, params: Any, spec: ModelSpec, tokenizer: Any, engine: Engine = Engine()):
+    def __init__(self, graphdef: Any, params: Any, spec: ModelSpec, tokenizer: Any, engine: Engine | None = None):
         """`graphdef, params = nnx.split(Decoder(...), nnx.Param)`; `tokenizer` as in `lcjax.data`."""
         self._graphdef, self._params, self._spec, self._tokenizer = graphdef, params, spec, tokenizer
-        self._engine = engine
-        self._programs: dict[tuple[int, int], _Programs] = {}
+        self._engine = engine = engine or Engine()
+        self._programs: dict[tuple[int, int], Programs] = {}
         self.capacity = engine.capacity or spec.max_length
         self.report = Report()
 
     @property
     def compiled(self) -> int:
         """Programs compiled so far."""
-        return 2 * len(self._programs)
+        return sum(len(programs.compiled) for programs in self._programs.values())
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """The answers, in the order of the requests."""
@@ -140,25 +136,27 @@ class Generator:
     def _run(self, rows: list[_Row]) -> Iterator[Piece]:
         batch = min(bucket(len(rows), 1), self._engine.batch)
         needed = max(len(row.ids) + row.request.max_new_tokens for row in rows)
-        capacity = min(bucket(needed, 512), self.capacity)
-        sampling = stack([row.request.sampling for row in rows] + [Sampling()] * (batch - len(rows)))
-        limits = self._limits(rows, batch)
-        state = self._empty(batch, capacity)
-        programs = self._compiled(batch, capacity, state, sampling, limits)
-        self.report.cache_bytes = max(self.report.cache_bytes, cache_bytes(state.caches))
+        settings = stack([row.request.sampling for row in rows] + [Sampling()] * (batch - len(rows)))
+        settings = settings, self._limits(rows, batch)
+        programs = self._programs_for(batch, min(bucket(needed, 512), -(-self.capacity // 256) * 256))
+        chunks = list(self._chunks(rows, batch))
+        programs.prepare(*settings, extend=len(chunks) > 1)
+        self.report.compile_seconds += programs.compile_seconds
 
         began = time.perf_counter()
-        for chunk in self._chunks(rows, batch):
-            state = programs.prefill(self._params, state, *chunk, sampling, limits)
+        state = programs.begin(*chunks[0], *settings)
+        for chunk in chunks[1:]:
+            state = programs.extend(state, *chunk, *settings)
         written = np.asarray(state.token)[:, None]
         self.report.add_prefill(sum(len(row.ids) for row in rows), time.perf_counter() - began)
+        self.report.cache_bytes = max(self.report.cache_bytes, cache_bytes(state.caches))
         while True:
             yield from self._take(rows, written)
             active = np.array([i < len(rows) and not rows[i].completion.reason for i in range(batch)])
             if not active.any():
                 return
             began = time.perf_counter()
-            state, written = programs.decode(self._params, state._replace(active=jnp.asarray(active)), sampling, limits)
+            state, written = programs.decode(state._replace(active=jnp.asarray(active)), *settings)
             written = np.asarray(written)
             self.report.add_decode(int((written >= 0).sum()), time.perf_counter() - began)
 
@@ -204,23 +202,11 @@ class Generator:
             last = (lengths > begin) & (lengths <= begin + size)
             yield jnp.asarray(padded[:, begin : begin + size]), jnp.asarray(valid), jnp.asarray(last)
 
-    def _empty(self, batch: int, capacity: int) -> DecodeState:
-        caches = init_caches(self._spec, batch, capacity, self._engine.cache_dtype, chunk=self._engine.chunk)
-        zeros = lambda: jnp.zeros((batch,), jnp.int32)
-        return DecodeState(caches, zeros(), zeros(), jnp.zeros((batch,), bool))
-
-    def _compiled(self, batch: int, capacity: int, state: DecodeState, sampling: Any, limits: Limits) -> _Programs:
+    def _programs_for(self, batch: int, capacity: int) -> Programs:
         if (batch, capacity) not in self._programs:
-            began = time.perf_counter()
-            tokens = jax.ShapeDtypeStruct((batch, self._engine.chunk), jnp.int32)
-            flags = jax.ShapeDtypeStruct(tokens.shape, bool), jax.ShapeDtypeStruct((batch,), bool)
-            read = jax.jit(lambda *a: prefill(self._graphdef, *a), donate_argnums=1)
-            write = jax.jit(lambda *a: decode(self._graphdef, *a, steps=self._engine.steps), donate_argnums=1)
-            self._programs[batch, capacity] = _Programs(
-                read.lower(self._params, state, tokens, *flags, sampling, limits).compile(),
-                write.lower(self._params, state, sampling, limits).compile(),
-            )
-            self.report.compile_seconds += time.perf_counter() - began
+            sizes = {name: getattr(self._engine, name) for name in ("chunk", "steps", "cache_dtype")}
+            sizes |= {"batch": batch, "capacity": capacity}
+            self._programs[batch, capacity] = Programs(self._graphdef, self._params, self._spec, sizes)
         return self._programs[batch, capacity]
 
 

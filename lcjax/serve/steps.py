@@ -70,4 +70,3 @@ def decode(
 
 def _goes_on(token: Array, count: Array, limits: Limits) -> Bool[Array, "B"]:
     return (count < limits.tokens) & ~jnp.any(token[:, None] == limits.ends, axis=1)
-

@@ -5,7 +5,9 @@ would hold a signal back until it returns. Long calls into the runtime therefore
 while the main thread waits for either of the two.
 """
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -23,7 +25,10 @@ class Interrupted(BaseException):
 
 
 class Preemption:
-    """A context in which SIGTERM and SIGINT set `signum` instead of killing; a second SIGINT kills as usual."""
+    """A context in which SIGTERM and SIGINT set `signum` instead of killing; a second SIGINT kills as usual.
+
+    Leaving it by Interrupted ends the process with status 128 + signal number, as a shell reports a signal.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -40,6 +45,12 @@ class Preemption:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if isinstance(error, Interrupted):
+            print(f"stopped by {error}; checkpoints are as they were", file=sys.stderr)
+            # The worker is still inside the runtime; an orderly exit would wait for it or crash under it.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + error.signum)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
@@ -56,7 +67,7 @@ class Preemption:
     def interruptible[T](self, stage: str, call: Callable[[], T]) -> T:
         """Run `call` in a worker thread and return its result; raise Interrupted as soon as a signal arrives.
 
-        The worker cannot be stopped from outside: after Interrupted the process has to end by `os._exit`.
+        The worker cannot be stopped from outside: it dies with the process, when the context is left.
         """
         outcome: list[T] = []
         failure: list[BaseException] = []

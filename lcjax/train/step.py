@@ -79,7 +79,7 @@ def make_step(
         grads, sums = gradients(state.params, batch)
         weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         mean_nll = sums.nll / weight
         finite = jnp.isfinite(mean_nll) & jnp.isfinite(norm)
 

@@ -27,9 +27,9 @@ def causal_conv1d(
     Args:
       x: inputs. w: taps, width 2 to 8.
       bias: added before the activation.
-      tail: the W-1 inputs before x (a previous call's second result); zeros without it. It belongs to the first segment.
-      segment_ids: as in `gated_linear_attention`: a tap never reaches into another segment, and padding counts as absent
-        (it must follow the last segment). Padding yields 0.
+      tail: the W-1 inputs before x (a previous call's second result), part of the first segment; zeros without it.
+      segment_ids: as in `gated_linear_attention`: a tap never reaches into another segment, and padding (which must
+        follow the last segment) counts as absent and yields 0.
       activation: "silu" or None.
 
     Returns:

@@ -1,6 +1,6 @@
 """`gated_linear_attention`: linear attention with a forget gate, an optional delta rule and an optional normaliser."""
 
-from typing import Literal
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments
 from pallas_kernels.gated_linear.reference import gated_linear_reference, step
-from pallas_kernels.gated_linear.segments import read_segments
+from pallas_kernels.gated_linear.segments import Segments, read_segments
 from pallas_kernels.gated_linear.xla import gated_linear_xla
+from pallas_kernels.op import dispatch, platform
 
-Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu"]
+BACKENDS: dict[str, Callable[[Problem], tuple[Array, LinearState]]] = {
+    "xla": lambda p: _without_segments(gated_linear_xla, p),
+    "reference": gated_linear_reference,
+}
+ORDER = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 
 
 def gated_linear_attention(
@@ -26,21 +31,21 @@ def gated_linear_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     normalise: bool = False,
     scale: float | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], LinearState]:
     """Runs `S <- exp(log_decay) S + k^T v; o = scale * q S` over the tokens of each head.
 
-    The current token is included, and its own write is not decayed. With `beta` the write is the delta rule: what the decayed
-    state holds at k is replaced, `S <- S + beta k^T (v - k S)` (DeltaNet, Gated DeltaNet). With `normalise` a second state sums
-    the keys, `z <- exp(log_decay) z + k`, and the output is divided by `q z + 1e-10`.
+    The current token is included, and its own write is not decayed. With `beta` the write is the delta rule: what the
+    decayed state holds at k is replaced, `S <- S + beta k^T (v - k S)` (DeltaNet, Gated DeltaNet). With `normalise` a
+    second state sums the keys, `z <- exp(log_decay) z + k`, and the output is divided by `q z + 1e-10`.
 
     Args:
       q, k, v: queries, keys and values. Every head has its own: repeat k, v and log_decay for grouped heads.
-      log_decay: logarithm of the forget factor, at most 0 (-inf allowed), per head or per key channel; None keeps everything.
+      log_decay: logarithm of the forget factor, at most 0 (-inf allowed), per head or per key channel; None keeps all.
       beta: writing strength of the delta rule.
       initial_state: what the row continues from; zeros without it. It belongs to the row's first segment.
-      segment_ids: packed rows. Ids never decrease; the state starts empty at every new id. A 0 after a positive id, or a negative
-        id, is padding: it leaves the state alone, its output is 0 and its inputs may hold anything, even NaN.
+      segment_ids: packed rows. Ids never decrease; the state starts empty at every new id. A 0 after a positive id, or
+        a negative id, is padding: it leaves the state alone, its output is 0, its inputs may hold anything, even NaN.
       normalise: divide by the sum of weights; not defined together with `beta`.
       scale: factor on the output, `Dk**-0.5` by default and 1 when `normalise`.
       implementation: a backend to force; by default the first one that supports the call.
@@ -51,6 +56,7 @@ def gated_linear_attention(
 
     Raises:
       ValueError: a shape that does not fit, a positive concrete log_decay, a concrete segment id that decreases.
+      Unsupported: no backend, or not the named one, can run the call; every reason is listed.
     """
     _check_shapes(q, k, v, log_decay, beta)
     if normalise and beta is not None:
@@ -66,11 +72,9 @@ def gated_linear_attention(
     state = _initial_state(q, v, initial_state, normalise)
     segments = None if segment_ids is None else read_segments(segment_ids)
     scale = float(scale if scale is not None else 1.0 if normalise else q.shape[-1] ** -0.5)
+    _check_decay(log_decay, segments)
     problem = Problem(q, k, v, log_decay, beta, state, segments, scale)
-    if implementation == "reference":
-        return gated_linear_reference(problem)
-    o, state = gated_linear_xla(fold_segments(problem))
-    return (o if segments is None else jnp.where(segments.valid[..., None, None], o, 0)), state
+    return dispatch("gated_linear_attention", BACKENDS, ORDER[platform()], implementation)(problem)
 
 
 def recurrent_step(
@@ -97,15 +101,29 @@ def recurrent_step(
     return o.astype(v.dtype), new
 
 
+def _without_segments(backend: Callable[[Problem], tuple[Array, LinearState]], p: Problem) -> tuple[Array, LinearState]:
+    """Runs a backend that knows no segments."""
+    o, state = backend(fold_segments(p))
+    return (o if p.segments is None else jnp.where(p.segments.valid[..., None, None], o, 0)), state
+
+
+def _check_decay(log_decay, segments: Segments | None) -> None:
+    if log_decay is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((log_decay, segments))):
+        return
+    used = np.asarray(log_decay, np.float64)
+    used = used if segments is None else used[np.asarray(segments.valid)]
+    wrong = used[~(used <= 0)]
+    if wrong.size:
+        raise ValueError(f"log_decay has the value {wrong.max()}: at most 0 is allowed, so that states never grow")
+
+
 def _check_shapes(q, k, v, log_decay, beta) -> None:
     if k.shape != q.shape:
         raise ValueError(f"k has shape {k.shape}, q has {q.shape}: they must agree (repeat grouped heads first)")
     if v.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"v has shape {v.shape}, which does not fit q {q.shape}: all but the last axis must agree")
     if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:-1]):
-        raise ValueError(
-            f"log_decay has shape {log_decay.shape}: give {q.shape[:-1]} (per head) or {q.shape} (per channel)"
-        )
+        raise ValueError(f"log_decay has shape {log_decay.shape}: give {q.shape[:-1]} or {q.shape}")
     if beta is not None and beta.shape != q.shape[:-1]:
         raise ValueError(f"beta has shape {beta.shape}: give {q.shape[:-1]}, one per token and head")
 

@@ -8,7 +8,7 @@ from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState, P
 
 
 def step(q, k, v, decay, beta, state: LinearState, *, scale: float) -> tuple[Float[Array, "B H Dv"], LinearState]:
-    """One token: q, k `[B,H,Dk]`, v `[B,H,Dv]`, decay (a factor, not its logarithm) `[B,H,Dk]`, beta `[B,H]` or None."""
+    """One token: q, k, decay (a factor, not its logarithm) `[B,H,Dk]`, v `[B,H,Dv]`, beta `[B,H]` or None."""
     s = decay[..., None] * state.s
     if beta is not None:
         v = beta[..., None] * (v - jnp.einsum("bhk,bhkv->bhv", k, s))

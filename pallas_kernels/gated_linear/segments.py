@@ -25,24 +25,25 @@ def read_segments(segment_ids: Int[Array, "B T"]) -> Segments:
     Raises:
       ValueError: a concrete id decreases.
     """
+    if not isinstance(segment_ids, jax.core.Tracer):
+        _refuse_decrease(np.asarray(segment_ids))
     positive_before = jax.lax.cummax(segment_ids, axis=1) > 0
     valid = (segment_ids > 0) | ((segment_ids == 0) & ~positive_before)
     largest = jnp.iinfo(segment_ids.dtype).max
     first = jnp.min(jnp.where(valid, segment_ids, largest), axis=1, keepdims=True)
     running = jax.lax.cummax(jnp.where(valid, segment_ids, -1), axis=1)
     ids = jnp.where(valid.any(axis=1, keepdims=True), jnp.maximum(running, first), 0)
-    if not isinstance(segment_ids, jax.core.Tracer):
-        _refuse_decrease(np.asarray(segment_ids), np.asarray(valid), np.asarray(ids))
     changed = ids[:, 1:] != ids[:, :-1]
     reset = jnp.concatenate([jnp.zeros_like(changed, shape=(ids.shape[0], 1)), changed], axis=1)
     return Segments(valid, reset, ids)
 
 
-def _refuse_decrease(given: np.ndarray, valid: np.ndarray, running: np.ndarray) -> None:
-    wrong = np.argwhere(valid & (given < running))
+def _refuse_decrease(ids: np.ndarray) -> None:
+    running = np.maximum.accumulate(ids, axis=1)
+    wrong = np.argwhere((ids < running) & (ids > 0))
     if wrong.size:
         row, token = wrong[0]
         raise ValueError(
-            f"segment_ids decreases in row {row} at token {token}, to {given[row, token]} after "
-            f"{running[row, token]}: number the segments of a row upwards, with 0 only after them as padding"
+            f"segment_ids decreases in row {row} at token {token}, to {ids[row, token]} after {running[row, token]}: "
+            "number the segments of a row upwards, with 0 only after them as padding"
         )

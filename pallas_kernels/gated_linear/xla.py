@@ -1,12 +1,12 @@
 """Gated linear attention by chunks, in plain JAX: parallel over chunks, one short scan over the chunk states.
 
 Inside a chunk of C tokens the decay from token j to token i is a product of factors in [0, 1]. It is built by halving:
-for every pair of neighbouring blocks of w tokens, the product splits at their border into a row factor (border to i) and
-a column factor (j to border), so each off-diagonal block is one matrix product and no factor ever exceeds 1. Nothing
-overflows, however strong the decay, and a decay of 0 (log-decay -inf) cuts exactly.
+for every pair of neighbouring blocks of w tokens, the product splits at their border into a row factor (border to i)
+and a column factor (j to border), so each off-diagonal block is one matrix product and no factor ever exceeds 1.
+Nothing overflows, however strong the decay, and a decay of 0 (log-decay -inf) cuts exactly.
 
-After Yang et al., Gated Linear Attention (arXiv 2312.06635), section 4, with halving in place of their two levels; the delta
-rule in the WY form of Yang et al. (arXiv 2406.06484, 2412.06464). The backward keeps chunk-entry states only.
+After Yang et al., Gated Linear Attention (arXiv 2312.06635), section 4, with halving in place of their two levels; the
+delta rule in the WY form of arXiv 2406.06484 and 2412.06464. The backward keeps chunk-entry states only.
 """
 
 import functools
@@ -57,11 +57,10 @@ def _grow(diagonal: Float[Array, "... n w w"], below: Float[Array, "... m w w"])
 
 def decayed_scores(q, k, levels, dot) -> Float[Array, "... C C"]:
     """`sum_c q[i,c] k[j,c] decay(j -> i)[c]` for j <= i, else 0."""
-    c, width = q.shape[-2:]
     if levels and levels[0][0].shape[-1] == 1:
         one = jnp.ones((*q.shape[:-1], 1), q.dtype)
         return dot("...ik,...jk->...ij", q, k) * _scores_by_halving(one, one, levels, jnp.einsum)
-    return _scores_by_halving(q, k, levels, dot).reshape(*q.shape[:-2], c, c)
+    return _scores_by_halving(q, k, levels, dot)
 
 
 def _scores_by_halving(q, k, levels, dot):
@@ -97,7 +96,7 @@ class _Inputs(NamedTuple):
 
 
 class _Chunks(NamedTuple):
-    """What the state scan needs from each chunk: rows to read the state, rows to write it, and the delta rule's form."""
+    """What the state scan needs from each chunk."""
 
     decays: Decays
     read: Array  # q times the decay from the chunk's entry
@@ -190,13 +189,14 @@ def _chunked_backward(exact, residuals, cotangents):
     if c.erase is not None:
         dv, dk_rows, dk_columns, dbeta = _delta_backward(x, c, entry, dv, dot)
         dk = dk + dk_columns
-    # a decay factor between j and i belongs to every token after j up to i: credit the row, debit the column, sum from the end
+    # the decay from j to i has a factor of each token after j up to i: credit row i, debit column j, sum from the end
     balance = x.q * dq + x.k * (dk_rows - dk)
     ends = c.decays.total * (entry * leaving).sum(-1) + (x.k * dk_write).sum(-2)
     if x.log_decay.shape[-1] == 1:
         balance, ends = balance.sum(-1, keepdims=True), ends.sum(-1, keepdims=True)
     upper = jnp.triu(jnp.ones((x.q.shape[-2],) * 2, x.q.dtype))
     dg = dot("ij,...je->...ie", upper, balance) + ends[..., None, :]
+    dg = jnp.where(x.log_decay == -jnp.inf, 0, dg)  # a cut has no slope; what the sum leaves there is rounding
     return _Inputs(dq, dk + dk_rows, dv, dg, dbeta), d_first
 
 

@@ -25,12 +25,9 @@ class ByteTokenizer:
         self.fingerprint = fingerprint(kind="bytes", special=[256, 257, 258])
 
     def encode(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
-        """One id a byte; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
+        """One id a byte; a lone surrogate, which UTF-8 cannot hold, gives three bytes that decode to U+FFFD."""
         del special
-        data = (
-            text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode() if _odd(text) else text.encode()
-        )
-        return with_bos(list(data), add_bos, self.bos_id)
+        return with_bos(list(text.encode("utf-8", "surrogatepass")), add_bos, self.bos_id)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Bytes read as UTF-8; special ids leave no text."""
@@ -44,12 +41,3 @@ class ByteTokenizer:
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer_config.json`."""
         chat.write_config(folder, {"tokenizer_class": CONFIG_CLASS}, self.chat_template)
-
-
-def _odd(text: str) -> bool:
-    """Whether a text holds lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
