@@ -24,7 +24,9 @@ BUDGET = 6000
 GENERATED: dict[str, Callable[[], list[Any]]] = {
     "ruler": lambda: ruler.ruler(num_examples=3),
     "needle_threading": lambda: needle_threading(num_examples=3, needles=(2, 5), thread_lengths=(2, 5)),
-    "needle_threading_short": lambda: needle_threading(num_examples=2, needles=(3,), thread_lengths=(4,), short_keys=True),
+    "needle_threading_short": lambda: needle_threading(
+        num_examples=2, needles=(3,), thread_lengths=(4,), short_keys=True
+    ),
     "babilong": lambda: babilong(num_examples=6),
     "giraffe": lambda: giraffe.giraffe(num_examples=6),
     "reasoning": lambda: [*reasoning(num_examples=3), HaystackReasoning(clustered=True, num_examples=2)],
