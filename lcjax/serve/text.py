@@ -1,11 +1,12 @@
 """From token ids to text as it comes: no half characters, nothing past a stop string."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
 
 
+@runtime_checkable
 class Decodes(Protocol):
     """The part of a tokenizer that is needed here."""
 
