@@ -2,8 +2,24 @@
 
 from pallas_kernels import masks
 from pallas_kernels.attention.api import block_sparse_attention
+from pallas_kernels.decode.api import decode_attention
+from pallas_kernels.decode.cache import KVCache, quantize_tokens
+from pallas_kernels.decode.select import BlockBounds, block_bounds, block_scores, select_blocks
 from pallas_kernels.lists import BlockList
 from pallas_kernels.merge import merge_attention
 from pallas_kernels.op import Unsupported
 
-__all__ = ["BlockList", "Unsupported", "block_sparse_attention", "masks", "merge_attention"]
+__all__ = [
+    "BlockBounds",
+    "BlockList",
+    "KVCache",
+    "Unsupported",
+    "block_bounds",
+    "block_scores",
+    "block_sparse_attention",
+    "decode_attention",
+    "masks",
+    "merge_attention",
+    "quantize_tokens",
+    "select_blocks",
+]

@@ -1,4 +1,4 @@
-"""What decode attention reads: a contiguous, ring or paged key/value cache, in its own precision or as int8 with scales."""
+"""What decode attention reads: a contiguous, ring or paged key/value cache, as it is or as int8 with scales."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 class KVCache:
     """Keys and values of a batch of requests, with the place of every token.
 
-    Contiguous and ring: ``k [B, S, K, D]``, ``v [B, S, K, Dv]``. Paged: ``k [P, K, page, D]``, ``v [P, K, page, Dv]`` and a
-    ``page_table`` of physical pages, ``[B, W]`` or, a table for every KV head, ``[B, K, W]``; entries past the end are never read.
+    Contiguous and ring: `k [B,S,K,D]`, `v [B,S,K,Dv]`. Paged: `k [P,K,page,D]`, `v [P,K,page,Dv]` and a `page_table` of
+    physical pages, `[B,W]` or, a table for every KV head, `[B,K,W]`; entries past a request's length are never read.
 
     Attributes:
       k: keys, rotated already. bfloat16, float32, or int8 with ``k_scale``.
@@ -25,8 +25,8 @@ class KVCache:
       k_scale: float32 factors of int8 keys: ``[B, K, S]``, or ``[P, K, page]`` when paged.
       v_scale: likewise of the values.
       page_table: physical pages, or None.
-      ring: number of leading slots that never turn over (attention sinks), when the other slots form a ring; None otherwise. The token
-        at position ``p >= ring`` lies in slot ``ring + (p - ring) % (S - ring)``.
+      ring: number of leading slots that never turn over (attention sinks), when the other slots form a ring; else None.
+        The token at position `p >= ring` lies in slot `ring + (p - ring) % (S - ring)`.
     """
 
     k: Array
@@ -69,8 +69,8 @@ class KVCache:
         return jnp.where((position >= jnp.minimum(slot, self.ring)) & (position < length), position, -1)
 
 
-def quantize_tokens(x: Float[Array, "..."]) -> tuple[Int[Array, "... D"], Float[Array, "..."]]:
-    """int8 codes and one float32 factor for each vector: ``x ~ codes * factor``, off by at most half a step (|x|_max / 254)."""
+def quantize_tokens(x: Float[Array, "... D"]) -> tuple[Int[Array, "... D"], Float[Array, "..."]]:
+    """int8 codes and one float32 factor a vector: x ~ codes * factor, off by at most half a step, |x|_max / 254."""
     x = x.astype(jnp.float32)
     factor = jnp.maximum(jnp.abs(x).max(-1), 1e-30) / 127.0
     return jnp.round(x / factor[..., None]).astype(jnp.int8), factor

@@ -1,8 +1,8 @@
-"""Decode attention on Hopper: programs that read equal shares of the cache through the bulk copy engine, merged afterwards.
+"""Decode attention on Hopper: programs that copy equal shares of the cache through shared memory, merged afterwards.
 
-One warpgroup keeps copies of key and value blocks in flight, another multiplies. The queries of a KV head (its group times the new tokens)
-are the rows of one 64-row product, so each key is read once for all of them. The time is the time to read the cache: what is computed hides
-behind it. See ``schedule.py`` for how the blocks are shared out.
+One warpgroup keeps copies of key and value blocks in flight, another multiplies. The queries of a KV head (its group
+times the new tokens) are the rows of one 64-row product, so each key is read once for all of them. The time is the time
+to read the cache; the arithmetic hides behind it. `schedule.py` says how the blocks are shared out.
 """
 
 from __future__ import annotations
@@ -400,8 +400,6 @@ def launch(tiles: Tiles, shape: Shape, slots: int, dv: int, dtype, interpret):
 def refuse(call: Call, tiles: Tiles, interpreting: bool) -> None:
     """Raises Unsupported with the reason where the kernel cannot do what was asked."""
     q, cache, plan, lists, group = call.q, call.cache, call.plan, call.lists, call.group
-    if not interpreting and op.platform() != "gpu":
-        raise op.Unsupported("it runs on Hopper GPUs only")
     if q.dtype != jnp.bfloat16 or cache.k.dtype not in (jnp.bfloat16, jnp.int8):
         raise op.Unsupported(f"q is {q.dtype} and the cache {cache.k.dtype}; it takes bfloat16 and int8 caches")
     if q.shape[1] * group > ROWS:
@@ -416,3 +414,5 @@ def refuse(call: Call, tiles: Tiles, interpreting: bool) -> None:
         )
     if lists is not None and (lists.block_k != tiles.block or lists.idx.shape[1] not in (1, cache.num_kv_heads)):
         raise op.Unsupported(f"block lists must count blocks of {tiles.block} keys, for all heads or for each KV head")
+    if not interpreting and op.platform() != "gpu":
+        raise op.Unsupported("it runs on Hopper GPUs only")

@@ -1,9 +1,10 @@
 """Which key blocks each request and KV head reads, and an even division of those visits among programs.
 
-A pair is one request and one KV head, ``p = b * K + k``. Its visits are, in this order, the blocks that hold attention sinks, the blocks
-from the start of its window to its length, and the blocks that a run-time list names. The visits of all pairs lie on one line, which is
-cut into equal parts, one a program, so a batch of ragged lengths keeps every processor busy. A program writes one partial result for every
-pair it touches: program ``c`` and pair ``p`` own slot ``c + p``, which no other combination reaches.
+A pair is one request and one KV head, `p = b * K + k`. Its visits are, in this order, the blocks that hold attention
+sinks, the blocks from the start of its window to its length, and the blocks that a run-time list names. The visits of all
+pairs lie on one line, which is cut into equal parts, one a program, so a batch of ragged lengths keeps every processor
+busy. A program writes one partial result for every pair it touches: program c and pair p own slot c + p, which no other
+combination reaches.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def make_schedule(
 def merge_partials(
     o: Float[Array, "slots R Dv"], lse: Float[Array, "slots R"], owner: Int[Array, "pairs 2"], programs: int
 ) -> tuple[Float[Array, "pairs R Dv"], Float[Array, "pairs R"]]:
-    """One result for each pair from the partial results of the programs that read its keys; unwritten slots may hold anything."""
+    """One result a pair from the partial results of the programs that read its keys; other slots may hold anything."""
     pairs = owner.shape[0]
     program = jnp.arange(o.shape[0])[None, :] - jnp.arange(pairs)[:, None]
     mine = (program >= owner[:, :1]) & (program <= owner[:, 1:]) & (program < programs)
