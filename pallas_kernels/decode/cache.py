@@ -69,7 +69,7 @@ class KVCache:
         return jnp.where((position >= jnp.minimum(slot, self.ring)) & (position < length), position, -1)
 
 
-def quantize_tokens(x: Float[Array, "... D"]) -> tuple[Int[Array, "... D"], Float[Array, "..."]]:
+def quantize_tokens(x: Float[Array, "... D"]) -> tuple[Int[Array, "... D"], Float[Array, ...]]:
     """int8 codes and one float32 factor a vector: x ~ codes * factor, off by at most half a step, |x|_max / 254."""
     x = x.astype(jnp.float32)
     factor = jnp.maximum(jnp.abs(x).max(-1), 1e-30) / 127.0

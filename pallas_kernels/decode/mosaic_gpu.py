@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import op
 from pallas_kernels.decode.call import Call
-from pallas_kernels.decode.schedule import make_schedule, merge_partials
+from pallas_kernels.decode.combine import combine, padded
+from pallas_kernels.decode.schedule import make_schedule
 
 ROWS = 64  # rows of a warpgroup's product
 TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -123,7 +123,7 @@ def kernel(tiles: Tiles, shape: Shape, interpret: bool, refs, scratch) -> None:
 
 
 def segments(refs, run):
-    """Call ``run(pair, first visit, visits done before, visits)`` for each pair in this program's share."""
+    """Call `run(pair, first visit, visits done before, visits)` for each pair in this program's share."""
     first_pair, first_visit, work, visits = refs
     program = lax.axis_index("program")
     total = work[program]
@@ -138,7 +138,7 @@ def segments(refs, run):
 
 
 def block_of(shape: Shape, block: int, pair, n, sinks, tail, static, lists):
-    """Logical block of visit ``n``."""
+    """Logical block of visit `n`."""
     where = jnp.where(n < sinks[pair], n, tail[pair] + n - sinks[pair])
     if not shape.listed:
         return where
@@ -193,7 +193,7 @@ def fetch(tiles: Tiles, shape: Shape, refs, scratch) -> None:
 
 
 def operand(shape: Shape, stored, wide, slot):
-    """The block in ``slot`` as the tensor cores take it: int8 codes are widened into ``wide``, exactly."""
+    """The block in `slot` as the tensor cores take it: int8 codes are widened into `wide`, exactly."""
     if not shape.quantized:
         return stored.at[slot]
     codes = plgpu.load(stored.at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X)
@@ -280,7 +280,7 @@ def compute(tiles: Tiles, shape: Shape, interpret: bool, refs, scratch) -> None:
         lse_smem[...] = jnp.where(total > 0, (top + jnp.log2(some)) / LOG2E, -jnp.inf)
         plgpu.commit_smem()
         place = lax.axis_index("program") + pair
-        plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, shape.rows8)], o_ref.at[place])
+        plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, shape.rows8)], o_ref.at[place, :, pl.ds(0, dv)])
         plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[place])
         plgpu.wait_smem_to_gmem(0)
 
@@ -308,8 +308,8 @@ def attend(
     scales = () if cache.k_scale is None else (cache.k_scale, cache.v_scale)
     run = launch(tiles, describe(call), tiles.programs + batch * kv_heads, dv, q.dtype, interpret)
     o, lse = run(packed, cache.k, cache.v, *row_tables(call), tables, lists, *scales, *cut)
-    o, lse = merge_partials(o[:, :rows], lse[:, :rows], schedule.owner, tiles.programs)
-    o = o.reshape(batch, kv_heads, queries, group, dv).swapaxes(1, 2).reshape(batch, queries, heads, dv)
+    o, lse = (x[:, :rows] for x in combine(o, lse, schedule.owner, interpret))
+    o = o[..., :dv].reshape(batch, kv_heads, queries, group, dv).swapaxes(1, 2).reshape(batch, queries, heads, dv)
     lse = lse.reshape(batch, kv_heads, queries, group).swapaxes(2, 3).reshape(batch, heads, queries)
     return o.astype(q.dtype), lse
 
@@ -336,7 +336,7 @@ def describe(call: Call) -> Shape:
 
 
 def row_tables(call: Call) -> tuple[Array, Array]:
-    """([3, max(B, K), 64] query position, sink and window of each row; [B, 3] newest slot, lap offset and slots in use of each request)."""
+    """Query position, sink and window of each row, [3, max(B,K), 64]; newest slot, lap and slots in use, [B,3]."""
     cache, plan, group, queries = call.cache, call.plan, call.group, call.q.shape[1]
     batch, kv_heads = cache.lengths.shape[0], cache.num_kv_heads
     row = jnp.arange(ROWS)
@@ -385,7 +385,7 @@ def launch(tiles: Tiles, shape: Shape, slots: int, dv: int, dtype, interpret):
     return plgpu.kernel(
         entry,
         out_type=(
-            jax.ShapeDtypeStruct((slots, shape.rows8, dv), dtype),
+            jax.ShapeDtypeStruct((slots, shape.rows8, padded(dv)), dtype),
             jax.ShapeDtypeStruct((slots, ROWS), jnp.float32),
         ),
         grid=(tiles.programs,),

@@ -1,10 +1,10 @@
 """Which key blocks each request and KV head reads, and an even division of those visits among programs.
 
 A pair is one request and one KV head, `p = b * K + k`. Its visits are, in this order, the blocks that hold attention
-sinks, the blocks from the start of its window to its length, and the blocks that a run-time list names. The visits of all
-pairs lie on one line, which is cut into equal parts, one a program, so a batch of ragged lengths keeps every processor
-busy. A program writes one partial result for every pair it touches: program c and pair p own slot c + p, which no other
-combination reaches.
+sinks, the blocks from the start of its window to its length, and the blocks that a run-time list names. The visits
+of all pairs lie on one line, which is cut into equal parts, one a program, so a batch of ragged lengths keeps every
+processor busy. A program writes one partial result for every pair it touches: program c and pair p own slot c + p,
+which no other combination reaches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from pallas_kernels.decode.cache import KVCache
 from pallas_kernels.lists import BlockList
@@ -23,16 +23,16 @@ from pallas_kernels.plan import Plan
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Visits of N programs to the blocks of ``pairs`` pairs.
+    """Visits of N programs to the blocks of `pairs` pairs.
 
     Attributes:
-      sinks: leading blocks that a pair visits because they hold sink tokens, ``[pairs]``.
-      tail: first block of its window, ``[pairs]``.
-      static: visits to sink and window blocks together, ``[pairs]``; visit ``n >= static`` is entry ``n - static`` of its list.
-      visits: all visits of a pair, ``[pairs]``.
-      first_pair, first_visit: where each program begins, ``[N]``.
-      work: visits of each program, ``[N]``.
-      owner: programs that share a pair, first and last, ``[pairs, 2]``; an empty range (1, 0) for a pair without visits.
+      sinks: leading blocks that a pair visits because they hold sink tokens, `[pairs]`.
+      tail: first block of its window, `[pairs]`.
+      static: visits to sink and window blocks, `[pairs]`; visit `n >= static` is entry `n - static` of the list.
+      visits: all visits of a pair, `[pairs]`.
+      first_pair, first_visit: where each program begins, `[N]`.
+      work: visits of each program, `[N]`.
+      owner: first and last of the programs that share a pair, `[pairs, 2]`; (1, 0) for a pair without visits.
     """
 
     sinks: Int[Array, " pairs"]
@@ -51,7 +51,7 @@ def per_kv_head(values: Int[Array, " P"], plan: Plan, kv_heads: int) -> Int[Arra
 
 
 def static_visits(cache: KVCache, plan: Plan, queries: int, block: int) -> tuple[Array, Array, Array]:
-    """(sink blocks, first window block, visits) of every pair ``[B, K]``, for the last ``queries`` tokens of each request."""
+    """(sink blocks, first window block, visits) of every pair `[B, K]`, for the last `queries` tokens of requests."""
     kv_heads = cache.num_kv_heads
     held = jnp.minimum(cache.lengths, cache.capacity)[:, None]
     blocks = -(-held // block)
@@ -75,15 +75,18 @@ def make_schedule(
     if lists is not None:
         visits = static + jnp.broadcast_to(lists.count[:, :, 0], (batch, kv_heads))
     flat = lambda x: x.reshape(-1).astype(jnp.int32)
-    end = jnp.cumsum(flat(visits))
+    # Comparisons of all with all: a few thousand operations in one launch, where a scan or a bisection takes dozens.
+    pair = jnp.arange(batch * kv_heads)
+    end = jnp.where(pair[None, :] <= pair[:, None], flat(visits)[None, :], 0).sum(1)
     total = end[-1]
     program = jnp.arange(programs, dtype=jnp.int32)
     share, rest = total // programs, total % programs
     begin = program * share + jnp.minimum(program, rest)
     work = share + (program < rest)
-    first_pair = jnp.minimum(jnp.searchsorted(end, begin, side="right"), end.size - 1).astype(jnp.int32)
+    first_pair = jnp.minimum((end[None, :] <= begin[:, None]).sum(1), end.size - 1).astype(jnp.int32)
     start = end - flat(visits)
-    owner = jnp.searchsorted(begin, jnp.stack([start, end - 1], -1), side="right").astype(jnp.int32) - 1
+    ends = jnp.stack([start, end - 1], -1)
+    owner = (begin <= ends[..., None]).sum(-1).astype(jnp.int32) - 1
     owner = jnp.where(flat(visits)[:, None] > 0, owner, jnp.array([1, 0]))
     return Schedule(
         flat(sinks),
@@ -95,24 +98,3 @@ def make_schedule(
         work.astype(jnp.int32),
         owner,
     )
-
-
-def merge_partials(
-    o: Float[Array, "slots R Dv"], lse: Float[Array, "slots R"], owner: Int[Array, "pairs 2"], programs: int
-) -> tuple[Float[Array, "pairs R Dv"], Float[Array, "pairs R"]]:
-    """One result a pair from the partial results of the programs that read its keys; other slots may hold anything."""
-    pairs = owner.shape[0]
-    program = jnp.arange(o.shape[0])[None, :] - jnp.arange(pairs)[:, None]
-    mine = (program >= owner[:, :1]) & (program <= owner[:, 1:]) & (program < programs)
-    part = jnp.where(mine[..., None], lse[None], -jnp.inf)  # pairs x slots x R
-    top = part.max(1, keepdims=True)
-    weight = jnp.exp(part - jnp.where(jnp.isfinite(top), top, 0))
-    total = weight.sum(1)
-    written = mine.any(0)[:, None, None]
-    mean = (
-        jnp.einsum(
-            "psr,srd->prd", weight, jnp.where(written, o.astype(jnp.float32), 0), precision=jax.lax.Precision.HIGHEST
-        )
-        / jnp.where(total > 0, total, 1)[..., None]
-    )
-    return mean, (top[:, 0] + jnp.log(total))

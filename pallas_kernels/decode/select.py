@@ -1,8 +1,8 @@
 """Choosing which key blocks a decoding step reads: bounds of each block's keys, scores against the query, top n.
 
-The scores bound the largest product of a query with any key of a block (Quest, arXiv 2406.10774; LServe, arXiv 2502.14866),
-or use the block's mean key. `select_blocks` makes the `BlockList` that `decode_attention` takes; it may be used for
-several steps, since recent blocks are best given to the mask as a `Window`.
+The scores bound the largest product of a query with any key of a block (Quest, arXiv 2406.10774; LServe,
+arXiv 2502.14866), or use the block's mean key. `select_blocks` makes the `BlockList` that `decode_attention` takes; it
+may be used for several steps when the mask covers the tokens since then, as `Causal() & Window(n)`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def block_bounds(k: Float[Array, "B S K D"], lengths: Int[Array, " B"], block: i
 def block_scores(q: Float[Array, "B T H D"], bounds: BlockBounds | Float[Array, "B K n D"]) -> Float[Array, "B K n"]:
     """How well each block may answer the queries: the best over new tokens and over the heads that share a KV head.
 
-    With `BlockBounds` the score is an upper bound of q.k over the block's keys, sum_d max(q_d low_d, q_d high_d); with an
-    array it is the product with one key that stands for the block, such as the mean. float32, unscaled.
+    With `BlockBounds` the score is an upper bound of q.k over the block's keys, sum_d max(q_d low_d, q_d high_d); with
+    an array it is the product with one key that stands for the block, such as the mean. float32, unscaled.
     """
     batch, queries, heads, dim = q.shape
     stored = bounds.low if isinstance(bounds, BlockBounds) else bounds
@@ -68,8 +68,8 @@ def select_blocks(
 ) -> BlockList:
     """The `count` best blocks of each request and head, ascending.
 
-    The `first` blocks and the `last` ones that hold keys are always among them (attention sinks, recent tokens). Requests
-    with fewer blocks read all they have.
+    The `first` blocks and the `last` ones that hold keys are always among them (attention sinks, recent tokens).
+    Requests with fewer blocks read all they have.
 
     Raises:
       ValueError: `count` does not exceed what is forced, or there are fewer blocks than `count`.

@@ -1,4 +1,4 @@
-"""Decode attention on any device: the visits of ``schedule.py``, a few blocks at a time for all requests, with a running softmax."""
+"""Decode attention on any device: the visits of `schedule.py`, some blocks of all requests at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK = 1024  # keys of each request read in one step
 
 
 def gather(x: Array, scale: Array | None, cache: KVCache, slot: Int[Array, "B K N"]) -> tuple[Array, Array | float]:
-    """Rows of ``x`` [B,K,N,D] at ``slot`` for every request and KV head, and their int8 factors [B,K,1,1,N] or 1."""
+    """Rows of `x` [B,K,N,D] at `slot` for every request and KV head, and their int8 factors [B,K,1,1,N] or 1."""
     batch, kv_heads, _ = slot.shape
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     if cache.page_table is None:
