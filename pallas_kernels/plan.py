@@ -158,7 +158,7 @@ class RowRuns:
         stop = jnp.clip(last_row // self.block_k + 1, 0, tiles) if self.causal else jnp.int32(tiles)
         sink_tiles, window = jnp.asarray(self.sink_tiles)[pattern], jnp.asarray(self.window)[pattern]
         sinks = jnp.minimum(sink_tiles, stop)
-        oldest = jnp.maximum(row - jnp.maximum(window, 0) + 1, 0) + jnp.maximum(-window, 0)  # wraps for no window: 0
+        oldest = jnp.maximum(row - jnp.maximum(window, 0) + 1, 0)
         begin = jnp.clip(oldest // self.block_k, sinks, stop)
         begin = jnp.where(window <= (0 if self.causal else -INF), stop, begin)
         if self.packed is None:
