@@ -1,0 +1,34 @@
+"""One validated attention call, as every backend receives it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.lists import BlockList
+from pallas_kernels.masks import Mask
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """What `block_sparse_attention` hands to a backend's `attend(call) -> (o [B,T,H,Dv], lse float32 [B,H,T])`.
+
+    `segment_ids` act whether or not the mask has `Segments()`. `lists` also holds the mask's own `Blocks` term, so a
+    backend reads lists only here and plans the rest: `call.mask.plan(H, T, S, block_q, block_k)`. Attention sinks that
+    are logits are applied outside, through lse. A backend's gradient takes (do, dlse); o has q's dtype.
+    """
+
+    q: Float[Array, "B T H D"]
+    k: Float[Array, "B S K D"]
+    v: Float[Array, "B S K Dv"]
+    mask: Mask
+    lists: BlockList | None
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
+    q_offset: int | Int[Array, " B"] = dataclasses.field(metadata={"static": False})
+    kv_length: Int[Array, " B"] | None
+    scale: float = dataclasses.field(metadata={"static": True})
+    soft_cap: float | None = dataclasses.field(metadata={"static": True})
+    need_lse: bool = dataclasses.field(metadata={"static": True})

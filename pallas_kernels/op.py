@@ -1,0 +1,61 @@
+"""Choosing a backend: an ordered table of candidates, each of which runs or says why it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Mapping
+
+import jax
+
+_target = jax.make_user_context(default_value=None)
+
+
+class Unsupported(Exception):
+    """A backend declines a call. The message is the reason, one sentence."""
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': where the code being traced will run (see `target_platform`)."""
+    return _target.value or jax.default_backend()
+
+
+def target_platform(name: str) -> contextlib.AbstractContextManager[None]:
+    """Trace for `name` ('cpu', 'gpu', 'tpu') instead of this process's devices, for ahead-of-time compilation."""
+    if name not in ("cpu", "gpu", "tpu"):
+        raise ValueError(f"target_platform: {name!r} is not one of 'cpu', 'gpu', 'tpu'")
+    return _target(name)
+
+
+def lazy(module: str, name: str) -> Callable:
+    """A backend `name` in `module` whose import is put off until it is called."""
+
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
+
+
+def dispatch[**A, R](
+    op: str, backends: Mapping[str, Callable[A, R]], order: tuple[str, ...], implementation: str | None
+) -> Callable[A, R]:
+    """The function that tries `order` in turn, or only `implementation` when one is named.
+
+    Raises:
+      ValueError: `implementation` is not in `backends`.
+      Unsupported: the named backend declined, or all did; the message lists every reason.
+    """
+    if implementation is not None and implementation not in backends:
+        raise ValueError(f"{op}: implementation={implementation!r} is not one of {', '.join(map(repr, backends))}")
+    names = order if implementation is None else (implementation,)
+
+    def run(*args: A.args, **kwargs: A.kwargs) -> R:
+        reasons = []
+        for name in names:
+            try:
+                return backends[name](*args, **kwargs)
+            except Unsupported as reason:
+                reasons.append(f"{name}: {reason}")
+        raise Unsupported(f"{op}: no backend can run this call on {platform()} ({'; '.join(reasons)})")
+
+    return run
