@@ -145,33 +145,31 @@ def _kernel(g: Inputs, o_g, lse_g, *, static: Static, tiles: ForwardTiles, block
 
 def _fetch(g: Inputs, s: Static, tiles: ForwardTiles, m: dict, w: Work, carry) -> tuple[jax.Array, jax.Array]:
     """Loads one tile's queries and the keys and values of its steps; `carry` counts tiles and steps so far."""
-    done_tiles, done = carry
+    walked, done = carry
+    plan = steps(s, tiles.block_k, g, w)
     kv_head = lax.div(w.head, s.heads // s.kv_heads)
+    copies = _copies(s, tiles)
+    size = tiles.block_k // copies
+
+    def load(n):
+        slot = lax.rem(done + n, jnp.int32(tiles.stages))
+        place = plan.keys(n)
+        begins = (place.first, jnp.minimum(place.second, (tb.cdiv(s.keys, tb.UNIT) - 1) * tb.UNIT))
+        for name, src in (("k", g.k), ("v", g.v)):
+            dst, ready, free = m[name + "_s"], m[name + "_ready"], m[name + "_free"]
+            pl.when(done + n >= tiles.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+            for part in range(copies):
+                keys = src.at[w.batch, pl.ds(begins[part], size), kv_head]
+                plgpu.copy_gmem_to_smem(keys, dst.at[slot, pl.ds(part * size, size)], ready.at[slot])
+
+    # The first keys do not wait for the previous tile to be done with its queries.
+    pl.when(plan.total > 0)(lambda: load(jnp.int32(0)))
     for wg in range(WGS):
-        pl.when(done_tiles > 0)(lambda wg=wg: plgpu.barrier_wait(m["q_free"].at[wg]))
+        pl.when(walked > 0)(lambda wg=wg: plgpu.barrier_wait(m["q_free"].at[wg]))
         rows = pl.ds(w.index * ROW_TILE + wg * WG, WG)
         plgpu.copy_gmem_to_smem(g.q.at[w.batch, rows, w.head], m["q_s"].at[wg], m["q_ready"].at[wg])
-    total, keys = steps(s, tiles.block_k, g, w)
-    halves = _copies(s, tiles)
-    size = tiles.block_k // halves
-
-    def load(n, step):
-        slot = lax.rem(step, jnp.int32(tiles.stages))
-        first, second, _, _ = keys(n)
-        for src, dst, ready, free in (
-            (g.k, m["k_s"], m["k_ready"], m["k_free"]),
-            (g.v, m["v_s"], m["v_ready"], m["v_free"]),
-        ):
-            pl.when(step >= tiles.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-            for half, begin in enumerate((first, second)[:halves]):
-                plgpu.copy_gmem_to_smem(
-                    src.at[w.batch, pl.ds(begin, size), kv_head],
-                    dst.at[slot, pl.ds(half * size, size)],
-                    ready.at[slot],
-                )
-        return step + 1
-
-    return done_tiles + 1, lax.fori_loop(0, total, load, done)
+    pl.loop(1, plan.total)(load)
+    return walked + 1, done + plan.total
 
 
 def _drain(stages: int, m: dict, walked: jax.Array, done: jax.Array) -> None:
@@ -188,10 +186,9 @@ def _drain(stages: int, m: dict, walked: jax.Array, done: jax.Array) -> None:
 
 def _attend(g: Inputs, o_g, lse_g, s: Static, tiles: ForwardTiles, m: dict, wg, turn: Turn, w: Work, done) -> jax.Array:
     """One warpgroup's 64 rows against the tile's steps. `done` counts the steps of earlier tiles."""
-    total, keys = steps(s, tiles.block_k, g, w)
+    total, edges, keys = steps(s, tiles.block_k, g, w)
     row_lo = w.row(tb.OFFSET) + w.index * ROW_TILE + wg * WG
     slot_of = lambda step: lax.rem(step, jnp.int32(tiles.stages))
-    mask = functools.partial(mask_rows, g, s, tiles.block_k, w, row_lo)
     scale = s.scale * LOG2E if s.soft_cap is None else s.soft_cap * LOG2E
 
     plgpu.barrier_wait(m["q_ready"].at[wg])
@@ -201,7 +198,7 @@ def _attend(g: Inputs, o_g, lse_g, s: Static, tiles: ForwardTiles, m: dict, wg, 
         plgpu.barrier_wait(m["k_ready"].at[slot_of(done)])
         turn.take()
 
-    def step(n, carry):
+    def step(masked: bool, n, carry):
         acc, top, norm = carry
         slot = slot_of(done + n)
 
@@ -215,7 +212,8 @@ def _attend(g: Inputs, o_g, lse_g, s: Static, tiles: ForwardTiles, m: dict, wg, 
         pl.when(n + 1 == total)(lambda: plgpu.barrier_arrive(m["q_free"].at[wg]))
         if s.soft_cap is not None:
             x = jnp.tanh(x * (s.scale / s.soft_cap))
-        x = mask(x, keys(n))
+        if masked:
+            x = mask_rows(g, s, tiles.block_k, w, row_lo, x, keys(n))
 
         new_top = jnp.maximum(top, x.max(axis=1) * scale)
         fade = jnp.exp2(top - new_top)
@@ -234,8 +232,9 @@ def _attend(g: Inputs, o_g, lse_g, s: Static, tiles: ForwardTiles, m: dict, wg, 
         plgpu.barrier_arrive(m["v_free"].at[slot])
         return acc, new_top, norm
 
-    start = zeros((WG, s.dim_v), TILE), plgpu.layout_cast(jnp.full((WG,), NEG, jnp.float32), ROWS), zeros((WG,), ROWS)
-    acc, top, norm = lax.fori_loop(0, total, step, start)
+    carry = zeros((WG, s.dim_v), TILE), plgpu.layout_cast(jnp.full((WG,), NEG, jnp.float32), ROWS), zeros((WG,), ROWS)
+    carry = lax.fori_loop(0, edges, functools.partial(step, True), carry)
+    acc, top, norm = lax.fori_loop(edges, total, functools.partial(step, False), carry)
 
     @pl.when(total > 0)
     def _last_turn():
@@ -245,13 +244,6 @@ def _attend(g: Inputs, o_g, lse_g, s: Static, tiles: ForwardTiles, m: dict, wg, 
     def _unused_queries():
         plgpu.barrier_arrive(m["q_free"].at[wg])
 
-    if s.sink_logits:
-        extra = g.sink_logits[w.head] * LOG2E
-        new_top = jnp.maximum(top, extra)
-        fade = jnp.exp2(top - new_top)
-        norm = norm * fade + jnp.exp2(extra - new_top)
-        acc *= spread(fade, acc.shape, 0)
-        top = new_top
     _store(o_g, lse_g, s, m, wg, w, acc, top, norm)
     return done + total
 

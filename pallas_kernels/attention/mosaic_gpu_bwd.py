@@ -34,6 +34,7 @@ from pallas_kernels.attention.mosaic_gpu_common import (
     iota,
     launch,
     mask_rows,
+    one_segment,
     spread,
     steps,
     tiled,
@@ -127,13 +128,14 @@ def _dq_kernel(g: Inputs, ct: Cotangents, dq_g, *, static: Static, tiles: Backwa
     batch = lax.div(t, row_tiles)
     pattern = g.pattern[head] if s.patterns > 1 else jnp.int32(0)
     w = Work(batch, head, index, pattern, fields(g.table, batch, pattern, index))
-    total, keys = steps(s, tiles.dq_block_k, g, w)
+    plan = steps(s, tiles.dq_block_k, g, w)
+    total = plan.total
     slot_of = lambda n: lax.rem(n, jnp.int32(tiles.dq_stages))
 
     @pl.when(wg < WGS)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        _dq_rows(g, ct, dq_g, s, tiles, m, wg, w, total, keys, slot_of)
+        _dq_rows(g, ct, dq_g, s, tiles, m, wg, w, plan, slot_of)
 
     @pl.when(wg == WGS)
     def _load():
@@ -143,7 +145,7 @@ def _dq_kernel(g: Inputs, ct: Cotangents, dq_g, *, static: Static, tiles: Backwa
         @pl.loop(0, total)
         def _step(n):
             slot = slot_of(n)
-            first = keys(n)[0]
+            first = plan.keys(n).first
             for name, src in (("v", g.v), ("k", g.k)):
                 free = m[name + "_free"].at[slot]
                 pl.when(n >= tiles.dq_stages)(lambda free=free: plgpu.barrier_wait(free))
@@ -163,7 +165,7 @@ def _drain(total, stages: int, *barriers) -> None:
                 plgpu.barrier_wait(barrier.at[slot])
 
 
-def _dq_rows(g, ct, dq_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Work, total, keys, slot_of) -> None:
+def _dq_rows(g, ct, dq_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Work, plan, slot_of) -> None:
     row = w.index * ROW_TILE + wg * WG
     rows = pl.ds(row, WG)
     plgpu.copy_gmem_to_smem(g.q.at[w.batch, rows, w.head], m["q_s"].at[wg], m["q_ready"].at[wg])
@@ -174,7 +176,7 @@ def _dq_rows(g, ct, dq_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Work,
     shape = (WG, tiles.dq_block_k)
     plgpu.barrier_wait(m["q_ready"].at[wg])
 
-    def step(n, dq):
+    def step(masked: bool, n, dq):
         slot = slot_of(n)
 
         def products(x_ref, dp_ref):
@@ -182,7 +184,8 @@ def _dq_rows(g, ct, dq_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Work,
             plgpu.wgmma(x_ref, m["q_s"].at[wg], m["k_s"].at[slot].transpose((1, 0)))
             plgpu.barrier_wait(m["v_ready"].at[slot])
             plgpu.wgmma(dp_ref, m["do_s"].at[wg], m["v_s"].at[slot].transpose((1, 0)))
-            x = mask(plgpu.wgmma_accumulator_load(x_ref, wait_n=1), keys(n))
+            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
+            x = mask(x, plan.keys(n)) if masked else x
             p, capped = _weights(s, x, spread(lse, shape, 0))
             ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta, shape, 0))
             return ds if capped is None else ds * (1 - capped * capped)
@@ -194,7 +197,8 @@ def _dq_rows(g, ct, dq_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Work,
         plgpu.barrier_arrive(m["k_free"].at[slot])
         return dq
 
-    dq = lax.fori_loop(0, total, step, zeros((WG, s.dim), TILE))
+    dq = lax.fori_loop(0, plan.edges, functools.partial(step, True), zeros((WG, s.dim), TILE))
+    dq = lax.fori_loop(plan.edges, plan.total, functools.partial(step, False), dq)
     m["q_s"][wg] = (dq * s.scale).astype(dq_g.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(m["q_s"].at[wg], dq_g.at[w.batch, rows, w.head])
@@ -273,21 +277,32 @@ def _dkv_kernel(
                 plgpu.copy_gmem_to_smem(getattr(ct, stat).at[w.batch, head, rows], m[stat + "_s"].at[slot], ready)
             return done + 1
 
-        done = _each_row_tile(g, s, w, lambda head, tile, _, done: load(head, tile, done), jnp.int32(0))
+        done = _each_row_tile(g, s, w, lambda _, head, tile, __, done: load(head, tile, done), jnp.int32(0))
         _drain(done, stages, m["q_free"], m["do_free"])
 
 
 def _each_row_tile(g: Inputs, s: Static, w: Column, body, carry):
-    """Runs `body(head, row tile, field -> scalar, carry)` over the rows that read the block's keys, head by head."""
+    """Runs `body(masked, head, row tile, (pattern, field -> scalar), carry)` over the rows that read the block's keys.
+
+    Head by head; tiles on an edge of the mask come first.
+    """
 
     def one_head(n, carry):
         head = w.head + n
         pattern = g.pattern[head] if s.patterns > 1 else jnp.int32(0)
         field = fields(g.table, w.batch, pattern, w.index)
-        first, begin, begin_2 = field(tb.STEPS_1), field(tb.BEGIN_1), field(tb.BEGIN_2)
-        total = first + field(tb.STEPS_2)
-        tile = lambda r: jnp.where(r < first, begin + r, begin_2 + r - first)
-        return lax.fori_loop(0, total, lambda r, c: body(head, tile(r), (pattern, field), c), carry)
+        first, inner, inner_steps = field(tb.STEPS_1), field(tb.C_INNER_BEGIN), field(tb.C_INNER_STEPS)
+        edges = first + field(tb.STEPS_2) - inner_steps
+
+        def edge(r, carry):
+            r = jnp.where(r < inner, r, r + inner_steps)
+            tile = jnp.where(r < first, field(tb.BEGIN_1) + r, field(tb.BEGIN_2) + r - first)
+            return body(True, head, tile, (pattern, field), carry)
+
+        carry = lax.fori_loop(0, edges, edge, carry)
+        begin = field(tb.BEGIN_1) + inner
+        inside = lambda tile, carry: body(False, head, tile, (pattern, field), carry)
+        return lax.fori_loop(begin, begin + inner_steps, inside, carry)
 
     if w.heads_here == 1:
         return one_head(jnp.int32(0), carry)
@@ -302,7 +317,7 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
     plgpu.barrier_wait(m["kv_ready"].at[wg])
     shape = (WG, tiles.dkv_block_q)
 
-    def step(head, tile, where, carry):
+    def step(masked: bool, head, tile, where, carry):
         dk, dv, done = carry
         slot = lax.rem(done, jnp.int32(tiles.dkv_stages))
 
@@ -313,7 +328,8 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
             plgpu.barrier_wait(m["do_ready"].at[slot])
             plgpu.wgmma(dp_ref, m["v_s"].at[wg], m["do_s"].at[slot].transpose((1, 0)))
             x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-            x = _mask_columns(g, s, w, where, first, tile * tiles.dkv_block_q, x)
+            if masked:
+                x = _mask_columns(g, s, w, where, first, tile * tiles.dkv_block_q, x)
             p, capped = _weights(s, x, spread(lse, shape, 1))
             delta = plgpu.load(m["delta_s"].at[slot], layout=COLS)
             ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta, shape, 1))
@@ -355,24 +371,35 @@ def _mask_columns(g: Inputs, s: Static, w: Column, where, first, row, x: jax.Arr
     row_hi = row_lo + shape[1] - 1
     sink, window, limit = field(tb.C_SINK), field(tb.C_WINDOW), field(tb.C_KEY_STOP)
     stop = first + WG
-    full = (row_hi < field(tb.FULL_STOP)) | (stop <= sink) | (row_hi - first < window)
+    full = (stop <= sink) | (row_hi - first < window)
+    unit = lax.div(first, tb.UNIT)
+    if g.rules.expiry is not None:
+        unit = jnp.minimum(unit, g.rules.expiry.shape[1] - 1)
+        expiry = g.rules.expiry[pattern, unit]
+        full |= row_hi < expiry
     if g.rules.start is not None:
-        full |= (row_lo >= field(tb.FULL_2_START)) & (row_hi < field(tb.FULL_2_STOP))
+        start_2, stop_2 = g.rules.start[pattern, unit], g.rules.stop[pattern, unit]
+        full |= (start_2 <= row_lo) & (row_hi < stop_2)
     full &= stop <= limit
     if s.causal:
         full &= stop - 1 <= row_lo
+    if g.segments is not None:
+        full &= one_segment(g, w.batch, lax.div(row, WG), shape[1] // WG, unit, 1)
 
     def edge():
         j, i = first + iota(shape, 0), row_lo + iota(shape, 1)
         keep = (j < sink) | (i - j < window)
         if g.rules.expiry is not None:
-            unit = jnp.minimum(lax.div(first, tb.UNIT), g.rules.expiry.shape[1] - 1)
-            keep |= i < g.rules.expiry[pattern, unit]
-            if g.rules.start is not None:
-                keep |= (g.rules.start[pattern, unit] <= i) & (i < g.rules.stop[pattern, unit])
+            keep |= i < expiry
+        if g.rules.start is not None:
+            keep |= (start_2 <= i) & (i < stop_2)
         keep &= j < limit
         if s.causal:
             keep &= j <= i
+        if g.segments is not None:
+            k_seg = plgpu.load(g.segments.keys.at[w.batch, pl.ds(first, WG)], layout=ROWS, optimized=False)
+            q_seg = plgpu.load(g.segments.queries.at[w.batch, pl.ds(row, shape[1])], layout=COLS, optimized=False)
+            keep &= spread(k_seg, shape, 0) == spread(q_seg, shape, 1)
         return jnp.where(keep, x, -jnp.inf)
 
     return lax.cond(full, lambda: x, edge)

@@ -23,13 +23,13 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)
 COLS = plgpu.Layout.WGMMA.reduce(0)
 WGS = 2  # compute warpgroups
 WG = 64  # rows of one warpgroup's wgmma
-ROW_TILE = WGS * WG
+ROW_TILE = tb.ROW_TILE
 SMEM_BYTES = 227 * 1024
 TURN = 8  # named barriers 8 and 9; lower ones belong to the compiler
 
 
 class Static(NamedTuple):
-    """What the kernel is specialised to."""
+    """What a kernel is specialised to."""
 
     batch: int
     rows: int
@@ -43,8 +43,6 @@ class Static(NamedTuple):
     scale: float
     soft_cap: float | None
     lists: str  # "none", "plan" (per pattern) or "call" (per batch, head and row tile)
-    segments: bool
-    sink_logits: bool
     interpret: bool
 
 
@@ -54,16 +52,11 @@ class Inputs(NamedTuple):
     q: Any
     k: Any
     v: Any
-    table: Any  # [B, P, nQ, F] int32
+    table: Any  # [B, P, tiles, F] int32, a row or a column table
     pattern: Any  # [H] int32
-    units: Any  # [lists, n] int32
-    full: Any
-    lengths: Any  # [lists] int32, run-time lists only
-    rules: Any  # tables.Rules per unit
-    q_segments: Any  # [B, rows padded]
-    k_segments: Any  # [B, keys padded]
-    segment_ranges: Any  # ([B, 2, row units], [B, 2, key units])
-    sink_logits: Any  # [H] f32
+    lists: Any  # tables.Lists
+    rules: Any  # tables.Rules
+    segments: Any  # tables.Segments
 
 
 class Work(NamedTuple):
@@ -146,111 +139,122 @@ def fields(table: Any, batch: jax.Array, pattern: jax.Array, index: jax.Array) -
     return values.__getitem__
 
 
-def step_keys(n: jax.Array, row: Any, tile_k: int) -> tuple[jax.Array, jax.Array]:
-    """First key and key limit of step `n` where no lists are visited: sink tiles, then window tiles."""
-    past = n - row(tb.SINK_STEPS)
-    in_sink = past < 0
-    first = jnp.where(in_sink, n * tile_k, row(tb.WINDOW_BEGIN) + past * tile_k)
-    return first, jnp.where(in_sink, row(tb.SINK_STOP), row(tb.KEY_STOP))
-
-
 def static_full(first: jax.Array, stop: jax.Array, limit, row_lo, row_hi, sink, window, causal: bool) -> jax.Array:
     """Whether all rows row_lo..row_hi see every key of [first, stop) through the causal, sink and window rules."""
     full = (stop <= limit) & ((stop <= sink) | (row_hi - first < window))
     return full & (stop - 1 <= row_lo) if causal else full
 
 
-def steps(s: Static, block_k: int, g: Inputs, w: Work) -> tuple[jax.Array, Any]:
-    """Number of steps of a tile, and the function from a step to its two key starts, key limit and list fullness."""
-    if s.lists == "none":
-        total = w.row(tb.SINK_STEPS) + w.row(tb.WINDOW_STEPS)
+class Steps(NamedTuple):
+    """Steps of a row tile: the first `edges` of `total` lie on an edge of the mask. `keys(n)` says where step n is."""
 
-        def keys(n):
-            first, limit = step_keys(n, w.row, block_k)
-            return first, first + tb.UNIT, limit, None
+    total: jax.Array
+    edges: jax.Array
+    keys: Any
 
-        return total, keys
+
+class Place(NamedTuple):
+    """Keys of a step: first of all, first of the second unit, limit; `full_until` is -1 where no list is visited."""
+
+    first: jax.Array
+    second: jax.Array
+    limit: jax.Array
+    full_until: Any
+
+
+def steps(s: Static, block_k: int, g: Inputs, w: Work) -> Steps:
+    sink_steps, window_steps = w.row(tb.SINK_STEPS), w.row(tb.WINDOW_STEPS)
     per = block_k // tb.UNIT
+    listed = None if s.lists == "none" else _listed(s, g, w, per)
+    list_steps = jnp.int32(0) if listed is None else listed[0]
+    total = sink_steps + list_steps + window_steps
+    inner_steps = w.row(tb.INNER_STEPS)
+    inner = w.row(tb.INNER_BEGIN) + jnp.where(window_steps > 0, sink_steps + list_steps, 0)
+    edges = total - inner_steps
+
+    def direct(n):
+        past = n - sink_steps - list_steps
+        in_sink = n < sink_steps
+        first = jnp.where(in_sink, w.row(tb.SINK_BEGIN) + n * block_k, w.row(tb.WINDOW_BEGIN) + past * block_k)
+        limit = jnp.where(in_sink, w.row(tb.SINK_STOP), w.row(tb.KEY_STOP))
+        return Place(first, first + tb.UNIT, limit, None if listed is None else jnp.int32(-1))
+
+    def keys(n):
+        n = jnp.where(n < edges, jnp.where(n < inner, n, n + inner_steps), inner + n - edges)
+        if listed is None:
+            return direct(n)
+        at = n - sink_steps
+        return lax.cond((at >= 0) & (at < list_steps), lambda: listed[1](at), lambda: direct(n))
+
+    return Steps(total, edges, keys)
+
+
+def _listed(s: Static, g: Inputs, w: Work, per: int) -> tuple[jax.Array, Any]:
+    """Steps over a tile's list of key units, `per` units a step, and the function from such a step to its place."""
     if s.lists == "plan":
         which, low, length = w.pattern, w.row(tb.LIST_LOW), w.row(tb.LIST_LEN)
     else:
-        heads = g.lengths.shape[1]
+        _, heads, rows = g.lists.length.shape
         head = lax.div(w.head, s.heads // heads)
-        which = (w.batch * heads + head) * g.lengths.shape[2] + lax.div(w.index, list_ratio(s, g))
-        low, length = jnp.int32(0), g.lengths[w.batch, head, lax.div(w.index, list_ratio(s, g))]
-    list_steps = lax.div(length + (per - 1), per)
-    sink_steps = w.row(tb.SINK_STEPS)
+        row = lax.div(w.index, tb.cdiv(tb.cdiv(s.rows, ROW_TILE), rows))
+        which, low, length = (w.batch * heads + head) * rows + row, jnp.int32(0), g.lists.length[w.batch, head, row]
     outside = tb.cdiv(s.keys, tb.UNIT)
 
-    def keys(n):
-        at = n - sink_steps
+    def place(at):
+        limit = w.row(tb.KEY_STOP)
+        entry = low + at * per
+        unit, full = g.lists.units[which, entry], g.lists.full[which, entry]
+        last = unit
+        if per == 2:
+            pair = at * per + 1 < length
+            other = entry + jnp.where(pair, 1, 0)
+            last = jnp.where(pair, g.lists.units[which, other], outside)
+            full = jnp.minimum(full, g.lists.full[which, other])
+        stop = (last + 1) * tb.UNIT
+        full = jnp.where(stop <= limit, full, 0)
+        if s.causal:
+            full = jnp.where(stop - 1 <= w.row(tb.OFFSET) + w.index * ROW_TILE, full, 0)
+        return Place(unit * tb.UNIT, last * tb.UNIT, limit, full)
 
-        def listed():
-            limit = w.row(tb.KEY_STOP)
-            entry = low + at * per
-            unit, full = g.units[which, entry], g.full[which, entry]
-            last = unit
-            if per == 2:
-                pair = at * per + 1 < length
-                other = entry + jnp.where(pair, 1, 0)
-                last = jnp.where(pair, g.units[which, other], outside)
-                full = jnp.minimum(full, g.full[which, other])
-            stop = (last + 1) * tb.UNIT
-            full = jnp.where(stop <= limit, full, 0)
-            if s.causal:
-                full = jnp.where(stop - 1 <= w.row(tb.OFFSET) + w.index * ROW_TILE, full, 0)
-            return unit * tb.UNIT, last * tb.UNIT, limit, full
-
-        def direct():
-            skip = jnp.where(at < 0, n, n - list_steps)
-            first, limit = step_keys(skip, w.row, block_k)
-            return first, first + tb.UNIT, limit, jnp.int32(-1)
-
-        return lax.cond((at >= 0) & (at < list_steps), listed, direct)
-
-    return sink_steps + list_steps + w.row(tb.WINDOW_STEPS), keys
+    return lax.div(length + (per - 1), per), place
 
 
-def list_ratio(s: Static, g: Inputs) -> int:
-    return tb.cdiv(tb.cdiv(s.rows, ROW_TILE), g.lengths.shape[2])
-
-
-def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array, where) -> jax.Array:
+def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array, place: Place) -> jax.Array:
     """Scores with -inf where the row may not see the key; passes tiles whose every pair is allowed."""
-    first, second, limit, listed = where
+    first, second, limit, full_until = place
     shape = x.shape
     sink, window, row_hi = w.row(tb.SINK), w.row(tb.WINDOW), row_lo + (WG - 1)
     full = static_full(first, first + block_k, limit, row_lo, row_hi, sink, window, s.causal)
-    if listed is not None:
-        full = jnp.where(listed >= 0, row_hi < listed, full)
-    if s.segments:
-        full &= one_segment(g, block_k, w, row_lo - w.row(tb.OFFSET), first)
+    if full_until is not None:
+        full = jnp.where(full_until >= 0, row_hi < full_until, full)
+    row = row_lo - w.row(tb.OFFSET)
+    if g.segments is not None:
+        full &= one_segment(g, w.batch, lax.div(row, WG), 1, lax.div(first, tb.UNIT), block_k // tb.UNIT)
 
     def edge():
         col = iota(shape, 1)
         j = first + col
-        if listed is not None:
+        if full_until is not None:
             j = jnp.where(col < tb.UNIT, j, second - tb.UNIT + col)
         i = row_lo + iota(shape, 0)
         keep = (j < sink) | (i - j < window)
         if g.rules.expiry is not None:
-            keep |= column_rules(g, w, (first, second), col, i)
+            keep |= _column_rules(g, w, (first, second), col, i)
         if s.lists == "call":
-            keep = jnp.where(listed >= 0, ~keep, keep)
+            keep ^= full_until >= 0  # static rules have their own steps
         keep &= j < limit
         if s.causal:
             keep &= j <= i
-        if s.segments:
-            rows = pl.ds(row_lo - w.row(tb.OFFSET), WG)
-            q_seg = plgpu.load(g.q_segments.at[w.batch, rows], layout=ROWS, optimized=False)
-            k_seg = plgpu.load(g.k_segments.at[w.batch, pl.ds(first, block_k)], layout=COLS, optimized=False)
+        if g.segments is not None:
+            q_seg = plgpu.load(g.segments.queries.at[w.batch, pl.ds(row, WG)], layout=ROWS, optimized=False)
+            k_seg = plgpu.load(g.segments.keys.at[w.batch, pl.ds(first, block_k)], layout=COLS, optimized=False)
             keep &= spread(q_seg, shape, 0) == spread(k_seg, shape, 1)
         return jnp.where(keep, x, -jnp.inf)
 
     return lax.cond(full, lambda: x, edge)
 
 
-def column_rules(g: Inputs, w: Work, firsts, col, i) -> jax.Array:
+def _column_rules(g: Inputs, w: Work, firsts: tuple, col: jax.Array, i: jax.Array) -> jax.Array:
     """Rows that a key column outlives, or that its later interval covers: two scalars a step, as columns are units."""
     last = g.rules.expiry.shape[1] - 1
     units = [jnp.minimum(lax.div(f, tb.UNIT), last) for f in firsts]
@@ -261,13 +265,12 @@ def column_rules(g: Inputs, w: Work, firsts, col, i) -> jax.Array:
     return keep
 
 
-def one_segment(g: Inputs, block_k: int, w: Work, row, first) -> jax.Array:
-    rows, keys = g.segment_ranges
-    r, u = lax.div(row, WG), lax.div(first, tb.UNIT)
-    same = lambda x, y: x == y
-    low = rows[w.batch, 0, r]
-    full = same(low, rows[w.batch, 1, r])
-    for half in range(block_k // tb.UNIT):
-        at = jnp.minimum(u + half, keys.shape[2] - 1)
-        full &= same(low, keys[w.batch, 0, at]) & same(low, keys[w.batch, 1, at])
+def one_segment(g: Inputs, batch, row, row_count: int, unit, unit_count: int) -> jax.Array:
+    """Whether 64-row groups [row, row + row_count) and key units [unit, unit + unit_count) are one segment throughout."""
+    rows, keys = g.segments.query_range, g.segments.key_range
+    low = rows[batch, 0, row]
+    full = low == rows[batch, 1, row]
+    for table, at, count in ((rows, row, row_count), (keys, unit, unit_count)):
+        for n in range(count):
+            full &= (table[batch, 0, at + n] == low) & (table[batch, 1, at + n] == low)
     return full
