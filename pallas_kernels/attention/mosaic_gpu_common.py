@@ -266,7 +266,7 @@ def _column_rules(g: Inputs, w: Work, firsts: tuple, col: jax.Array, i: jax.Arra
 
 
 def one_segment(g: Inputs, batch, row, row_count: int, unit, unit_count: int) -> jax.Array:
-    """Whether 64-row groups [row, row + row_count) and key units [unit, unit + unit_count) are one segment throughout."""
+    """Whether `row_count` groups of 64 rows and `unit_count` key units, from `row` and `unit` on, are one segment."""
     rows, keys = g.segments.query_range, g.segments.key_range
     low = rows[batch, 0, row]
     full = low == rows[batch, 1, row]

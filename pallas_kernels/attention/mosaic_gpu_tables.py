@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from pallas_kernels.lists import BlockList
 from pallas_kernels.op import Unsupported
 from pallas_kernels.plan import Plan
 
@@ -85,16 +86,37 @@ def rules(plan: Plan) -> Rules:
     return Rules(expiry, second[..., 0], second[..., 1])
 
 
-def segments(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Segments:
+def segments(queries: Int[Array, "B T"], keys: Int[Array, "B S"], rows: int, key_rows: int) -> Segments:
+    """Ids of a call whose arrays are padded to `rows` queries and `key_rows` keys."""
     low = -(2**31)
-    pad = lambda x, tile, fill: jnp.pad(x, ((0, 0), (0, (-x.shape[1]) % tile)), constant_values=fill)
-    queries, keys = pad(queries, ROW_TILE, low + 1), jnp.pad(pad(keys, ROW_TILE, low), ((0, 0), (0, ROW_TILE)))
+    fill = lambda x, size, value: jnp.pad(x, ((0, 0), (0, size - x.shape[1])), constant_values=value)
+    queries = fill(queries, cdiv(rows, ROW_TILE) * ROW_TILE, low + 1)
+    keys = fill(keys, (cdiv(key_rows, ROW_TILE) + 1) * ROW_TILE, low)  # a step may begin in the last unit
 
     def extremes(x):
         x = x.reshape(x.shape[0], -1, UNIT)
         return jnp.stack([x.min(-1), x.max(-1)], axis=1)
 
     return Segments(queries, keys, extremes(queries), extremes(keys))
+
+
+def run_time_lists(chosen: BlockList, plan: Plan, keys: int, offset: Array) -> Lists:
+    """A call's block lists in key units, with the tiles that need no mask marked."""
+    batch, list_heads, list_rows, width = chosen.idx.shape
+    times, units = chosen.block_k // UNIT, cdiv(keys, UNIT)
+    used = jnp.arange(width) < chosen.count[..., None]
+    block = jnp.where(used, chosen.idx, units)[..., None]
+    unit = jnp.minimum(block * times + jnp.arange(times), units).reshape(batch, list_heads, list_rows, width * times)
+    first = offset[:, None, None, None] + chosen.block_q * jnp.arange(list_rows)[None, None, :, None]
+    last = first + chosen.block_q - 1
+    # Static rules own the keys of sink and window: a listed unit is whole only where it lies beyond both, for all heads.
+    sink, window = jnp.asarray(plan.sink).max(), jnp.asarray(plan.window).max()
+    begin, end = unit * UNIT, unit * UNIT + UNIT - 1
+    whole = (begin >= sink) & ((window <= 0) | (first - end >= window))
+    whole &= (end <= first) | (not plan.causal)
+    full = jnp.where(whole, last + 1, 0)
+    flat = lambda x: x.reshape(-1, width * times).astype(jnp.int32)
+    return Lists(flat(unit), flat(full), chosen.count * times)
 
 
 def _reach(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) -> tuple[Array, Array]:
