@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Int
 from pallas_kernels.lists import BlockList
 from pallas_kernels.plan import INF, Ints, Plan, namespace
 
-Number = int | Int[Ints, ""]
+Number = int | np.integer | Int[Ints, ""]
 
 
 def _pytree(*static: str) -> Callable[[type], type]:
