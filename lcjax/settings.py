@@ -39,20 +39,27 @@ CONFIGURABLES = {
     "Checkpoints": "lcjax.train.job:Checkpoints",
     "Reports": "lcjax.train.job:Reports",
     "Sample": "lcjax.train.job:Sample",
+    "StepOptions": "lcjax.train.step:StepOptions",
+    "Sampling": "lcjax.serve.sampling:Sampling",
     "Mesh": "lcjax.train.job:MeshSpec",
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
     "GatedLinear": "lcjax.models.spec:GatedLinear",
-    "pretrained": "lcjax.serve.source:Pretrained",
-    # decoding
-    "generate": "lcjax.serve.job:Generate",
-    "Engine": "lcjax.serve.engine:Engine",
-    "Sampling": "lcjax.serve.sampling:Sampling",
-    # evaluation
-    "evaluate": "lcjax.eval.job:Evaluate",
-    "perplexity": "lcjax.eval.perplexity:Perplexity",
-    "passkey": "lcjax.eval.passkey:Passkey",
+    "Rope": "lcjax.positions.laws:Rope",
+    "LinearRope": "lcjax.positions.laws:Linear",
+    "DynamicNTK": "lcjax.positions.laws:DynamicNTK",
+    "YaRN": "lcjax.positions.laws:YaRN",
+    "Llama3Rope": "lcjax.positions.laws:Llama3",
+    "LongRoPE": "lcjax.positions.laws:LongRoPE",
+    # data
+    "DataSpec": "lcjax.data.spec:DataSpec",
+    "Mixture": "lcjax.data.spec:Mixture",
+    "PythonStdlib": "lcjax.data.sources:PythonStdlib",
+    "TextFiles": "lcjax.data.sources:TextFiles",
+    "JsonLines": "lcjax.data.sources:JsonLines",
+    "SourceTree": "lcjax.data.sources:SourceTree",
+    "TFDSText": "lcjax.data.sources:TFDSText",
 }
 """Short gin name -> `module:object`, imported when a configuration uses it. A dotted name that is not in the table
 (`my_package.my_module.MyOptimizer`) is imported as it stands: a study needs no edit here."""

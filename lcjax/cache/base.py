@@ -5,15 +5,16 @@ arguments XLA writes them in place. Keep caches as a tuple over layers (or carry
 outputs a second copy of everything would appear.
 """
 
-from typing import Any, Protocol, Self, TypedDict, Unpack, runtime_checkable
+from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
-from pallas_kernels.masks import Mask
 
 from pallas_kernels import block_sparse_attention
+from pallas_kernels.masks import Mask
 
 type Counts = Int[Array | np.ndarray, "B"]
 """Tokens of each request. Zeros in NumPy are known while tracing: the first chunk then needs no look at the cache."""
@@ -52,7 +53,7 @@ class AttentionCache(Protocol):
         """Bytes of keys, values and states held for the whole batch."""
         ...
 
-    def append(self, k: Array, v: Array, valid: Array | None = None) -> Self:
+    def append(self, k: Array, v: Array, valid: Array | None = None) -> "AttentionCache":
         """k, v `[B,T,K,D]` follow the tokens held. `valid[B,T]` marks real tokens; padding is on the right."""
         ...
 
@@ -68,13 +69,23 @@ def through_op(
     q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K Dv"], mask: Mask, **options: Any
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"] | None]:
     """`block_sparse_attention` in the cache's dtype, with a pair as result whether or not lse was asked for."""
-    options = {"return_lse": True, **options}
-    out = block_sparse_attention(q.astype(k.dtype), k, v, mask, **options)
-    o, lse = out if options["return_lse"] else (out, None)
-    return o.astype(q.dtype), lse
+    if options.pop("return_lse", True):
+        return with_lse(q, k, v, mask, **options)
+    o = block_sparse_attention(q.astype(k.dtype), k, v, mask, **options)
+    assert not isinstance(o, tuple)
+    return o.astype(q.dtype), None
 
 
-def appended(tokens: int, valid: Bool[Array, "B T"] | None, batch: int) -> Int[Array, "B"] | np.ndarray:
+def with_lse(
+    q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K Dv"], mask: Mask, **options: Any
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
+    """As `through_op`, and always with lse."""
+    out = block_sparse_attention(q.astype(k.dtype), k, v, mask, return_lse=True, **options)
+    assert isinstance(out, tuple)
+    return out[0].astype(q.dtype), out[1]
+
+
+def appended(tokens: int, valid: Bool[Array, "B T"] | None, batch: int) -> Counts:
     """How many of the `tokens` new tokens of each request are real."""
     if valid is None:
         return np.full((batch,), tokens, np.int32)
@@ -86,7 +97,7 @@ def no_tokens(batch: int) -> np.ndarray:
     return np.zeros((batch,), np.int32)
 
 
-def known_empty(length: Array | np.ndarray) -> bool:
+def known_empty(length: Counts) -> bool:
     """Whether the cache was certainly empty, by what is known while tracing."""
     return isinstance(length, np.ndarray) and not length.any()
 
@@ -112,9 +123,14 @@ def write_slots(
     return buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
 
 
-def check_room(length: Array | np.ndarray, tokens: Array, capacity: int) -> None:
+def traced(x: Any) -> bool:
+    """Whether the value is not known yet."""
+    return isinstance(x, Tracer)
+
+
+def check_room(length: Counts, tokens: Counts, capacity: int) -> None:
     """Raise when an append passes the end; only where the numbers are known (outside jit)."""
-    if isinstance(length, jax.core.Tracer) or isinstance(tokens, jax.core.Tracer):
+    if traced(length) or traced(tokens):
         return
     reached = int(np.max(np.asarray(length) + np.asarray(tokens)))
     if reached > capacity:

@@ -1,15 +1,13 @@
 """Every token keeps its slot: the cache of a layer that may look anywhere."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-from pallas_kernels.masks import Mask
 
 from lcjax.cache.base import (
-    Counts,
     Options,
     appended,
     check_room,
@@ -21,6 +19,7 @@ from lcjax.cache.base import (
 )
 from lcjax.cache.direct import attend_direct, few
 from lcjax.cache.visible import visible
+from pallas_kernels.masks import Mask
 
 PLAN_BLOCK = 128
 
@@ -30,13 +29,13 @@ PLAN_BLOCK = 128
 class DenseCache:
     """Token j of a request lies in slot j."""
 
-    k: Float[Array, "B S K D"]
-    v: Float[Array, "B S K Dv"]
-    length: Counts
-    start: Counts
+    k: Any  # [B,S,K,D]
+    v: Any  # [B,S,K,Dv]
+    length: Any  # int32 [B]
+    start: Any  # int32 [B]
 
     @classmethod
-    def init(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Self:
+    def init(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any) -> "DenseCache":
         """An empty cache for `capacity` tokens a request."""
         shape = (batch, capacity, num_kv_heads, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), no_tokens(batch), no_tokens(batch))
@@ -53,7 +52,7 @@ class DenseCache:
 
     def append(
         self, k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], valid: Bool[Array, "B T"] | None = None
-    ) -> Self:
+    ) -> "DenseCache":
         """Write the new tokens behind the ones held."""
         batch, tokens = k.shape[:2]
         count = appended(tokens, valid, batch)
@@ -61,7 +60,7 @@ class DenseCache:
         if known_empty(self.length):
             k, v = write_first(self.k, k), write_first(self.v, v)
             return replace(self, k=k, v=v, length=self.length + jnp.asarray(count), start=self.length)
-        slot = self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+        slot = jnp.asarray(self.length)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         return replace(
             self,
             k=write_slots(self.k, k, slot, valid),
@@ -81,6 +80,6 @@ class DenseCache:
             return through_op(q, self.k, self.v, mask, q_offset=self.start, kv_length=self.length, **options)
         plan = mask.plan(heads, tokens, self.capacity, PLAN_BLOCK, PLAN_BLOCK)
         slots = jnp.arange(self.capacity, dtype=jnp.int32)
-        columns = jnp.where(slots < self.length[:, None], slots, -1)
-        rows = self.start[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+        columns = jnp.where(slots < jnp.asarray(self.length)[:, None], slots, -1)
+        rows = jnp.asarray(self.start)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         return attend_direct(q, self.k, self.v, visible(plan, rows, columns), **options)

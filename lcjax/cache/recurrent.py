@@ -1,13 +1,13 @@
 """The cache of a recurrent mixer: a state of fixed size, whatever the length."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lcjax.cache.base import Counts, appended, no_tokens
+from lcjax.cache.base import appended, no_tokens
 from pallas_kernels import LinearState
 
 UNBOUNDED = 2**31 - 1
@@ -19,12 +19,12 @@ class RecurrentCache:
     """The linear-attention state and, per convolved stream (such as 'q', 'k'), its last W-1 inputs."""
 
     state: LinearState
-    tails: dict[str, Float[Array, "B W C"]]
-    length: Counts
-    start: Counts
+    tails: dict[str, Any]  # [B,W-1,C]
+    length: Any  # int32 [B]
+    start: Any  # int32 [B]
 
     @classmethod
-    def init(cls, state: LinearState, tails: dict[str, Array]) -> Self:
+    def init(cls, state: LinearState, tails: dict[str, Array]) -> "RecurrentCache":
         """From the zero state and zero tails of a mixer."""
         batch = state.s.shape[0]
         return cls(state, tails, no_tokens(batch), no_tokens(batch))
@@ -41,7 +41,7 @@ class RecurrentCache:
 
     def advance(
         self, state: LinearState, tails: dict[str, Array], tokens: int, valid: Bool[Array, "B T"] | None = None
-    ) -> Self:
+    ) -> "RecurrentCache":
         """The cache after `tokens` more tokens, of which `valid` marks the real ones."""
         tails = {name: tail.astype(self.tails[name].dtype) for name, tail in tails.items()}
         count = appended(tokens, valid, self.length.shape[0])

@@ -7,18 +7,28 @@ equals the dense cache under the same mask.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-from pallas_kernels.masks import Causal, Mask, Sink, Window
-from pallas_kernels.plan import Plan
 
-from lcjax.cache.base import Counts, Options, appended, known_empty, no_tokens, through_op, write_first, write_slots
+from lcjax.cache.base import (
+    Options,
+    appended,
+    known_empty,
+    no_tokens,
+    through_op,
+    traced,
+    with_lse,
+    write_first,
+    write_slots,
+)
 from lcjax.cache.direct import attend_direct, few
 from lcjax.cache.visible import visible
 from pallas_kernels import merge_attention
+from pallas_kernels.masks import Causal, Mask, Sink, Window
+from pallas_kernels.plan import Plan
 
 UNBOUNDED = 2**31 - 1
 PLAN_BLOCK = 128
@@ -29,17 +39,17 @@ PLAN_BLOCK = 128
 class RingCache:
     """`k[:, :sink]` holds the sinks, the rest is the ring."""
 
-    k: Float[Array, "B S K D"]
-    v: Float[Array, "B S K Dv"]
-    length: Counts
-    start: Counts
+    k: Any  # [B,S,K,D]
+    v: Any  # [B,S,K,Dv]
+    length: Any  # int32 [B]
+    start: Any  # int32 [B]
     sink: int = field(metadata={"static": True})
     window: int = field(metadata={"static": True})
 
     @classmethod
     def init(
         cls, batch: int, window: int, num_kv_heads: int, head_dim: int, dtype: Any, *, sink: int = 0, chunk: int = 1
-    ) -> Self:
+    ) -> "RingCache":
         """An empty ring that takes at most `chunk` tokens an append."""
         if window < 1 or sink < 0 or chunk < 1:
             raise ValueError(
@@ -66,7 +76,7 @@ class RingCache:
 
     def append(
         self, k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], valid: Bool[Array, "B T"] | None = None
-    ) -> Self:
+    ) -> "RingCache":
         """Write the new tokens; each takes the place of the token R before it."""
         batch, tokens = k.shape[:2]
         if tokens > self.ring - self.window + 1:
@@ -78,7 +88,7 @@ class RingCache:
         if known_empty(self.length):  # slots are positions until the ring turns
             k, v = write_first(self.k, k), write_first(self.v, v)
             return replace(self, k=k, v=v, length=self.length + jnp.asarray(count), start=self.length)
-        position = self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+        position = jnp.asarray(self.length)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         slot = jnp.where(position < self.sink, position, self.sink + (position - self.sink) % self.ring)
         return replace(
             self,
@@ -90,7 +100,7 @@ class RingCache:
 
     def positions(self) -> Int[Array, "B S"]:
         """The absolute position of the token in each slot; -1 where none has been written."""
-        length = self.length[:, None]
+        length = jnp.asarray(self.length)[:, None]
         fixed = jnp.arange(self.sink, dtype=jnp.int32)
         fixed = jnp.where(fixed < length, fixed, -1)
         last = length - self.sink - 1  # index, counted behind the sinks, of the newest token
@@ -109,7 +119,7 @@ class RingCache:
         if known_empty(self.start):
             return through_op(q, self.k[:, :tokens], self.v[:, :tokens], mask, **options)
         if few(tokens):
-            rows = self.start[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+            rows = jnp.asarray(self.start)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
             return attend_direct(q, self.k, self.v, visible(plan, rows, self.positions()), **options)
         return self._attend_chunk(q, **options)
 
@@ -123,13 +133,12 @@ class RingCache:
         near_mask = Causal() & Window(self.window)
         if self.sink == 0:
             return through_op(q, k, v, near_mask, q_offset=self.start - first, kv_length=held, **options)
-        options = {**options, "return_lse": True}
-        near = through_op(q, k, v, near_mask, q_offset=self.start - first, kv_length=held, **options)
-        options = {**options, "sink_logits": None}  # they are in the first part
+        options.pop("return_lse", None)
+        near = with_lse(q, k, v, near_mask, q_offset=self.start - first, kv_length=held, **options)
+        options.pop("sink_logits", None)  # they are in the first part
         k, v, held = self.k[:, : self.sink], self.v[:, : self.sink], jnp.minimum(self.length, self.sink)
-        far = through_op(q, k, v, Causal() & Sink(self.sink), q_offset=self.start, kv_length=held, **options)
-        o, lse = merge_attention(near, far)
-        return o.astype(q.dtype), lse
+        far = with_lse(q, k, v, Causal() & Sink(self.sink), q_offset=self.start, kv_length=held, **options)
+        return merge_attention(near, far)
 
     def _check(self, plan: Plan) -> None:
         """Refuse a mask that differs from the ring's own, as far as its numbers are known."""
@@ -138,7 +147,7 @@ class RingCache:
                 "ring cache: its mask must be causal, of sinks and one window for all heads; use a dense cache"
             )
         for name, number, own in (("sink", plan.sink, self.sink), ("window", plan.window, self.window)):
-            if not isinstance(number, jax.core.Tracer) and int(number[0]) != own:
+            if not traced(number) and int(number[0]) != own:
                 raise ValueError(
                     f"ring cache: the mask's {name} is {int(number[0])} and the ring's {own}; make them equal"
                 )

@@ -1,7 +1,9 @@
 """Which cached tokens a query may see, for positions in any order (a ring holds them rotated)."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
+
 from pallas_kernels.plan import Plan
 
 
@@ -29,6 +31,6 @@ def visible(
     return allow[:, jnp.asarray(plan.pattern_of_head)]
 
 
-def _at_block(table: Array, block: Int[Array, "B S"]) -> Array:
+def _at_block(table: Array | np.ndarray, block: Int[Array, "B S"]) -> Array:
     """`[P,nK]` looked up per slot -> `[B,P,1,S]`."""
     return jnp.moveaxis(jnp.asarray(table)[:, block], 0, 1)[:, :, None, :]

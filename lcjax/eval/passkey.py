@@ -5,7 +5,7 @@ The test of Mohtashami and Jaggi (arXiv 2305.16300) in our own words.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ import numpy as np
 from lcjax.data.tokenizers import Tokenizer
 from lcjax.eval.plots import heat_map
 from lcjax.eval.task import Example, Scored, Task, mean
-from lcjax.serve.engine import Engine
 
 OPENING = "A pass key is hidden somewhere in the long and dull text below. Find it and remember it.\n"
 FILLER = "The meadow is green. The sea is blue. The sun is warm. A road leads out, and a road leads home again.\n"
@@ -21,7 +20,7 @@ NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Passkey(Task):
     """`trials` keys at each of `depths` (0: at the start, 1: at the end) for each of `lengths` in tokens."""
 
@@ -29,8 +28,6 @@ class Passkey(Task):
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     trials: int = 4
     new_tokens: int = 12
-    seed: int = 0
-    engine: Engine = field(default_factory=Engine)
     name: str = "passkey"
 
     def __post_init__(self):

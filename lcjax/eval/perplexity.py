@@ -39,7 +39,7 @@ class Perplexity:
     start: first input token. window: tokens averaged for one point by position. max_chars: only the beginning of the
     file is tokenized. context: None for one context of all tokens; else a sliding context of at most this many tokens
     (each target sees at least half of it, the first ones what there is). targets: None, or how many tokens at the
-    end of tokens[start : start + max(lengths)] are scored for every length; N then counts backwards from there. add_bos: put
+    end of tokens[start : start + max(lengths)] are scored for every length; N then counts backwards. add_bos: put
     the beginning-of-text token before the inputs; the targets stay the same. chunk: tokens read at a time. batch:
     sliding contexts read together.
     """
@@ -101,7 +101,7 @@ class Perplexity:
                 row = {"text": Path(self.text).name, "begin": end - self.window, "end": end, "perplexity": value}
                 file.write(json.dumps(row) + "\n")
         if windows:
-            curve = np.array(list(windows)), np.array(list(windows.values()))
+            curve = np.array([0, *windows]), np.array(list(windows.values()))
             title = f"{Path(self.text).stem}, windows of {self.window:,} tokens"
             by_position(
                 {model.source: curve}, title=title, path=output / f"{self.name}.png", trained=model.spec.max_length

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lcjax.data.tokenizers import Tokenizer
 from lcjax.serve.engine import Engine, Generator, Request
@@ -20,6 +20,7 @@ from lcjax.serve.source import Loaded
 type Table = Mapping[str, float]  # length -> value
 
 
+@runtime_checkable
 class Measure(Protocol):
     """One entry of an evaluation."""
 
@@ -51,13 +52,14 @@ class Scored(NamedTuple):
     score: float
 
 
+@dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """Base of generated-answer tasks. Subclasses are frozen dataclasses with these fields."""
+    """Base of generated-answer tasks; a subclass is a frozen dataclass too, with its own defaults."""
 
     name: str
     lengths: tuple[int, ...]
-    seed: int
-    engine: Engine
+    seed: int = 0
+    engine: Engine = field(default_factory=Engine)
 
     @abstractmethod
     def examples(self, tokenizer: Tokenizer, budget: int, seed: int) -> Iterable[Example]:

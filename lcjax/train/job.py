@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from lcjax.checkpoint.manifest import Sections, describe
+from lcjax.data.spec import DataSpec
 from lcjax.models.spec import ModelSpec
 from lcjax.parallel.mesh import make_mesh
 from lcjax.serve.sampling import Sampling
@@ -77,7 +77,7 @@ class Train:
     """
 
     model: ModelSpec
-    data: Any
+    data: DataSpec
     optimizer: Optimizer
     steps: int
     batch: int
@@ -119,15 +119,15 @@ class Train:
         if self.batch % jax.process_count():
             raise ValueError(f"batch {self.batch} does not divide over {jax.process_count()} processes")
 
-    def sections(self, mesh: Mesh, tokenizer_fingerprint: str) -> Sections:
-        """What two runs must share to share checkpoints, as the manifest stores it."""
-        schedule_steps = {"schedule_steps": self.steps}
+    def sections(self, mesh: Mesh, tokenizer: str, stream: str) -> Sections:
+        """What two runs must have in common to share checkpoints; `tokenizer` and `stream` are fingerprints."""
+        data = {k: v for k, v in describe(self.data).items() if k not in ("data_dir", "prefetch")}
         return {
             "model": describe(self.model),
-            "optimizer": {**describe(self.optimizer), **schedule_steps},
+            "optimizer": {**describe(self.optimizer), "schedule_steps": self.steps},
             "loss": {"z_loss": self.loss.z_loss},
-            "data": {"": describe(self.data), "batch": self.batch, "length": self.length},
-            "tokenizer": tokenizer_fingerprint,
+            "data": {**data, "batch": self.batch, "length": self.length, "stream": stream},
+            "tokenizer": tokenizer,
             "seed": self.seed,
             "mesh": ", ".join(f"{axis}={degree}" for axis, degree in mesh.shape.items()),
         }

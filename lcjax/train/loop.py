@@ -2,21 +2,22 @@
 
 import collections
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from lcjax.checkpoint.manager import CheckpointManager
 from lcjax.checkpoint.manifest import Sections
-from lcjax.data.pipeline import build_pipeline
+from lcjax.data.pipeline import Pipeline, build_pipeline, merge_states
 from lcjax.data.tokenizers import Tokenizer, load_tokenizer
 from lcjax.models.decoder import abstract
-from lcjax.models.flops import CONVENTION, flops_per_token
+from lcjax.observe.flops import CONVENTION, flops_per_token
 from lcjax.observe.hardware import peak_flops, peak_memory_bytes
 from lcjax.observe.metrics import MetricsLog, plot_loss
 from lcjax.parallel.rules import batch_sharding
@@ -36,16 +37,6 @@ class TrainingStopped(RuntimeError):
     """The run cannot go on: too many steps in a row were not finite, or the data has ended."""
 
 
-class Batches(Protocol):
-    """An endless stream of this process's rows; its state after `__next__` is where the next batch starts."""
-
-    def __next__(self) -> dict[str, np.ndarray]: ...
-
-    def get_state(self) -> dict[str, Any]: ...
-
-    def set_state(self, state: dict[str, Any]) -> None: ...
-
-
 @dataclass
 class Run:
     """A prepared run: its parts, and the training state after `step` batches."""
@@ -55,7 +46,7 @@ class Run:
     config: str
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
-    batches: Batches
+    batches: Pipeline
     manager: CheckpointManager
     sections: Sections
     state: TrainState
@@ -74,28 +65,22 @@ def prepare(job: Train, output: Path, config: str) -> Run:
     mesh = job.mesh.build()
     job.check_mesh(mesh)
     tokenizer = load_tokenizer(job.tokenizer)
-    if tokenizer.vocab_size > job.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer {job.tokenizer!r} has {tokenizer.vocab_size} tokens but ModelSpec.vocab_size is "
-            f"{job.model.vocab_size}: raise it to at least {tokenizer.vocab_size}"
-        )
-    sections = job.sections(mesh, tokenizer.fingerprint)
+    batches = build_pipeline(
+        job.data,
+        tokenizer,
+        batch=job.batch,
+        length=job.length,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        vocab_size=job.model.vocab_size,
+    )
+    sections = job.sections(mesh, tokenizer.fingerprint, batches.fingerprint)
     manager = CheckpointManager(output / "checkpoints", keep=job.checkpoints.keep)
     optimizer = job.optimizer.build(job.steps)
     shapes = states.abstract_state(job.model, optimizer, mesh)
     restored = manager.restore(shapes, sections, accept=job.checkpoints.accept)
-    rows = job.batch // jax.process_count()
-    batches = build_pipeline(
-        job.data,
-        tokenizer,
-        batch=rows,
-        length=job.length,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     if restored is None:
-        create = jax.jit(lambda: states.initialise(job.model, optimizer, job.seed), out_shardings=states.shardings(shapes))
-        state, step = create(), 0
+        state, step = states.create(job.model, optimizer, job.seed, shapes), 0
     else:
         state, step = restored.state, restored.step
         batches.set_state(restored.data_state)
@@ -130,6 +115,7 @@ def train(run: Run, stop: Preemption) -> int:
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack, Progress(job.steps, run.step, visible=first) as progress:
         stack.callback(run.manager.close)
+        stack.callback(run.batches.close)
         describe(run, progress)
         if run.step < job.steps:
             started = time.perf_counter()
@@ -190,8 +176,24 @@ def place(run: Run, rows: dict[str, np.ndarray]) -> Batch:
 
 
 def save(run: Run) -> None:
+    """Start a checkpoint of everything that the next step depends on."""
     with jax.transfer_guard("allow"):  # saving is a transfer that is meant
-        run.manager.save(run.step, run.state, run.batches.get_state(), run.sections)
+        data_state = merge_states(gather(run.batches.get_state()))
+        run.manager.save(run.step, run.state, data_state, run.sections)
+
+
+def gather(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """A JSON value of every process, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    padded = np.zeros(max(sizes), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 class Reporter:

@@ -29,7 +29,7 @@ class TrainState:
 
 
 def initialise(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """A fresh state: float32 master weights drawn from `seed`. Call it under jit to place it sharded at birth."""
+    """A fresh state: float32 master weights drawn from `seed`."""
     init_key, train_key = jax.random.split(jax.random.key(seed))
     params = nnx.split(Decoder(spec, rngs=nnx.Rngs(init_key)), nnx.Param)[1]
     return TrainState(
@@ -40,6 +40,14 @@ def initialise(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: i
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
     )
+
+
+def create(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, shapes: TrainState) -> TrainState:
+    """A fresh state on the devices that the abstract state `shapes` names, sharded from birth."""
+    if jax.tree.leaves(shapes)[0].sharding.mesh.size > 1:
+        return jax.jit(lambda: initialise(spec, optimizer, seed), out_shardings=shardings(shapes))()
+    # One weight at a time compiles one small program per shape; the whole model in one takes 20 s of compiling.
+    return jax.device_put(initialise(spec, optimizer, seed), shardings(shapes))
 
 
 def abstract_state(spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

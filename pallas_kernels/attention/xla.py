@@ -1,7 +1,7 @@
 """Block-sparse attention on any device: tiles of queries and keys in loops, skipping the tiles that no query reads.
 
 Memory is linear in length. One loop runs over (unit, query tile); inside it another runs over the key tiles that the
-tile visits, as many as there are. A unit is what shares its visits: all heads if they share a pattern, else one KV head.
+tile visits, as many as there are. A unit shares its visits: all heads if they share a pattern, else one KV head.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.op import platform
 from pallas_kernels.plan import Columns, Plan
+from pallas_kernels.pytrees import record
 
 MAX_TILES = 1024  # tiles along an axis: beyond it tiles grow, so that the visit table stays small
 
@@ -44,12 +45,11 @@ class Settings:
     soft_cap: float | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@record("settings")
 class Schedule:
     """What each query tile visits, and what the mask of a tile is made of."""
 
-    settings: Settings = dataclasses.field(metadata={"static": True})
+    settings: Settings
     order: Any  # [units, tiles_q, tiles_k] key tiles to visit first
     count: Any  # [units, tiles_q] how many
     plan: Plan
@@ -71,9 +71,10 @@ def _tile(length: int, target: int, unit: int) -> int:
 def _schedule(call: Call) -> Schedule:
     (batch, length, heads, _), (keys, kv_heads) = call.q.shape, call.k.shape[1:3]
     lists = call.lists
-    target_q, target_k = (512, 512) if platform() == "cpu" else (1024, 1024)
-    block_q = _tile(length, target_q, lists.block_q if lists else 1)
-    block_k = _tile(keys, target_k, lists.block_k if lists else 1)
+    # On a CPU the scores of a tile should stay in cache; on an accelerator few large steps win.
+    target = 1024 if platform() != "cpu" else 128 if max(length, keys) <= 8192 else 256
+    block_q = _tile(length, target, lists.block_q if lists else 1)
+    block_k = _tile(keys, target, lists.block_k if lists else 1)
     tiles_q, tiles_k = -(-length // block_q), -(-keys // block_k)
     plan = call.mask.plan(heads, length, keys, block_q, block_k)
     one_pattern = plan.num_patterns == 1

