@@ -136,7 +136,7 @@ def rope_config(law: Rope | None, max_length: int) -> dict[str, Any]:
     return config
 
 
-def period(layers: tuple[Mixer, ...]) -> tuple[Mixer, ...]:
+def period[M: Mixer](layers: tuple[M, ...]) -> tuple[M, ...]:
     """The shortest pattern that, repeated, gives these layers."""
     for size in range(1, len(layers) + 1):
         if all(mixer == layers[i % size] for i, mixer in enumerate(layers)):
