@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lcjax.cache.base import (
-    Counts,
     Options,
     appended,
     check_room,
@@ -30,10 +29,10 @@ PLAN_BLOCK = 128
 class DenseCache:
     """Token j of a request lies in slot j."""
 
-    k: Float[Array, "B S K D"]
-    v: Float[Array, "B S K Dv"]
-    length: Counts
-    start: Counts
+    k: Any  # [B,S,K,D]
+    v: Any  # [B,S,K,Dv]
+    length: Any  # int32 [B]
+    start: Any  # int32 [B]
 
     @classmethod
     def init(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any) -> "DenseCache":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lcjax.cache.base import Counts, appended, no_tokens
+from lcjax.cache.base import appended, no_tokens
 from pallas_kernels import LinearState
 
 UNBOUNDED = 2**31 - 1
@@ -19,9 +19,9 @@ class RecurrentCache:
     """The linear-attention state and, per convolved stream (such as 'q', 'k'), its last W-1 inputs."""
 
     state: LinearState
-    tails: dict[str, Float[Array, "B W C"]]
-    length: Counts
-    start: Counts
+    tails: dict[str, Any]  # [B,W-1,C]
+    length: Any  # int32 [B]
+    start: Any  # int32 [B]
 
     @classmethod
     def init(cls, state: LinearState, tails: dict[str, Array]) -> "RecurrentCache":

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcjax.cache.base import (
-    Counts,
     Options,
     appended,
     known_empty,
@@ -40,10 +39,10 @@ PLAN_BLOCK = 128
 class RingCache:
     """`k[:, :sink]` holds the sinks, the rest is the ring."""
 
-    k: Float[Array, "B S K D"]
-    v: Float[Array, "B S K Dv"]
-    length: Counts
-    start: Counts
+    k: Any  # [B,S,K,D]
+    v: Any  # [B,S,K,Dv]
+    length: Any  # int32 [B]
+    start: Any  # int32 [B]
     sink: int = field(metadata={"static": True})
     window: int = field(metadata={"static": True})
 

@@ -101,7 +101,7 @@ class Perplexity:
                 row = {"text": Path(self.text).name, "begin": end - self.window, "end": end, "perplexity": value}
                 file.write(json.dumps(row) + "\n")
         if windows:
-            curve = np.array(list(windows)), np.array(list(windows.values()))
+            curve = np.array([0, *windows]), np.array(list(windows.values()))
             title = f"{Path(self.text).stem}, windows of {self.window:,} tokens"
             by_position(
                 {model.source: curve}, title=title, path=output / f"{self.name}.png", trained=model.spec.max_length

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lcjax.data.tokenizers import Tokenizer
 from lcjax.serve.engine import Engine, Generator, Request
@@ -20,6 +20,7 @@ from lcjax.serve.source import Loaded
 type Table = Mapping[str, float]  # length -> value
 
 
+@runtime_checkable
 class Measure(Protocol):
     """One entry of an evaluation."""
 

@@ -138,7 +138,7 @@ class Generator:
         needed = max(len(row.ids) + row.request.max_new_tokens for row in rows)
         settings = stack([row.request.sampling for row in rows] + [Sampling()] * (batch - len(rows)))
         settings = settings, self._limits(rows, batch)
-        programs = self._programs_for(batch, min(bucket(needed, 512), self.capacity))
+        programs = self._programs_for(batch, min(bucket(needed, 512), -(-self.capacity // 256) * 256))
         chunks = list(self._chunks(rows, batch))
         programs.prepare(*settings, extend=len(chunks) > 1)
         self.report.compile_seconds += programs.compile_seconds

@@ -1,22 +1,16 @@
 """From token ids to text as it comes: no half characters, nothing past a stop string."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+
+from lcjax.data.tokenizers import Tokenizer
 
 UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
-
-
-@runtime_checkable
-class Decodes(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str: ...
 
 
 class TextStream:
     """Feed ids with `push`; each call returns the text that is final by then. `stopped` after a stop string."""
 
-    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         if "" in stop:
             raise ValueError("stop: an empty stop string would end every text at once; remove it")
         self._tokenizer = tokenizer

@@ -57,8 +57,10 @@ def run(cache, mask, qkv, sizes, **options):
     return cache, jnp.concatenate([o for o, _ in outs], 1), jnp.concatenate([lse for _, lse in outs], 2)
 
 
-@pytest.mark.parametrize("sizes", [(16, 16, 16), (1,) * T, (16, 1, 3, 12, 16)], ids=["chunks", "tokens", "mixed"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [*((case, (16, 3, 1, 16, 3, 3, 3, 3)) for case in CASES), ("dense, causal", (1,) * T), ("ring", (1,) * T)],
+)
 def test_any_chunks_equal_one_shot(qkv, case, sizes):
     init, mask = CASES[case]
     cache, o, lse = run(init(jnp.float32), mask, qkv, sizes)
@@ -72,7 +74,7 @@ def test_any_chunks_equal_one_shot(qkv, case, sizes):
 def test_soft_cap_and_sink_logits(qkv, case):
     init, mask = CASES[case]
     options = {"soft_cap": 2.0, "sink_logits": jnp.array([0.5, -1.0, 2.0, 0.0])}
-    _, o, lse = run(init(jnp.float32), mask, qkv, (16, 1, 1, 14, 16), **options)
+    _, o, lse = run(init(jnp.float32), mask, qkv, (16, 1, 3, 12, 16), **options)
     want_o, want_lse = expected(qkv, mask, **options)
     np.testing.assert_allclose(o, want_o, atol=2e-6)
     np.testing.assert_allclose(lse, want_lse, atol=2e-6)
@@ -116,7 +118,7 @@ def test_lse_only_on_request(qkv):
 
 def test_low_precision_cache_under_full_precision_queries(qkv):
     init, mask = CASES["dense, causal"]
-    _, o, lse = run(init(jnp.bfloat16), mask, qkv, (16, 16, 1, 15))
+    _, o, lse = run(init(jnp.bfloat16), mask, qkv, (16, 16, 1, 3, 12))
     assert (o.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     np.testing.assert_allclose(o, expected(qkv, mask)[0], atol=3e-2)
 
