@@ -247,14 +247,15 @@ class _Build:
     """One configuration while its job is built: the bindings, which of them were read, and the first error."""
 
     def __init__(self, statements: list[Binding]):
+        self.statements = statements
         self.bindings = {(b.scope, b.name, b.parameter): b for b in statements}  # a later line replaces an earlier
         self.read: set[tuple[str, str, str]] = set()
         self.error: SettingsError | None = None
 
     def names(self) -> set[str]:
-        """Every configurable that a binding or a reference names."""
-        used = {b.name for b in self.bindings.values() if b.parameter}
-        return used | {r.name for b in self.bindings.values() for r in _leaves(b.value) if isinstance(r, _Reference)}
+        """Every configurable that a line names, replaced lines included: gin parses them all."""
+        used = {b.name for b in self.statements if b.parameter}
+        return used | {r.name for b in self.statements for r in _leaves(b.value) if isinstance(r, _Reference)}
 
     def macros(self) -> dict[str, Binding]:
         return {b.key: b for b in self.bindings.values() if not b.parameter}

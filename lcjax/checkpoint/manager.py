@@ -54,6 +54,7 @@ class CheckpointManager:
         self._error: Exception | None = None
         # All processes must agree on the hidden folder; no other run may have used it.
         self._token = _agree(time.time_ns() % 10**9)
+        self._attempts = 0
 
     # Saving
 
@@ -61,7 +62,8 @@ class CheckpointManager:
         """Start writing a step; returns when `state` may be donated. Raises what an earlier save failed with."""
         self.wait()
         self.folder.mkdir(parents=True, exist_ok=True)
-        hidden = self.folder / f".saving-{step:08d}-{self._token}"
+        self._attempts += 1
+        hidden = self.folder / f".saving-{step:08d}-{self._token}-{self._attempts}"
         try:
             if jax.process_index() == 0:
                 hidden.mkdir(exist_ok=True)

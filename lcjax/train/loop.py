@@ -118,6 +118,7 @@ def train(run: Run, stop: Preemption) -> int:
         stack.callback(run.batches.close)
         describe(run, progress)
         if run.step < job.steps:
+            progress.say("compiling the step")
             started = time.perf_counter()
             compiled = stop.interruptible("compilation", lambda: compile_step(run))
             progress.say(f"compiled the step in {time.perf_counter() - started:.1f} s")

@@ -2,7 +2,6 @@
 
 import math
 from types import TracebackType
-from typing import Self
 
 import rich.console
 import rich.progress
@@ -27,7 +26,7 @@ class Progress:
         self._task = self._bar.add_task("train", total=total, completed=done, loss="-", rate="-")
         self._total = total
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         self._bar.start()
         return self
 
