@@ -40,7 +40,6 @@ CONFIGURABLES = {
     "Reports": "lcjax.train.job:Reports",
     "Sample": "lcjax.train.job:Sample",
     "StepOptions": "lcjax.train.step:StepOptions",
-    "Sampling": "lcjax.serve.sampling:Sampling",
     "Mesh": "lcjax.train.job:MeshSpec",
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
@@ -60,6 +59,31 @@ CONFIGURABLES = {
     "JsonLines": "lcjax.data.sources:JsonLines",
     "SourceTree": "lcjax.data.sources:SourceTree",
     "TFDSText": "lcjax.data.sources:TFDSText",
+    "pretrained": "lcjax.serve.source:Pretrained",
+    # decoding
+    "generate": "lcjax.serve.job:Generate",
+    "Engine": "lcjax.serve.engine:Engine",
+    "Sampling": "lcjax.serve.sampling:Sampling",
+    # evaluation
+    "evaluate": "lcjax.eval.job:Evaluate",
+    "perplexity": "lcjax.eval.perplexity:Perplexity",
+    "passkey": "lcjax.eval.passkey:Passkey",
+    "copy_recall": "lcjax.eval.copy_recall:CopyRecallProbe",
+    "suite": "lcjax.eval.runner:Suite",
+    "compare": "lcjax.eval.compare:Compare",
+    "Variant": "lcjax.eval.compare:Variant",
+    "ruler": "lcjax.eval.tasks.ruler:ruler",
+    "needle_threading": "lcjax.eval.tasks.needle_threading:needle_threading",
+    "babilong": "lcjax.eval.tasks.babilong:babilong",
+    "giraffe": "lcjax.eval.tasks.giraffe:giraffe",
+    "reasoning": "lcjax.eval.tasks.reasoning:reasoning",
+    "leval": "lcjax.eval.tasks.leval:leval",
+    "longbench": "lcjax.eval.tasks.longbench:longbench",
+    "helmet": "lcjax.eval.tasks.helmet_documents:helmet",
+    "longbench_write": "lcjax.eval.tasks.longwriter:LongWrite",
+    "mmlongbench": "lcjax.eval.tasks.mmlongbench:MmLongBenchText",
+    "json_task": "lcjax.eval.tasks.custom:JsonTask",
+    "http_judge": "lcjax.eval.metrics.judge:HttpJudge",
 }
 """Short gin name -> `module:object`, imported when a configuration uses it. A dotted name that is not in the table
 (`my_package.my_module.MyOptimizer`) is imported as it stands: a study needs no edit here."""

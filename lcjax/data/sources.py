@@ -31,6 +31,7 @@ class Document(NamedTuple):
     text: str
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """A prepared split: random access to texts, their sizes, and a hash of what it holds."""
 

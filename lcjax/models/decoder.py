@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
         return self.logits(self.hidden(tokens, **options)[0])
 
 
-def abstract(spec: ModelSpec, param_dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract(spec: ModelSpec, param_dtype: DTypeLike = jnp.float32) -> tuple[Any, nnx.State]:
     """(graphdef, params) with `jax.ShapeDtypeStruct` leaves: the model's shape without its memory."""
     model = nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0), param_dtype=param_dtype))
     return nnx.split(model, nnx.Param)

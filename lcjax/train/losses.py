@@ -2,13 +2,14 @@
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@runtime_checkable
 class Unembedding(Protocol):
     """The part of a decoder that the loss needs."""
 

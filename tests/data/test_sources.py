@@ -118,7 +118,7 @@ def test_errors_name_the_thing(tmp_path, prepared):
     with pytest.raises(DataError, match=r"nothing/\*\.txt' matches no file"):
         TextFiles((str(tmp_path / "nothing/*.txt"),)).open(prepared)
     with pytest.raises(DataError, match="give a tuple"):
-        TextFiles("one.txt").open(prepared)  # ty: ignore[invalid-argument-type]
+        TextFiles(()).open(prepared)
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
     with pytest.raises(DataError, match=r"empty\.txt.* holds no text for split 'train'"):

@@ -36,7 +36,13 @@ def batch(seed=0):
     tokens = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, V)
     weights = (jax.random.uniform(jax.random.key(seed + 1), (B, T)) > 0.3).astype(jnp.float32)
     ones = jnp.ones((B, T), jnp.int32)
-    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "positions": ones, "segment_ids": ones, "loss_weights": weights}
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": ones,
+        "segment_ids": ones,
+        "loss_weights": weights,
+    }
 
 
 def setup(optimizer=AdamW(Cosine(0.01, warmup=2)), **options):
@@ -108,7 +114,10 @@ def test_a_batch_without_targets_changes_no_direction():
 
 def test_decay_leaves_vectors_and_named_weights_alone():
     decayed = AdamW(Cosine(1e-3), no_decay=("embed",)).decayed(nnx.split(Toy(), nnx.Param)[1])
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed)}
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): flag
+        for path, flag in jax.tree_util.tree_leaves_with_path(decayed)
+    }
     assert [name for name, flag in named.items() if flag] == [name for name in named if name.startswith("mix")]
 
 
@@ -129,5 +138,3 @@ def test_schedules(schedule, expected):
 def test_phases_longer_than_the_run_are_refused(schedule):
     with pytest.raises(ValueError, match="do not fit a run of 10 steps"):
         schedule.build(10)
-
-
