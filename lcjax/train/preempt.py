@@ -77,7 +77,7 @@ class Preemption:
             try:
                 outcome.append(call())
             # Every failure, a KeyboardInterrupt in a library included, belongs to the caller's thread.
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:
                 failure.append(error)
             finally:
                 done.set()

@@ -8,7 +8,7 @@ import rich.progress
 
 
 class Progress:
-    """A bar over `total` steps, starting at `done`; silent where `visible` is False (other processes than the first)."""
+    """A bar over `total` steps, starting at `done`; silent where `visible` is False (all processes but one)."""
 
     def __init__(self, total: int, done: int, *, visible: bool = True):
         self._console = rich.console.Console(quiet=not visible, highlight=False)
@@ -30,7 +30,9 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def advance(self) -> None:

@@ -20,7 +20,10 @@ SECTIONS = {"model": {"width": 8, "layers": [1, 2]}, "tokenizer": "abc", "mesh":
 
 def state(step):
     return {
-        "params": {"layers": [jnp.full((64, 32), step, jnp.float32), jnp.arange(32.0)], "half": jnp.ones(3, jnp.bfloat16)},
+        "params": {
+            "layers": [jnp.full((64, 32), step, jnp.float32), jnp.arange(32.0)],
+            "half": jnp.ones(3, jnp.bfloat16),
+        },
         "key": jax.random.fold_in(jax.random.key(0), step),
         "step": jnp.int32(step),
     }
@@ -76,7 +79,11 @@ def flip(path):
     path.write_bytes(data)
 
 
-FAULTS = {"flipped": flip, "truncated": lambda p: os.truncate(p, p.stat().st_size // 2), "missing": lambda p: p.unlink()}
+FAULTS = {
+    "flipped": flip,
+    "truncated": lambda p: os.truncate(p, p.stat().st_size // 2),
+    "missing": lambda p: p.unlink(),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -162,6 +169,11 @@ def test_another_mesh_reshards(folder, caplog):
     assert "resharding to fsdp=8" in caplog.text
 
 
+def save_and_wait(manager):
+    manager.save(40, state(40), {}, SECTIONS)
+    manager.wait()
+
+
 def test_a_full_disk_is_reported_and_costs_no_earlier_step(folder):
     manager = CheckpointManager(folder)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -169,8 +181,7 @@ def test_a_full_disk_is_reported_and_costs_no_earlier_step(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
     try:
         with pytest.raises(CheckpointError, match=r"saving step 40 .* failed .*; step 30 is intact"):
-            manager.save(40, state(40), {}, SECTIONS)
-            manager.wait()
+            save_and_wait(manager)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert manager.restore(shapes(), SECTIONS).step == 30

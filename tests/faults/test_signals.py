@@ -56,15 +56,9 @@ def test_interruptible_gives_results_and_failures_of_the_call():
 
 def test_a_signal_is_noted_and_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="SIGTERM during work"), noted() as stop:
+    with Preemption() as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested
-        stop.interruptible("work", lambda: time.sleep(1))
+        with pytest.raises(Interrupted, match="SIGTERM during work"):
+            stop.interruptible("work", lambda: time.sleep(1))
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-class noted(Preemption):
-    """Leaves the test process alive."""
-
-    def __exit__(self, kind, error, trace):
-        super().__exit__(None, None, None)

@@ -102,7 +102,9 @@ def test_missing_file(tmp_path):
 
 
 def test_a_replaced_line_may_name_what_nothing_else_names(gin_file):
-    job, _ = settings.load("toy.Job", [gin_file("toy.Job.layers = (@toy.Layer(),)\ntoy.Job.steps = 1")], ["toy.Job.layers = ()"])
+    job, _ = settings.load(
+        "toy.Job", [gin_file("toy.Job.layers = (@toy.Layer(),)\ntoy.Job.steps = 1")], ["toy.Job.layers = ()"]
+    )
     assert job.layers == ()
 
 
