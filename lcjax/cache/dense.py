@@ -85,7 +85,8 @@ class DenseCache:
             held = pk.KVCache(self.k, self.v, jnp.minimum(self.start + tokens, self.capacity))
             with contextlib.suppress(pk.Unsupported):
                 options_with_lse: Options = {**options, "return_lse": True}
-                return pk.decode_attention(q, held, mask, implementation="mosaic_gpu", **options_with_lse)
+                o, lse = pk.decode_attention(q, held, mask, implementation="mosaic_gpu", **options_with_lse)
+                return o, lse
         plan = mask.plan(heads, tokens, self.capacity, PLAN_BLOCK, PLAN_BLOCK)
         slots = jnp.arange(self.capacity, dtype=jnp.int32)
         columns = jnp.where(slots < jnp.asarray(self.length)[:, None], slots, -1)
