@@ -2,8 +2,21 @@
 
 from pallas_kernels import masks
 from pallas_kernels.attention.api import block_sparse_attention
+from pallas_kernels.causal_conv import causal_conv1d, causal_conv1d_step
+from pallas_kernels.gated_linear import LinearState, gated_linear_attention, recurrent_step
 from pallas_kernels.lists import BlockList
 from pallas_kernels.merge import merge_attention
 from pallas_kernels.op import Unsupported
 
-__all__ = ["BlockList", "Unsupported", "block_sparse_attention", "masks", "merge_attention"]
+__all__ = [
+    "BlockList",
+    "LinearState",
+    "Unsupported",
+    "block_sparse_attention",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "gated_linear_attention",
+    "masks",
+    "merge_attention",
+    "recurrent_step",
+]

@@ -34,5 +34,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def unchecked():
+    """Annotation checks off, as users run: a bad argument must meet the function's own check."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)

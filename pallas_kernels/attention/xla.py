@@ -20,6 +20,7 @@ from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.op import platform
 from pallas_kernels.plan import Columns, Plan
+from pallas_kernels.pytrees import record
 
 MAX_TILES = 1024  # tiles along an axis: beyond it tiles grow, so that the visit table stays small
 
@@ -44,12 +45,11 @@ class Settings:
     soft_cap: float | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@record("settings")
 class Schedule:
     """What each query tile visits, and what the mask of a tile is made of."""
 
-    settings: Settings = dataclasses.field(metadata={"static": True})
+    settings: Settings
     order: Any  # [units, tiles_q, tiles_k] key tiles to visit first
     count: Any  # [units, tiles_q] how many
     plan: Plan

@@ -36,7 +36,7 @@ KV = jnp.ones((2, 8, 2, 16))
         ),
     ],
 )
-def test_bad_arguments_are_named_with_their_value(change, message):
+def test_bad_arguments_are_named_with_their_value(change, message, unchecked):
     call = {"q": Q, "k": KV, "v": KV, "mask": Causal(), **change}
     with pytest.raises((ValueError, TypeError), match=message):
         block_sparse_attention(**call)
@@ -98,7 +98,7 @@ def test_merging_only_empty_rows_gives_zero_and_finite_gradients():
 
 
 @pytest.mark.parametrize("parts", [(), ((jnp.ones((1, 3, 2, 4)), jnp.ones((1, 3, 2))),)])
-def test_bad_merges(parts):
+def test_bad_merges(parts, unchecked):
     with pytest.raises(ValueError, match="merge_attention"):
         merge_attention(*parts)
 

@@ -1,0 +1,142 @@
+"""`gated_linear_attention`: linear attention with a forget gate, an optional delta rule and an optional normaliser."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments
+from pallas_kernels.gated_linear.reference import gated_linear_reference, step
+from pallas_kernels.gated_linear.segments import Segments, read_segments
+from pallas_kernels.gated_linear.xla import gated_linear_xla
+from pallas_kernels.op import dispatch, platform
+
+BACKENDS: dict[str, Callable[[Problem], tuple[Array, LinearState]]] = {
+    "xla": lambda p: _without_segments(gated_linear_xla, p),
+    "reference": gated_linear_reference,
+}
+ORDER = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+
+
+def gated_linear_attention(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B T H Dk"],
+    v: Float[Array, "B T H Dv"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H Dk"] | None = None,
+    *,
+    beta: Float[Array, "B T H"] | None = None,
+    initial_state: LinearState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    normalise: bool = False,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H Dv"], LinearState]:
+    """Runs `S <- exp(log_decay) S + k^T v; o = scale * q S` over the tokens of each head.
+
+    The current token is included, and its own write is not decayed. With `beta` the write is the delta rule: what the
+    decayed state holds at k is replaced, `S <- S + beta k^T (v - k S)` (DeltaNet, Gated DeltaNet). With `normalise` a
+    second state sums the keys, `z <- exp(log_decay) z + k`, and the output is divided by `q z + 1e-10`.
+
+    Args:
+      q, k, v: queries, keys and values. Every head has its own: repeat k, v and log_decay for grouped heads.
+      log_decay: logarithm of the forget factor, at most 0 (-inf allowed), per head or per key channel; None keeps all.
+      beta: writing strength of the delta rule.
+      initial_state: what the row continues from; zeros without it. It belongs to the row's first segment.
+      segment_ids: packed rows. Ids never decrease; the state starts empty at every new id. A 0 after a positive id, or
+        a negative id, is padding: it leaves the state alone, its output is 0, its inputs may hold anything, even NaN.
+      normalise: divide by the sum of weights; not defined together with `beta`.
+      scale: factor on the output, `Dk**-0.5` by default and 1 when `normalise`.
+      implementation: a backend to force; by default the first one that supports the call.
+
+    Returns:
+      Outputs in the dtype of v, and the state after the last token (float32, or float64 for float64 inputs). Both are
+      differentiable, in the inputs and in `initial_state`.
+
+    Raises:
+      ValueError: a shape that does not fit, a positive concrete log_decay, a concrete segment id that decreases.
+      Unsupported: no backend, or not the named one, can run the call; every reason is listed.
+    """
+    _check_shapes(q, k, v, log_decay, beta)
+    if normalise and beta is not None:
+        raise ValueError(
+            "normalise=True has no meaning with beta, whose writes are not a sum of weights: leave one of them out"
+        )
+    if log_decay is not None and not isinstance(log_decay, jax.core.Tracer):
+        largest = float(np.max(np.asarray(log_decay, np.float32), initial=-np.inf))
+        if not largest <= 0 and segment_ids is None:
+            raise ValueError(
+                f"log_decay has the value {largest}: a log-decay is at most 0, so that states fade and never grow"
+            )
+    state = _initial_state(q, v, initial_state, normalise)
+    segments = None if segment_ids is None else read_segments(segment_ids)
+    scale = float(scale if scale is not None else 1.0 if normalise else q.shape[-1] ** -0.5)
+    _check_decay(log_decay, segments)
+    problem = Problem(q, k, v, log_decay, beta, state, segments, scale)
+    return dispatch("gated_linear_attention", BACKENDS, ORDER[platform()], implementation)(problem)
+
+
+def recurrent_step(
+    q: Float[Array, "B H Dk"],
+    k: Float[Array, "B H Dk"],
+    v: Float[Array, "B H Dv"],
+    log_decay: Float[Array, "B H"] | Float[Array, "B H Dk"] | None,
+    state: LinearState,
+    *,
+    beta: Float[Array, "B H"] | None = None,
+    normalise: bool = False,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B H Dv"], LinearState]:
+    """One token of `gated_linear_attention` for a batch of requests; donate the state to update it in place."""
+    _check_shapes(q, k, v, log_decay, beta)
+    if normalise != (state.z is not None):
+        raise ValueError(f"normalise={normalise} needs state.z {'to be an array' if normalise else 'to be None'}")
+    scale = float(scale if scale is not None else 1.0 if normalise else q.shape[-1] ** -0.5)
+    acc = state.s.dtype
+    g = jnp.zeros((), acc) if log_decay is None else log_decay.astype(acc)
+    decay = jnp.broadcast_to(jnp.exp(g if g.ndim in (0, 3) else g[..., None]), k.shape)
+    beta = None if beta is None else beta.astype(acc)
+    o, new = step(q.astype(acc), k.astype(acc), v.astype(acc), decay, beta, state, scale=scale)
+    return o.astype(v.dtype), new
+
+
+def _without_segments(backend: Callable[[Problem], tuple[Array, LinearState]], p: Problem) -> tuple[Array, LinearState]:
+    """Runs a backend that knows no segments."""
+    o, state = backend(fold_segments(p))
+    return (o if p.segments is None else jnp.where(p.segments.valid[..., None, None], o, 0)), state
+
+
+def _check_decay(log_decay, segments: Segments | None) -> None:
+    if log_decay is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((log_decay, segments))):
+        return
+    used = np.asarray(log_decay, np.float64)
+    used = used if segments is None else used[np.asarray(segments.valid)]
+    wrong = used[~(used <= 0)]
+    if wrong.size:
+        raise ValueError(f"log_decay has the value {wrong.max()}: at most 0 is allowed, so that states never grow")
+
+
+def _check_shapes(q, k, v, log_decay, beta) -> None:
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {k.shape}, q has {q.shape}: they must agree (repeat grouped heads first)")
+    if v.shape[:-1] != q.shape[:-1]:
+        raise ValueError(f"v has shape {v.shape}, which does not fit q {q.shape}: all but the last axis must agree")
+    if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:-1]):
+        raise ValueError(f"log_decay has shape {log_decay.shape}: give {q.shape[:-1]} or {q.shape}")
+    if beta is not None and beta.shape != q.shape[:-1]:
+        raise ValueError(f"beta has shape {beta.shape}: give {q.shape[:-1]}, one per token and head")
+
+
+def _initial_state(q, v, given: LinearState | None, normalise: bool) -> LinearState:
+    b, _, h, dk = q.shape
+    acc = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    shapes = {"s": (b, h, dk, v.shape[-1]), "z": (b, h, dk) if normalise else None}
+    if given is None:
+        return LinearState(*(None if shape is None else jnp.zeros(shape, acc) for shape in shapes.values()))
+    for name, shape in shapes.items():
+        part = getattr(given, name)
+        found = None if part is None else part.shape
+        if found != shape:
+            raise ValueError(f"initial_state.{name} has shape {found}: this call needs {shape} (normalise={normalise})")
+    return jax.tree.map(lambda x: x.astype(acc), given)

@@ -1,0 +1,49 @@
+"""What every backend of gated linear attention is given: checked arrays and the folded form of packed rows."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.gated_linear.segments import Segments
+
+NORMALISER_FLOOR = 1e-10  # added to the denominator of a normalised output
+
+
+class LinearState(NamedTuple):
+    """What the recurrence carries: `s` sums keys times values, `z` sums keys (None without the normaliser)."""
+
+    s: Float[Array, "B H Dk Dv"]
+    z: Float[Array, "B H Dk"] | None
+
+
+class Problem(NamedTuple):
+    """One checked call. `log_decay` has 3 axes (one per head), 4 (one per key channel) or is None."""
+
+    q: Float[Array, "B T H Dk"]
+    k: Float[Array, "B T H Dk"]
+    v: Float[Array, "B T H Dv"]
+    log_decay: Float[Array, "B T H *Dk"] | None
+    beta: Float[Array, "B T H"] | None
+    state: LinearState
+    segments: Segments | None
+    scale: float
+
+
+def fold_segments(p: Problem) -> Problem:
+    """The same problem without segments: padding becomes tokens that do nothing, a start becomes a decay factor of 0.
+
+    Backends multiply decay factors and never subtract their logarithms, so a log-decay of -inf is an exact mask there.
+    Outputs at padding have to be masked by the caller.
+    """
+    if p.segments is None:
+        return p
+    valid, reset, _ = p.segments
+
+    def keep(x):
+        return jnp.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x, 0)
+
+    g = jnp.zeros(p.q.shape[:3], p.state.s.dtype) if p.log_decay is None else keep(p.log_decay)
+    g = jnp.where(reset.reshape(*reset.shape, *[1] * (g.ndim - 2)), -jnp.inf, g)
+    beta = None if p.beta is None else keep(p.beta)
+    return p._replace(q=keep(p.q), k=keep(p.k), v=keep(p.v), log_decay=g, beta=beta, segments=None)

@@ -1,0 +1,88 @@
+"""Random calls of gated linear attention, and the checks that every backend passes."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import LinearState, gated_linear_attention
+
+
+class Case(NamedTuple):
+    """Differentiable inputs, cotangents of the outputs, and what stays fixed."""
+
+    inputs: tuple
+    cotangents: tuple
+    options: dict
+
+
+def make_case(t=65, kind="vector", *, shape=(2, 2, 8, 5), dtype=np.float64, mean=-0.5, **options) -> Case:
+    """`options`: delta (use the delta rule), normalise, segment_ids."""
+    delta, normalise, segment_ids = (options.pop(name, None) for name in ("delta", "normalise", "segment_ids"))
+    assert not options
+    b, h, dk, dv = shape
+    rng = np.random.default_rng(t)
+
+    def draw(*size):
+        return rng.normal(size=size).astype(dtype)
+
+    q, k, v = draw(b, t, h, dk), draw(b, t, h, dk), draw(b, t, h, dv)
+    if normalise:
+        q, k = np.abs(q), np.abs(k)
+    if delta:
+        k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    size = {"none": None, "scalar": (b, t, h), "vector": (b, t, h, dk)}[kind]
+    g = None if size is None else (mean * rng.exponential(size=size)).astype(dtype)
+    beta = rng.uniform(size=(b, t, h)).astype(dtype) if delta else None
+    state = LinearState(draw(b, h, dk, dv), np.abs(draw(b, h, dk)) if normalise else None)
+    cotangents = (draw(b, t, h, dv), LinearState(draw(b, h, dk, dv), draw(b, h, dk) if normalise else None))
+    return Case((q, k, v, g, beta, state), cotangents, {"normalise": bool(normalise), "segment_ids": segment_ids})
+
+
+def jit(f):
+    """Compiles fast: these programs run once, on a few numbers."""
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+
+
+def forward(case: Case, implementation: str):
+    def run(inputs):
+        q, k, v, g, beta, state = inputs
+        return gated_linear_attention(
+            q, k, v, g, beta=beta, initial_state=state, implementation=implementation, **case.options
+        )
+
+    return jit(run)(case.inputs)
+
+
+def with_gradients(case: Case, implementation: str):
+    """Outputs and every gradient (the decay, delta strength and both states included) of one call."""
+
+    def run(inputs, cotangents):
+        def call(inputs):
+            q, k, v, g, beta, state = inputs
+            return gated_linear_attention(
+                q, k, v, g, beta=beta, initial_state=state, implementation=implementation, **case.options
+            )
+
+        out, vjp = jax.vjp(call, inputs)
+        return out, vjp(jax.tree.map(lambda c, o: c.astype(o.dtype), cotangents, out))[0]
+
+    return jit(run)(case.inputs, case.cotangents)
+
+
+def assert_close(found, expected, tolerance: float) -> None:
+    """Largest error over the root mean square of what is expected, array by array; NaN and inf never pass."""
+    found_leaves, expected_leaves = jax.tree.leaves(found), jax.tree.leaves(expected)
+    assert len(found_leaves) == len(expected_leaves)
+    for x, y in zip(found_leaves, expected_leaves, strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape
+        assert np.isfinite(x).all()
+        assert np.abs(x - y).max(initial=0) <= tolerance * max(np.sqrt(np.mean(y * y)), 1e-30)
+
+
+def packed(lengths, t) -> np.ndarray:
+    """Ids 1, 2 ... for segments of these lengths, then padding."""
+    ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return jnp.asarray(np.pad(ids, (0, t - len(ids)))[None], jnp.int32)

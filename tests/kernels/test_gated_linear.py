@@ -1,0 +1,263 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import LinearState, gated_linear_attention, recurrent_step
+from pallas_kernels.gated_linear import xla
+from tests.kernels.linear_cases import Case, assert_close, forward, jit, make_case, packed, with_gradients
+
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, 130]
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+class TestChunksAgainstTokens:
+    """The chunk form equals the recurrence in float64, in the outputs, the state and every gradient."""
+
+    @pytest.mark.usefixtures("x64")
+    @pytest.mark.parametrize("t", LENGTHS)
+    def test_vector_decay_at_every_length(self, t):
+        case = make_case(t)
+        assert_close(with_gradients(case, "xla"), with_gradients(case, "reference"), 1e-10)
+
+    @pytest.mark.usefixtures("x64")
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"kind": "none"},
+            {"kind": "scalar"},
+            {"kind": "vector", "normalise": True},
+            {"kind": "none", "delta": True},
+            {"kind": "scalar", "delta": True},
+            {"kind": "vector", "delta": True},
+        ],
+        ids=str,
+    )
+    def test_kinds(self, options):
+        segment_ids = jnp.asarray([[1] * 7 + [2] * 11 + [3] * 5, [4] * 20 + [0] * 3])
+        case = make_case(23, **options, segment_ids=segment_ids)
+        assert_close(with_gradients(case, "xla"), with_gradients(case, "reference"), 1e-10)
+
+
+class GatedLinearChecks:
+    """What every backend must do, whatever its precision. Subclasses name the backend and its limits."""
+
+    implementation: str
+    tolerance = 1e-4
+    gradient_tolerance = 1e-4
+    shape = (1, 2, 8, 5)
+    length = 70
+
+    def case(self, t=None, **options):
+        return make_case(t or self.length, dtype=np.float32, shape=self.shape, **options)
+
+    def check(self, case):
+        (found, found_grads), (expected, expected_grads) = (
+            with_gradients(case, name) for name in (self.implementation, "reference")
+        )
+        assert_close(found, expected, self.tolerance)
+        assert_close(found_grads, expected_grads, self.gradient_tolerance)
+
+    @pytest.mark.parametrize("mean", [-0.01, -1, -5, -50, -np.inf])
+    def test_decay_stress(self, mean):
+        self.check(self.case(mean=mean))
+
+    def test_scalar_is_vector_broadcast(self):
+        scalar = self.case(kind="scalar")
+        q, k, v, g, beta, state = scalar.inputs
+        vector = scalar._replace(inputs=(q, k, v, np.repeat(g[..., None], q.shape[-1], -1), beta, state))
+        assert_close(forward(scalar, self.implementation), forward(vector, self.implementation), self.tolerance)
+
+    def test_no_decay_is_causal_linear_attention(self):
+        case = self.case(kind="none")
+        q, k, v, _, _, state = case.inputs
+        scores = np.tril(np.einsum("bihk,bjhk->bhij", q, k))
+        o = np.einsum("bhij,bjhv->bihv", scores, v) + np.einsum("bihk,bhkv->bihv", q, state.s)
+        assert_close(forward(case, self.implementation)[0], o * q.shape[-1] ** -0.5, self.tolerance)
+
+    def test_infinite_decay_keeps_the_current_token_only(self):
+        case = self.case(mean=-np.inf)
+        q, k, v, *_ = case.inputs
+        o = (q * k).sum(-1, keepdims=True) * v * q.shape[-1] ** -0.5
+        assert_close(forward(case, self.implementation)[0], o, self.tolerance)
+
+    def test_segments_equal_separate_runs_and_padding_may_hold_nan(self):
+        lengths, t = (17, 33, 3, 12), self.length
+        case = self.case(segment_ids=packed(lengths, t))
+        used = sum(lengths)
+        q, k, v, g, beta, state = case.inputs
+        q, k, v, g = (np.where((np.arange(t) < used)[:, None, None], x, np.nan) for x in (q, k, v, g))
+        o_bar, state_bar = case.cotangents
+        case = case._replace(inputs=(q, k, v, g, beta, state))
+        (o, last), grads = with_gradients(case, self.implementation)
+        assert_close(o[:, used:], np.zeros_like(o[:, used:]), 0)
+        start = 0
+        for i, n in enumerate(lengths):
+            cut = slice(start, start + n)
+            begin = state if i == 0 else jax.tree.map(np.zeros_like, state)
+            end_bar = state_bar if i == len(lengths) - 1 else jax.tree.map(np.zeros_like, state_bar)
+            alone = case._replace(
+                inputs=(q[:, cut], k[:, cut], v[:, cut], g[:, cut], beta, begin),
+                cotangents=(o_bar[:, cut], end_bar),
+                options={},
+            )
+            (o_alone, last_alone), alone_grads = with_gradients(alone, "reference")
+            assert_close(o[:, cut], o_alone, self.tolerance)
+            assert_close([x[:, cut] for x in grads[:4]], alone_grads[:4], self.gradient_tolerance)
+            start += n
+        assert_close(last, last_alone, self.tolerance)
+
+    def test_repeats_bitwise(self):
+        case = self.case()
+        first, second = (with_gradients(case, self.implementation) for _ in range(2))
+        jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+class TestXla(GatedLinearChecks):
+    implementation = "xla"
+
+    @pytest.mark.parametrize(
+        "options", [{"kind": "scalar", "delta": True}, {"kind": "vector", "normalise": True}], ids=str
+    )
+    def test_prefill_and_decode_equal_one_pass(self, options):
+        case = make_case(70, dtype=np.float32, **options)
+        normalise = case.options["normalise"]
+        q, k, v, g, beta, state = case.inputs
+        whole, last = forward(case, "xla")
+
+        @jax.jit
+        def step(q, k, v, g, beta, state):
+            return recurrent_step(q, k, v, g, state, beta=beta, normalise=normalise)
+
+        for cut in (65, 66, 67):
+            first = [None if x is None else x[:, :cut] for x in (q, k, v, g, beta)]
+            o, carried = forward(case._replace(inputs=(*first, state)), "xla")
+            assert_close(o, whole[:, :cut], 1e-5)
+            for i in range(cut, 70):
+                token = [None if x is None else x[:, i] for x in (q, k, v, g, beta)]
+                o, carried = step(*token, carried)
+                assert_close(o, whole[:, i], 1e-4)
+            assert_close(carried, last, 1e-4)
+
+    def test_bfloat16_inputs(self):
+        case = make_case(70, dtype=jnp.bfloat16)
+        found, grads = with_gradients(case, "xla")
+        assert found[0].dtype == jnp.bfloat16
+        assert found[1].s.dtype == jnp.float32
+        assert_close(found[0], with_gradients(case, "reference")[0][0], 2e-2)
+        assert all(x.dtype == jnp.bfloat16 for x in grads[:4])
+
+    def test_backward_keeps_chunk_states_only(self):
+        b, t, h, dk, dv = 1, 512, 2, 32, 32
+        x = jnp.zeros((b, t, h, dk))
+
+        def residuals(q):
+            return jax.vjp(lambda q: gated_linear_attention(q, x, x, x)[0], q)[1]
+
+        kept = jax.eval_shape(residuals, x)
+        assert (
+            sum(leaf.size for leaf in jax.tree.leaves(kept)) <= 4 * x.size + (t // xla.MAX_CHUNK) * b * h * dk * dv + 64
+        )
+
+
+class TestDeltaRule:
+    def test_zero_strength_writes_nothing(self):
+        q, k, v, g, beta, _ = make_case(20, "scalar", delta=True, dtype=np.float32).inputs
+        o, _ = jit(gated_linear_attention)(q, k, v, g, beta=0 * beta)
+        assert_close(o, np.zeros_like(o), 0)
+
+    def test_a_repeated_key_overwrites(self):
+        key = np.zeros((1, 2, 1, 4), np.float32)
+        key[..., 1] = 1
+        v = np.arange(6, dtype=np.float32).reshape(1, 2, 1, 3)
+        _, state = gated_linear_attention(key, key, v, beta=jnp.ones((1, 2, 1)))
+        assert_close(state.s[0, 0, 1], v[0, 1, 0], 1e-6)
+
+    def test_orthonormal_keys_add(self):
+        key = np.eye(8, dtype=np.float32)[None, :, None]
+        q, _, v, *_ = make_case(8, "none", shape=(1, 1, 8, 5), dtype=np.float32).inputs
+        found = jit(gated_linear_attention)(q, key, v, beta=jnp.ones((1, 8, 1)))
+        assert_close(found, jit(gated_linear_attention)(q, key, v), 1e-5)
+
+    def test_identical_keys_stay_stable(self):
+        q, k, v, _, beta, _ = make_case(128, "none", delta=True, dtype=np.float32).inputs
+        k = np.broadcast_to(k[:, :1], k.shape)
+        case = Case((q, k, v, None, np.ones_like(beta), None), (), {})
+        assert_close(forward(case, "xla"), forward(case, "reference"), 1e-4)
+
+
+class TestBadInput:
+    def call(self, **changed):
+        x = jnp.ones((2, 4, 2, 8))
+        return gated_linear_attention(**{"q": x, "k": x, "v": x, **changed})
+
+    def test_positive_log_decay(self):
+        with pytest.raises(ValueError, match=r"log_decay has the value 0\.5"):
+            self.call(log_decay=jnp.full((2, 4, 2), 0.5))
+
+    def test_nan_log_decay(self):
+        with pytest.raises(ValueError, match="log_decay has the value nan"):
+            self.call(log_decay=jnp.full((2, 4, 2), jnp.nan))
+
+    def test_state_of_the_wrong_shape(self):
+        with pytest.raises(ValueError, match=r"initial_state\.s has shape \(2, 2, 8, 4\): .* needs \(2, 2, 8, 8\)"):
+            self.call(initial_state=LinearState(jnp.ones((2, 2, 8, 4)), None))
+
+    def test_state_without_normaliser(self):
+        with pytest.raises(ValueError, match=r"initial_state\.z has shape None"):
+            self.call(initial_state=LinearState(jnp.ones((2, 2, 8, 8)), None), normalise=True)
+
+    def test_decreasing_segment_id(self):
+        with pytest.raises(ValueError, match="segment_ids decreases in row 1 at token 2, to 1 after 3"):
+            self.call(segment_ids=jnp.asarray([[1, 1, 2, 0], [1, 3, 1, 1]]))
+
+    def test_normaliser_with_delta_rule(self):
+        with pytest.raises(ValueError, match="normalise=True has no meaning with beta"):
+            self.call(beta=jnp.ones((2, 4, 2)), normalise=True)
+
+    @pytest.mark.parametrize("name", ["k", "v", "log_decay", "beta"])
+    def test_shapes_that_do_not_fit(self, name):
+        with pytest.raises(ValueError, match=f"{name} has shape"):
+            self.call(**{name: jnp.ones((2, 3, 2, 8))})
+
+    def test_unknown_backend(self):
+        with pytest.raises(ValueError, match="'cuda'"):
+            self.call(implementation="cuda")
+
+
+class TestPlantedBugs:
+    """The checks above notice these mistakes."""
+
+    def expect_caught(self, monkeypatch, name, broken):
+        monkeypatch.setattr(xla, name, broken(getattr(xla, name)))
+        with pytest.raises(AssertionError):
+            TestXla().check(TestXla().case())
+
+    def test_suffix_that_includes_its_own_row(self, monkeypatch):
+        def broken(original):
+            def decays(factor):
+                d = original(factor)
+                return d._replace(suffix=d.suffix * factor)
+
+            return decays
+
+        self.expect_caught(monkeypatch, "chunk_decays", broken)
+
+    def test_state_scan_without_decay(self, monkeypatch):
+        def broken(original):
+            return lambda c, *args: original(
+                c._replace(decays=c.decays._replace(prefix=jnp.ones_like(c.decays.prefix))), *args
+            )
+
+        self.expect_caught(monkeypatch, "_entry_states", broken)
+
+    def test_state_cotangents_forgotten(self, monkeypatch):
+        def broken(original):
+            return lambda c, a, b, d_last, dot: original(c, a, b, jnp.zeros_like(d_last), dot)
+
+        self.expect_caught(monkeypatch, "_leaving_cotangents", broken)
