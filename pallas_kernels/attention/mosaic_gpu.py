@@ -150,10 +150,8 @@ def _every_key_is_seen(call: Call, plan: Plan) -> bool:
 def _padded(x: Array, interpret: bool, is_key: bool) -> Array:
     """TMA takes lengths in eights; the interpreter allows no copy past the end."""
     size = x.shape[1]
-    if interpret:
-        want = tb.cdiv(size, tb.ROW_TILE) * tb.ROW_TILE + tb.ROW_TILE * is_key
-    else:
-        want = tb.cdiv(size, 8) * 8
+    tile = tb.ROW_TILE if interpret else 8
+    want = tb.cdiv(size, tile) * tile + (tb.ROW_TILE if interpret and is_key else 0)
     return x if want == size else jnp.pad(x, ((0, 0), (0, want - size), (0, 0), (0, 0)))
 
 

@@ -52,9 +52,8 @@ class BackwardTiles:
     dkv_block_q: int = 64
     dkv_stages: int = 2
     group_inside: bool = True
-    dq_turns: bool = False
     dkv_turns: bool = False
-    dq_rows_in_registers: bool = False
+    head_major: bool = True
 
 
 class Cotangents(NamedTuple):
@@ -73,12 +72,11 @@ def cotangents(o, lse, do, dlse) -> Cotangents:
     return Cotangents(o, do, lse, jnp.pad(dlse, pad))
 
 
-def _weights(s: Static, x, lse) -> tuple[jax.Array, jax.Array | None]:
-    """Probabilities from raw scores, and the tanh of the soft cap; `lse` is spread to the tile."""
+def _capped(s: Static, x: jax.Array) -> tuple[jax.Array, float]:
+    """Scores, or the tanh of their soft cap, and the factor that makes them exponents of 2."""
     if s.soft_cap is None:
-        return jnp.exp2(x * (s.scale * LOG2E) - lse), None
-    capped = jnp.tanh(x * (s.scale / s.soft_cap))
-    return jnp.exp2(capped * (s.soft_cap * LOG2E) - lse), capped
+        return x, s.scale * LOG2E
+    return jnp.tanh(x * (s.scale / s.soft_cap)), s.soft_cap * LOG2E
 
 
 def _call(body, inputs: tuple, out_type, scratch: dict, blocks: int, s: Static):
@@ -185,12 +183,11 @@ def _dq_rows(g, ct, dq_g, delta_g, s: Static, tiles: BackwardTiles, m: dict, wg,
     dlse = plgpu.load(ct.dlse.at[w.batch, w.head, rows], layout=ROWS, optimized=False)
     mask = functools.partial(mask_rows, g, s, tiles.dq_block_k, w, w.row(tb.OFFSET) + row)
     shape = (WG, tiles.dq_block_k)
-    turn = Turn(wg, tiles.dq_turns and not s.interpret)
     plgpu.barrier_wait(m["q_ready"].at[wg])
     o, do = (plgpu.load(m[name].at[wg], layout=TILE).astype(jnp.float32) for name in ("o_s", "do_s"))
     delta = (o * do).sum(axis=1) - dlse
     q_a, do_a = m["q_s"].at[wg], m["do_s"].at[wg]
-    if tiles.dq_rows_in_registers and not s.interpret:
+    if not s.interpret:  # left operands in registers spare shared memory's bandwidth, which bounds this kernel
         q_a, do_a = (plgpu.load(x, layout=TILE) for x in (q_a, do_a))
     m["delta_s"][wg] = delta
     plgpu.commit_smem()
@@ -204,24 +201,20 @@ def _dq_rows(g, ct, dq_g, delta_g, s: Static, tiles: BackwardTiles, m: dict, wg,
             plgpu.barrier_wait(m["v_ready"].at[slot])
             plgpu.wgmma(x_ref, q_a, m["k_s"].at[slot].transpose((1, 0)))
             plgpu.wgmma(dp_ref, do_a, m["v_s"].at[slot].transpose((1, 0)))
-            turn.give()
-            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-            x = lax.cond((n >= plan.inner) & (n < plan.inner_end), lambda: x, lambda: mask(x, plan.place(n)))
-            p, capped = _weights(s, x, spread(lse, shape, 0))
+            x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
+            seen = lax.cond((n >= plan.inner) & (n < plan.inner_end), lambda: x, lambda: mask(x, plan.place(n)))
+            p = jnp.exp2(seen * factor - spread(lse, shape, 0))
             ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta, shape, 0))
-            return ds if capped is None else ds * (1 - capped * capped)
+            return ds if s.soft_cap is None else ds * (1 - x * x)
 
         acc = plgpu.ACC(shape, jnp.float32)
         ds = pl.run_scoped(products, acc, acc)
         plgpu.barrier_arrive(m["v_free"].at[slot])
-        turn.take()
         dq = accumulate(dq, ds.astype(g.k.dtype), m["k_s"].at[slot], s.interpret)
         plgpu.barrier_arrive(m["k_free"].at[slot])
         return dq
 
-    turn.begin()
     dq = lax.fori_loop(0, plan.total, step, zeros((WG, s.dim), TILE))
-    turn.end()
     m["q_s"][wg] = (dq * s.scale).astype(dq_g.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(m["q_s"].at[wg], dq_g.at[w.batch, rows, w.head])
@@ -273,12 +266,13 @@ def _dkv_kernel(
 ) -> None:
     s = static
     wg, t = lax.axis_index("wg"), lax.axis_index("block")
-    out_head = lax.rem(t, out_heads)
-    t = lax.div(t, out_heads)
+    # Neighbouring blocks share a head, whose queries stay in the L2 cache; columns that most rows read come first.
+    index = lax.rem(t, key_tiles) if tiles.head_major else lax.rem(lax.div(t, out_heads), key_tiles)
+    out_head = lax.rem(lax.div(t, key_tiles), out_heads) if tiles.head_major else lax.rem(t, out_heads)
     group = s.heads // s.kv_heads
     here = s.heads // out_heads
     kv_head = lax.div(out_head, group // here)
-    w = Column(lax.div(t, key_tiles), out_head, kv_head, out_head * here, here, lax.rem(t, key_tiles))
+    w = Column(lax.div(t, key_tiles * out_heads), out_head, kv_head, out_head * here, here, index)
 
     @pl.when(wg < WGS)
     def _compute():
@@ -300,13 +294,13 @@ def _dkv_kernel(
                 plgpu.copy_gmem_to_smem(stat_g.at[w.batch, head, rows], m[stat + "_s"].at[slot], ready)
             return done + 1
 
-        body = lambda head, tile, _, __, done: load(head, tile, done)
+        body = lambda head, tile, _, __, ___, done: load(head, tile, done)
         done = _each_row_tile(g, s, w, w.index * (ROW_TILE // tb.UNIT), body, jnp.int32(0))
         _drain(done, stages, m["q_free"], m["do_free"])
 
 
 def _each_row_tile(g: Inputs, s: Static, w: Column, unit, body, carry):
-    """Runs `body(head, row tile, pattern, field -> scalar, carry)` over the rows that read the block's keys.
+    """Runs `body(head, row tile, pattern, field -> scalar, unmasked tiles, carry)` over the rows that read the keys.
 
     Head by head; the fields are those of key unit `unit`.
     """
@@ -316,10 +310,11 @@ def _each_row_tile(g: Inputs, s: Static, w: Column, unit, body, carry):
         pattern = g.pattern[head] if s.patterns > 1 else jnp.int32(0)
         field = fields(g.table, w.batch, pattern, unit)
         first, begin_1, begin_2 = field(tb.STEPS_1), field(tb.BEGIN_1), field(tb.BEGIN_2)
+        inner = field(tb.C_INNER), field(tb.C_INNER_END)
 
         def step(r, carry):
             tile = jnp.where(r < first, begin_1 + r, begin_2 + r - first)
-            return body(head, tile, pattern, field, carry)
+            return body(head, tile, pattern, field, inner, carry)
 
         return lax.fori_loop(0, first + field(tb.STEPS_2), step, carry)
 
@@ -337,7 +332,7 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
     shape = (WG, tiles.dkv_block_q)
     turn = Turn(wg, tiles.dkv_turns and not s.interpret)
 
-    def step(head, tile, pattern, field, carry):
+    def step(head, tile, pattern, field, inner, carry):
         dk, dv, done = carry
         slot = lax.rem(done, jnp.int32(tiles.dkv_stages))
         q_s, do_s = m["q_s"].at[slot], m["do_s"].at[slot]
@@ -346,16 +341,16 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
 
         def products(x_ref, dp_ref):
             plgpu.wgmma(x_ref, m["k_s"].at[wg], q_s.transpose((1, 0)))
-            lse = plgpu.load(m["lse_s"].at[slot], layout=COLS)
             plgpu.wgmma(dp_ref, m["v_s"].at[wg], do_s.transpose((1, 0)))
             turn.give()
-            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-            inner = (tile >= field(tb.C_INNER)) & (tile < field(tb.C_INNER_END))
+            x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
             edge = lambda: _mask_columns(g, s, w, pattern, field, first, tile * tiles.dkv_block_q, x)
-            p, capped = _weights(s, lax.cond(inner, lambda: x, edge), spread(lse, shape, 1))
+            seen = lax.cond((tile >= inner[0]) & (tile < inner[1]), lambda: x, edge)
+            lse = plgpu.load(m["lse_s"].at[slot], layout=COLS)
+            p = jnp.exp2(seen * factor - spread(lse, shape, 1))
             delta = plgpu.load(m["delta_s"].at[slot], layout=COLS)
             ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta, shape, 1))
-            return p.astype(g.k.dtype), (ds if capped is None else ds * (1 - capped * capped)).astype(g.k.dtype)
+            return p.astype(g.k.dtype), (ds if s.soft_cap is None else ds * (1 - x * x)).astype(g.k.dtype)
 
         acc = plgpu.ACC(shape, jnp.float32)
 

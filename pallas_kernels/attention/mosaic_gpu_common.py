@@ -71,7 +71,8 @@ class Work(NamedTuple):
 
 def tiled(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
     """Shared memory laid out for TMA and wgmma: 8 x 64 tiles with a 128-byte swizzle."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # ty: ignore[abstract-class-instantiation]
+    return plgpu.SMEM(shape, dtype, transforms=layout)
 
 
 def launch(interpret: bool) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
-def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
 
 

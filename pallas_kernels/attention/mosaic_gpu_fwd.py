@@ -48,6 +48,7 @@ class ForwardTiles:
     stages: int = 2
     persistent: bool = True
     turns: bool = True
+    head_major: bool = False
 
 
 def forward(
@@ -108,11 +109,15 @@ def _kernel(g: Inputs, o_g, lse_g, *, static: Static, tiles: ForwardTiles, block
         # Blocks walk the tiles to and fro, longest rows first, so that their sums of steps come out even.
         turn = jnp.where(lax.rem(n, 2) == 0, block, blocks - 1 - block)
         t = n * blocks + turn
-        head = lax.rem(t, s.heads)
-        t = lax.div(t, s.heads)
-        index = lax.rem(t, row_tiles)
+        batch, t = lax.div(t, s.heads * row_tiles), lax.rem(t, s.heads * row_tiles)
+        if tiles.head_major:  # heads of a group side by side, KV heads one after the other
+            group = s.heads // s.kv_heads
+            inner = lax.rem(t, group * row_tiles)
+            head = lax.div(t, group * row_tiles) * group + lax.rem(inner, group)
+            index = lax.div(inner, group)
+        else:
+            head, index = lax.rem(t, s.heads), lax.div(t, s.heads)
         index = row_tiles - 1 - index if s.causal else index
-        batch = lax.div(t, row_tiles)
         pattern = g.pattern[head] if s.patterns > 1 else jnp.int32(0)
         row = fields(g.table, batch, pattern, index)
         return Work(batch, head, index, pattern, row)
