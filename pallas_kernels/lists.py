@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.pytrees import record
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@record("block_q", "block_k")
 class BlockList:
     """Key blocks per query block, ascending, packed left, -1 beyond `count`.
 
@@ -21,8 +20,8 @@ class BlockList:
 
     idx: Int[Array | np.ndarray, "B Hs nQ W"]
     count: Int[Array | np.ndarray, "B Hs nQ"]
-    block_q: int = dataclasses.field(metadata={"static": True})
-    block_k: int = dataclasses.field(metadata={"static": True})
+    block_q: int
+    block_k: int
 
     def check(self, batch: int, length: int, keys: int, num_heads: int, num_kv_heads: int) -> None:
         """Raises ValueError naming what does not fit a call of these sizes; values only where they are concrete."""

@@ -22,19 +22,9 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.lists import BlockList
 from pallas_kernels.plan import INF, Ints, Plan, namespace
+from pallas_kernels.pytrees import record
 
-Number = int | Int[Ints, ""]
-
-
-def _pytree(*static: str) -> Callable[[type], type]:
-    """Frozen dataclass whose fields are pytree children except those named."""
-
-    def wrap(cls: type) -> type:
-        cls = dataclasses.dataclass(frozen=True)(cls)
-        names = [f.name for f in dataclasses.fields(cls)]
-        return jax.tree_util.register_dataclass(cls, [n for n in names if n not in static], list(static))
-
-    return wrap
+Number = int | np.integer | Int[Ints, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +69,8 @@ class Mask:
         """The mask as booleans [T,S], or [H,T,S] under `per_head`, or [B,Hs,T,S] with `Blocks`; for tests."""
         i = jnp.arange(length, dtype=jnp.int32)[:, None] + q_offset
         j = jnp.arange(keys, dtype=jnp.int32)[None, :]
-        return jnp.broadcast_to(self.evaluate(i, j, Evaluation(length, keys, segment_ids)), (length, keys))
+        found = self.evaluate(i, j, Evaluation(length, keys, segment_ids))
+        return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, (length, keys)))
 
     def plan(
         self, num_heads: int, length: int, keys: int, block_q: int, block_k: int, q_offset: int | Int[Ints, ...] = 0
@@ -132,7 +123,7 @@ class Evaluation:
     skip_lists: bool = False
 
 
-@_pytree()
+@record(eq=True)
 class Full(Mask):
     """Every key."""
 
@@ -143,7 +134,7 @@ class Full(Mask):
         return jnp.ones((), bool)
 
 
-@_pytree()
+@record(eq=True)
 class Causal(Mask):
     """Keys at or before the query: j <= i."""
 
@@ -154,7 +145,7 @@ class Causal(Mask):
         return j <= i
 
 
-@_pytree()
+@record(eq=True)
 class Segments(Mask):
     """Keys of the query's own segment; the call must then pass `segment_ids` (which act with or without this term)."""
 
@@ -168,7 +159,7 @@ class Segments(Mask):
         return jnp.asarray(queries)[:, None] == jnp.asarray(keys)[None, :]
 
 
-@_pytree()
+@record(eq=True)
 class Sink(Mask):
     """The first `n` keys: j < n."""
 
@@ -181,7 +172,7 @@ class Sink(Mask):
         return j < self.n
 
 
-@_pytree()
+@record(eq=True)
 class Window(Mask):
     """The last `n` keys, the query's own included: i - j < n."""
 
@@ -194,7 +185,7 @@ class Window(Mask):
         return i - j < self.n
 
 
-@_pytree("block")
+@record("block", eq=True)
 class Stride(Mask):
     """Every `every`-th block of `block` keys, in absolute blocks: (j // block + offset) % every == 0."""
 
@@ -216,7 +207,7 @@ class Stride(Mask):
         return xp.where((column + self.offset) % self.every == 0, np.int32(INF), np.int32(0)), None
 
 
-@_pytree("block")
+@record("block", eq=True)
 class Intervals(Mask):
     """Block J of `block` keys is read by queries i < expiry[J], and by second[J,0] <= i < second[J,1].
 
@@ -247,7 +238,7 @@ class Intervals(Mask):
         return self.expiry[:need], None if self.second is None else self.second[:need]
 
 
-@_pytree()
+@record(eq=True)
 class Blocks(Mask):
     """Keys that a run-time block list selects for the query's block."""
 
@@ -259,7 +250,7 @@ class Blocks(Mask):
         return self.selection.to_array(context.length, context.keys)
 
 
-@_pytree()
+@record(eq=True)
 class And(Mask):
     """Both; made by `&`."""
 
@@ -278,7 +269,7 @@ class And(Mask):
         return self.left.evaluate(i, j, context) & self.right.evaluate(i, j, context)
 
 
-@_pytree()
+@record(eq=True)
 class Or(Mask):
     """Either; made by `|`."""
 
@@ -301,7 +292,7 @@ class Or(Mask):
         return self.left.evaluate(i, j, context) | self.right.evaluate(i, j, context)
 
 
-@_pytree("heads")
+@record("heads", eq=True)
 class PerHead(Mask):
     """One mask per head; made by `per_head`."""
 
@@ -381,7 +372,7 @@ def _numbers(form: Form, keys: int, grain: int) -> tuple[Any, Any, tuple[Ints, I
     """(sink, window, (expiry, second) or None) of one pattern, columns in blocks of `grain` keys."""
     if form.terms is None:
         return np.int32(INF), np.int32(0), None
-    sink, window, rows = np.int32(0), np.int32(0), None
+    sink, window, rows = np.int32(0), np.int32(0 if form.causal else -INF), None
     for term in form.terms:
         kinds = {type(atom) for atom in term}
         if kinds == {Sink}:

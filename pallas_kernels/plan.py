@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.pytrees import record
+
 INF = 2**31 - 1
 Ints = Array | np.ndarray
 
@@ -114,11 +116,14 @@ class Plan:
 
     @classmethod
     def tree_unflatten(cls, static, children):
-        return cls(static[0], static[1], *children[:4], children[4] if static[2] is None else static[2])
+        plan = object.__new__(cls)  # around placeholders, which __init__ would refuse
+        values = (*static[:2], *children[:4], children[4] if static[2] is None else static[2])
+        for field, value in zip(dataclasses.fields(cls), values, strict=True):
+            object.__setattr__(plan, field.name, value)
+        return plan
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@record()
 class Columns:
     """Rows (absolute positions) that read a tile of keys. A causal caller adds `row >= first key of the tile`.
 
@@ -132,8 +137,7 @@ class Columns:
     full_second: Int[Ints, "P n 2"] | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@record("causal", "block_q", "block_k", "keys", "gaps")
 class RowRuns:
     """Key tiles that a tile of rows visits, as three ascending runs that do not overlap.
 
@@ -141,16 +145,16 @@ class RowRuns:
     lengths for any rows; `nth` gives the tile of a visit.
     """
 
-    causal: bool = dataclasses.field(metadata={"static": True})
-    block_q: int = dataclasses.field(metadata={"static": True})
-    block_k: int = dataclasses.field(metadata={"static": True})
-    keys: int = dataclasses.field(metadata={"static": True})
+    causal: bool
+    block_q: int
+    block_k: int
+    keys: int
     sink_tiles: Int[Ints, " P"]
     window: Int[Ints, " P"]
     packed: Int[Ints, "P n"] | None  # long-lived tiles beyond the sink, ascending, packed left
     rank: Int[Ints, "P m"] | None  # m = n + 1: how many of them lie before tile n
     first: Int[Ints, "P R"] | None  # first entry of `packed` alive in positions [R block_q, (R+1) block_q)
-    gaps: bool = dataclasses.field(metadata={"static": True})  # a run of `packed` may hold dead tiles: ask `Columns`
+    gaps: bool  # a run of `packed` may hold dead tiles: ask `Columns`
 
     def run(self, pattern: Any, row: Any, last_row: Any) -> tuple[Any, Any, Any, Any, Any]:
         """(sink count, first packed entry, packed count, first window tile, window count) for `row`..`last_row`."""
@@ -158,9 +162,9 @@ class RowRuns:
         stop = jnp.clip(last_row // self.block_k + 1, 0, tiles) if self.causal else jnp.int32(tiles)
         sink_tiles, window = jnp.asarray(self.sink_tiles)[pattern], jnp.asarray(self.window)[pattern]
         sinks = jnp.minimum(sink_tiles, stop)
-        oldest = jnp.where(window > row, 0, jnp.maximum(row - window + 1, 0))  # row - INF never wraps: row >= 0
+        oldest = jnp.maximum(row - jnp.maximum(window, 0) + 1, 0)
         begin = jnp.clip(oldest // self.block_k, sinks, stop)
-        begin = jnp.where((window <= 0) & self.causal, stop, begin)
+        begin = jnp.where(window <= (0 if self.causal else -INF), stop, begin)
         if self.packed is None:
             return sinks, jnp.int32(0), jnp.int32(0), begin, stop - begin
         first, rank = jnp.asarray(self.first), jnp.asarray(self.rank)

@@ -47,7 +47,8 @@ def block_sparse_attention(
 ) -> Float[Array, "B T H Dv"] | tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """Softmax attention of each query over the keys that `mask` and `lists` allow.
 
-    Query row t has absolute position `q_offset + t` (0 by default), key s position s; head h reads KV head h // (H / K).
+    Query row t has absolute position `q_offset + t` (0 by default), key s position s; head h reads KV head
+    h // (H / K).
     Rows that see no key give o = 0, lse = -inf and zero gradients. Keys and values that no query sees (padding, other
     segments, skipped blocks) may hold NaN. Differentiable in q, k, v and sink_logits, also through lse.
 

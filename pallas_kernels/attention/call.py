@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Mask
+from pallas_kernels.pytrees import record
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@record("scale", "soft_cap", "need_lse")
 class Call:
     """What `block_sparse_attention` hands to a backend's `attend(call) -> (o [B,T,H,Dv], lse float32 [B,H,T])`.
 
@@ -27,8 +24,8 @@ class Call:
     mask: Mask
     lists: BlockList | None
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
-    q_offset: int | Int[Array, " B"] = dataclasses.field(metadata={"static": False})
+    q_offset: int | Int[Array, " B"]
     kv_length: Int[Array, " B"] | None
-    scale: float = dataclasses.field(metadata={"static": True})
-    soft_cap: float | None = dataclasses.field(metadata={"static": True})
-    need_lse: bool = dataclasses.field(metadata={"static": True})
+    scale: float
+    soft_cap: float | None
+    need_lse: bool

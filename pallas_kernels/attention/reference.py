@@ -14,27 +14,24 @@ def attend(call: Call) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]
     """(o, lse) of the call, differentiable by JAX; keys and values that are not finite count as zero."""
     q, k, v = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
     k, v = (jnp.where(jnp.isfinite(x), x, 0.0) for x in (k, v))
-    allowed = visible(call)
-    groups = q.shape[2] // k.shape[2]
-    outputs, sums = [], []
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            o, lse = _head(q[b, :, h], k[b, :, h // groups], v[b, :, h // groups], allowed[b, h], call)
-            outputs.append(o)
-            sums.append(lse)
-    o = jnp.stack(outputs).reshape(*q.shape[:1], q.shape[2], q.shape[1], v.shape[-1])
-    return jnp.swapaxes(o, 1, 2).astype(call.q.dtype), jnp.stack(sums).reshape(q.shape[0], q.shape[2], q.shape[1])
+    batch, length, heads, _ = q.shape
+    k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
+    flat = [jnp.swapaxes(x, 1, 2).reshape(batch * heads, *x.shape[1::2]) for x in (q, k, v)]
+    allowed = visible(call).reshape(batch * heads, length, k.shape[1])
+    o, lse = jax.lax.map(lambda head: _head(*head, call), (*flat, allowed))
+    o = jnp.swapaxes(o.reshape(batch, heads, length, -1), 1, 2)
+    return o.astype(call.q.dtype), lse.reshape(batch, heads, length)
 
 
 def _head(q, k, v, allowed, call):
-    score = q @ k.T * call.scale
+    score = jnp.matmul(q, k.T, precision="highest") * call.scale
     if call.soft_cap is not None:
         score = call.soft_cap * jnp.tanh(score / call.soft_cap)
     score = jnp.where(allowed, score, -jnp.inf)
     some = allowed.any(-1)
     lse = jax.nn.logsumexp(jnp.where(some[:, None], score, 0.0), axis=-1)
     weight = jnp.exp(jnp.where(allowed, score - lse[:, None], -jnp.inf))
-    return weight @ v, jnp.where(some, lse, -jnp.inf)
+    return jnp.matmul(weight, v, precision="highest"), jnp.where(some, lse, -jnp.inf)
 
 
 def visible(call: Call) -> Bool[Array, "B H T S"]:

@@ -1,7 +1,7 @@
 """Block-sparse attention on any device: tiles of queries and keys in loops, skipping the tiles that no query reads.
 
-Memory is linear in length. One loop runs over (unit, query tile); inside it another runs over the key tiles that the tile
-visits, as many as there are. A unit is what shares its visits: all heads when they share a pattern, else one KV head.
+Memory is linear in length. One loop runs over (unit, query tile); inside it another runs over the key tiles that the
+tile visits, as many as there are. A unit shares its visits: all heads if they share a pattern, else one KV head.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.op import platform
 from pallas_kernels.plan import Columns, Plan
+from pallas_kernels.pytrees import record
 
 MAX_TILES = 1024  # tiles along an axis: beyond it tiles grow, so that the visit table stays small
 
@@ -44,12 +45,11 @@ class Settings:
     soft_cap: float | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@record("settings")
 class Schedule:
     """What each query tile visits, and what the mask of a tile is made of."""
 
-    settings: Settings = dataclasses.field(metadata={"static": True})
+    settings: Settings
     order: Any  # [units, tiles_q, tiles_k] key tiles to visit first
     count: Any  # [units, tiles_q] how many
     plan: Plan
@@ -71,9 +71,10 @@ def _tile(length: int, target: int, unit: int) -> int:
 def _schedule(call: Call) -> Schedule:
     (batch, length, heads, _), (keys, kv_heads) = call.q.shape, call.k.shape[1:3]
     lists = call.lists
-    target_q, target_k = (512, 512) if platform() == "cpu" else (1024, 1024)
-    block_q = _tile(length, target_q, lists.block_q if lists else 1)
-    block_k = _tile(keys, target_k, lists.block_k if lists else 1)
+    # On a CPU the scores of a tile should stay in cache; on an accelerator few large steps win.
+    target = 1024 if platform() != "cpu" else 128 if max(length, keys) <= 8192 else 256
+    block_q = _tile(length, target, lists.block_q if lists else 1)
+    block_k = _tile(keys, target, lists.block_k if lists else 1)
     tiles_q, tiles_k = -(-length // block_q), -(-keys // block_k)
     plan = call.mask.plan(heads, length, keys, block_q, block_k)
     one_pattern = plan.num_patterns == 1
@@ -157,10 +158,9 @@ def _visits(schedule: Schedule, columns: Columns, batch: int, length: int, tiles
     if schedule.kv_length is not None:
         live = live & (key < schedule.kv_length[:, None, None])
     if schedule.segment_ids is not None:
-        low, high = zip(
-            *(_extremes(ids, n) for ids, n in zip(schedule.segment_ids, (s.block_q, s.block_k), strict=True))
-        )
-        live = live & (low[0][:, :, None] <= high[1][:, None]) & (low[1][:, None] <= high[0][:, :, None])
+        queries, key_ids = schedule.segment_ids
+        (q_low, q_high), (k_low, k_high) = _extremes(queries, s.block_q), _extremes(key_ids, s.block_k)
+        live = live & (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
     heads = schedule.pattern.shape[0] if s.unit_heads == 1 else 1
     if s.unit_batch == 1:  # units run over batch rows, then KV heads
         live = xp.broadcast_to(live, (heads if live.shape[0] == 1 else live.shape[0], batch, *live.shape[2:]))
@@ -180,7 +180,7 @@ def _listed(schedule: Schedule, tiles_k: int) -> Array:
     """bool [K or 1, B, tiles_q, tiles_k]: tiles that hold a listed block."""
     lists, s = schedule.lists, schedule.settings
     batch, rows_of_heads, rows, width = lists.idx.shape
-    tile_q = jnp.arange(s.tiles_q * s.block_q // s.block_q)
+    tile_q = jnp.arange(s.tiles_q)
     row_tile = jnp.arange(rows) * lists.block_q // s.block_q
     hit = jnp.zeros((batch, rows_of_heads, s.tiles_q, tiles_k + 1), bool)
     used = jnp.arange(width) < lists.count[..., None]

@@ -1,0 +1,140 @@
+"""What every cache of attention keys and values can do, and the pieces that the layouts share.
+
+A cache is a frozen pytree of fixed shape: `append` and `attend` return new values, and under `jax.jit` with donated
+arguments XLA writes them in place. Keep caches as a tuple over layers (or carry them through a loop): as scanned
+outputs a second copy of everything would appear.
+"""
+
+from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import block_sparse_attention
+from pallas_kernels.masks import Mask
+
+type Counts = Int[Array | np.ndarray, "B"]
+"""Tokens of each request. Zeros in NumPy are known while tracing: the first chunk then needs no look at the cache."""
+
+
+class Options(TypedDict, total=False):
+    """How to attend, as in `pallas_kernels.block_sparse_attention`. Without `return_lse` (default True) lse is None."""
+
+    scale: float | None
+    soft_cap: float | None
+    sink_logits: Array | None
+    return_lse: bool
+
+
+@runtime_checkable
+class AttentionCache(Protocol):
+    """Keys and values of the tokens seen so far by one attention layer.
+
+    `length[B]` counts the tokens of each request, on the device. `start[B]` is the length before the last `append`:
+    the query at row t of `attend` sits at position start + t.
+    """
+
+    @property
+    def length(self) -> Array: ...
+
+    @property
+    def start(self) -> Array: ...
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one request may reach; the caller checks this on the host before a launch."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys, values and states held for the whole batch."""
+        ...
+
+    def append(self, k: Array, v: Array, valid: Array | None = None) -> "AttentionCache":
+        """k, v `[B,T,K,D]` follow the tokens held. `valid[B,T]` marks real tokens; padding is on the right."""
+        ...
+
+    def attend(self, q: Array, mask: Any, **options: Unpack[Options]) -> tuple[Array, Array | None]:
+        """q `[B,T,H,D]` of the last T appended tokens -> (o `[B,T,H,Dv]` in q's dtype, lse `[B,H,T]` float32).
+
+        Rows of padding hold finite values without meaning.
+        """
+        ...
+
+
+def through_op(
+    q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K Dv"], mask: Mask, **options: Any
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"] | None]:
+    """`block_sparse_attention` in the cache's dtype, with a pair as result whether or not lse was asked for."""
+    if options.pop("return_lse", True):
+        return with_lse(q, k, v, mask, **options)
+    o = block_sparse_attention(q.astype(k.dtype), k, v, mask, **options)
+    assert not isinstance(o, tuple)
+    return o.astype(q.dtype), None
+
+
+def with_lse(
+    q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K Dv"], mask: Mask, **options: Any
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
+    """As `through_op`, and always with lse."""
+    out = block_sparse_attention(q.astype(k.dtype), k, v, mask, return_lse=True, **options)
+    assert isinstance(out, tuple)
+    return out[0].astype(q.dtype), out[1]
+
+
+def appended(tokens: int, valid: Bool[Array, "B T"] | None, batch: int) -> Counts:
+    """How many of the `tokens` new tokens of each request are real."""
+    if valid is None:
+        return np.full((batch,), tokens, np.int32)
+    return jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+def no_tokens(batch: int) -> np.ndarray:
+    """The counts of an empty cache."""
+    return np.zeros((batch,), np.int32)
+
+
+def known_empty(length: Counts) -> bool:
+    """Whether the cache was certainly empty, by what is known while tracing."""
+    return isinstance(length, np.ndarray) and not length.any()
+
+
+def write_first(buffer: Float[Array, "B S K D"], new: Float[Array, "B T K D"]) -> Float[Array, "B S K D"]:
+    """Put the first chunk into an empty buffer. Padding goes along: later tokens replace it before it is seen."""
+    fits = new[:, : buffer.shape[1]].astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice(buffer, fits, (0, 0, 0, 0))
+
+
+def write_slots(
+    buffer: Float[Array, "B S K D"],
+    new: Float[Array, "B T K D"],
+    slot: Int[Array, "B T"],
+    keep: Bool[Array, "B T"] | None,
+) -> Float[Array, "B S K D"]:
+    """Put each new row into its slot; rows with `keep` false are dropped. In place when `buffer` is donated."""
+    batch, tokens = slot.shape
+    if keep is not None:
+        # Distinct slots past the end: the scatter drops them and stays free of duplicates.
+        slot = jnp.where(keep, slot, buffer.shape[1] + jnp.arange(tokens, dtype=slot.dtype))
+    rows = jnp.arange(batch)[:, None]
+    return buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
+
+
+def traced(x: Any) -> bool:
+    """Whether the value is not known yet."""
+    return isinstance(x, Tracer)
+
+
+def check_room(length: Counts, tokens: Counts, capacity: int) -> None:
+    """Raise when an append passes the end; only where the numbers are known (outside jit)."""
+    if traced(length) or traced(tokens):
+        return
+    reached = int(np.max(np.asarray(length) + np.asarray(tokens)))
+    if reached > capacity:
+        raise ValueError(
+            f"cache: appending reaches {reached} tokens, but the capacity is {capacity}; "
+            "make the cache larger or the prompt shorter"
+        )

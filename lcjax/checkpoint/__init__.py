@@ -1,0 +1,1 @@
+"""Checkpoints: tensor files of other projects, and our own training checkpoints."""

@@ -1,0 +1,1 @@
+"""Evaluation: measures by context length, their results and plots."""

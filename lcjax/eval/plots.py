@@ -1,0 +1,65 @@
+"""Figures as PNG files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+DPI = 150
+
+
+def heat_map(
+    values: np.ndarray,
+    *,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    title: str,
+    labels: tuple[str, str, str],
+    path: Path,
+) -> None:
+    """Shares in 0..1 `[rows, columns]` as coloured cells with their numbers. `labels`: of x, of y, of the colour."""
+    figure = Figure(figsize=(2.4 + 0.9 * len(columns), 1.8 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_title(title)
+    axes.spines[:].set_visible(False)
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+    figure.colorbar(image, ax=axes, label=labels[2])
+    figure.savefig(path, dpi=DPI)
+
+
+def by_position(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    title: str,
+    path: Path,
+    trained: int | None = None,
+) -> None:
+    """Perplexity against position: {name: (edges of the windows, their values)}; a line marks the trained context."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, (edges, values) in curves.items():
+        steps = axes.stairs(values, edges, baseline=None, linewidth=1.5, label=name)
+        axes.plot((edges[1:] + edges[:-1]) / 2, values, "o", markersize=4, color=steps.get_edgecolor())
+    drawn = np.concatenate([values for _, values in curves.values()])
+    if drawn.max() > 5 * drawn.min():
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.15 * drawn.max())
+    furthest = max(int(edges[-1]) for edges, _ in curves.values())
+    if trained is not None and trained <= furthest:
+        axes.axvline(trained, color="grey", linestyle="--", linewidth=1, label=f"trained context {trained:,}")
+    tick = 2 ** max(furthest // 8 - 1, 1).bit_length()  # a power of two, at most nine ticks
+    axes.set_xticks(range(0, furthest + 1, tick), [f"{n:,}" for n in range(0, furthest + 1, tick)])
+    axes.set_xlabel("position in the context, tokens")
+    axes.set_ylabel("perplexity")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=DPI)

@@ -1,0 +1,147 @@
+"""HELMET's two categories over one long document, question answering and summaries, and the list of all seven.
+
+The published scores come from a judge model; with `judge` set, so do these. Without one the scores are word-overlap
+proxies, carry `_proxy` in their names and are not comparable with published ones.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lcjax.eval.budget import Draft, Truncation
+from lcjax.eval.item import Item
+from lcjax.eval.metrics import ngram
+from lcjax.eval.metrics.citation import overlap_entails
+from lcjax.eval.metrics.judge import Judge, ask_scores
+from lcjax.eval.metrics.text import exact_match, normalised_substring
+from lcjax.eval.tasks import helmet as categories
+from lcjax.eval.tasks import needles
+from lcjax.eval.tasks.base import GeneratedTask
+from lcjax.eval.tasks.loaded import LoadedTask, Row
+from lcjax.eval.tasks.rows import read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongQa(LoadedTask):
+    """Questions over a document, which is cut at its end as published. Rows: document, question, answers, and `options`
+    for multiple choice. Scores: the choice; else the judge's fluency x correctness / 3, or ROUGE-L F1."""
+
+    truncation: Truncation = "head"
+    judge: Judge | None = None
+    kind: ClassVar[str] = "helmet_longqa"
+
+    def rows(self) -> Iterator[Row]:
+        """One row a question."""
+        for number, row in enumerate(read_rows(self.source, ("document", "question", "answers"))):
+            options = row.get("options")
+            ask, new_tokens = row["question"], 10 if options else 100
+            answers = tuple(row["answers"])
+            if options:
+                letters = "ABCDEFGH"[: len(options)]
+                right = letters[options.index(answers[0])]
+                ask += "\n" + "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+                ask += "\nReply with the letter of the right answer."
+                answers = (right, f"{right}. {answers[0]}")
+            template = f"Read the text, then answer the question briefly.\n\n{{document}}\n\nQuestion: {ask}"
+            facts = {"question": row["question"], "choice": bool(options)}
+            yield Row(
+                f"{self.name}-{number}", row["document"], template, Draft("", answers, new_tokens, metadata=facts)
+            )
+
+    def score(self, example: Item, text: str) -> Mapping[str, float]:
+        """One number, by the kind of the question."""
+        if example.metadata["choice"]:
+            letter = re.match(r"\W*([A-H])\b", text)
+            hit = letter is not None and letter.group(1) == example.references[0]
+            return {"accuracy": max(float(hit), exact_match(text, example.references), self._whole(text, example))}
+        if self.judge is None or not text.strip():
+            return {"rougeL_proxy": ngram.rouge(text, example.references)}
+        right = " | ".join(example.references)
+        asked = (
+            f"Question: {example.metadata['question']}\nRight answers: {right}\nAnswer: {text}\n\n"
+            'Reply with JSON: "fluency" is 1 for readable text, else 0; "correctness" is 0 (wrong), 1 (partly right), '
+            "2 (right but incomplete or with errors) or 3 (right)."
+        )
+        marks = ask_scores(self.judge, asked, ("fluency", "correctness"), low=0, high=3)
+        return {"judged": min(marks.get("fluency", 0), 1) * marks.get("correctness", 0) / 3}
+
+    @staticmethod
+    def _whole(text: str, example: Item) -> float:
+        """ "A. option" written out counts."""
+        return normalised_substring(text, example.references[1:])
+
+    def ideal(self, example: Item) -> str:
+        """The first reference."""
+        return example.references[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(LoadedTask):
+    """Summaries. Rows: document, summary, key_points. Score: F of key points, F = 2PR / (P + R); ROUGE-L beside it.
+
+    Recall is the share of key points that the summary holds, precision the share of its sentences that the reference
+    supports.
+    """
+
+    truncation: Truncation = "head"
+    new_tokens: int = 400
+    judge: Judge | None = None
+    kind: ClassVar[str] = "helmet_summ"
+
+    def rows(self) -> Iterator[Row]:
+        """One row a document."""
+        template = "Read the text, then summarise it in a few paragraphs.\n\n{document}\n\nSummary:"
+        for number, row in enumerate(read_rows(self.source, ("document", "summary", "key_points"))):
+            draft = Draft("", (row["summary"],), self.new_tokens, metadata={"key_points": row["key_points"]})
+            yield Row(f"{self.name}-{number}", row["document"], template, draft)
+
+    def score(self, example: Item, text: str) -> Mapping[str, float]:
+        """F of key points first."""
+        reference, points = example.references[0], example.metadata["key_points"]
+        rouge = ngram.rouge(text, example.references)
+        if not text.strip():
+            return {"judged" if self.judge else "key_points_proxy": 0.0, "rougeL": 0.0}
+        if self.judge is None:
+            claims = [claim for claim in re.split(r"(?<=[.!?])\s+", text.strip()) if claim]
+            recall = sum(overlap_entails(text, point) for point in points) / len(points)
+            precision = sum(overlap_entails(reference, claim) for claim in claims) / len(claims)
+            return {"key_points_proxy": _f(precision, recall), "rougeL": rouge}
+        listed = "\n".join(f"{i}. {point}" for i, point in enumerate(points, 1))
+        asked = (
+            f"Reference summary: {reference}\nIts key points:\n{listed}\n\nSummary to judge: {text}\n\nReply with JSON "
+            'of integers: "fluency" (1 readable, else 0), "recalled" (how many key points it holds), "sentences" '
+            '(how many it has) and "supported" (how many of them the reference supports).'
+        )
+        fields = ("fluency", "recalled", "sentences", "supported")
+        marks = ask_scores(self.judge, asked, fields, low=0, high=10_000)
+        precision = min(1.0, marks.get("supported", 0) / max(marks.get("sentences", 0), 1))
+        recall = min(1.0, marks.get("recalled", 0) / len(points))
+        return {"judged": min(marks.get("fluency", 0), 1) * _f(precision, recall), "rougeL": rouge}
+
+
+def _f(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def helmet(
+    *,
+    rag: str = "",
+    rerank: str = "",
+    cite: str = "",
+    longqa: str = "",
+    summ: str = "",
+    num_examples: int = 100,
+    judge: Judge | None = None,
+) -> list[GeneratedTask | LoadedTask]:
+    """The seven categories. Recall and many-shot learning are made offline; the others where their file is given."""
+    tasks: list[GeneratedTask | LoadedTask] = [kind(num_examples=num_examples) for kind in _RECALL]
+    tasks.append(categories.ManyShot(num_examples=num_examples))
+    tasks += [categories.Rag(source=rag, num_examples=num_examples)] if rag else []
+    tasks += [categories.Rerank(source=rerank, num_examples=num_examples)] if rerank else []
+    tasks += [categories.Cite(source=cite, num_examples=num_examples)] if cite else []
+    tasks += [LongQa(source=longqa, judge=judge, limit=num_examples)] if longqa else []
+    return tasks + ([Summary(source=summ, judge=judge, limit=num_examples)] if summ else [])
+
+
+_RECALL = (categories.JsonKv, needles.NiahMultikey2, needles.NiahMultikey3, needles.NiahMultivalue)

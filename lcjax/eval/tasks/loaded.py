@@ -1,0 +1,85 @@
+"""What the tasks that read a data set share: documents with a named truncation policy, scores by name."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from lcjax.eval.budget import Draft, Encoder, Truncation, truncate_text
+from lcjax.eval.item import Item
+from lcjax.eval.metrics import metric
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question of a data set: the document, and how it becomes a prompt.
+
+    `template` holds one `{document}`. `group` names rows that share the document, for prefix reuse.
+    """
+
+    id: str
+    document: str
+    template: str
+    draft: Draft
+    group: str = ""
+
+    def build(self, document: str) -> Draft:
+        """The draft with this document in it."""
+        return replace(self.draft, body=self.template.replace("{document}", document, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedTask:
+    """Base of the tasks from data. A subclass gives `rows`.
+
+    `truncation` is what happens to a document that is over the budget: "error" (default), "drop" (left out; the number
+    of dropped rows is in every item's metadata), "head" or "tail" (the part that is kept) or "middle" (its first and
+    last half are). `limit`: at most so many questions, None for all. `chat=None`: the tokenizer's template, if any.
+    """
+
+    source: str
+    truncation: Truncation = "error"
+    limit: int | None = None
+    chat: bool | None = None
+
+    kind: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        """Name in tables; says which variant it is."""
+        return self.kind
+
+    def rows(self) -> Iterator[Row]:
+        """All questions in a fixed order."""
+        raise NotImplementedError
+
+    def template(self) -> bool | None:
+        """Whether the task uses the chat template: None where the tokenizer decides."""
+        return self.chat
+
+    def examples(self, tokenizer: Encoder, budget: int, seed: int) -> Iterator[Item]:
+        """Items in the data set's order; BudgetError for a document over the budget under the policy "error"."""
+        wanted = self.template()
+        chat = bool(tokenizer.chat_template) if wanted is None else wanted
+        dropped = made = 0
+        for row in self.rows():
+            if self.limit is not None and made >= self.limit:
+                return
+            ideal = len(tokenizer.encode(row.draft.ideal)) + 8
+            row = replace(row, draft=replace(row.draft, max_new_tokens=max(row.draft.max_new_tokens, ideal)))
+            fitted = truncate_text(tokenizer, row.document, row.build, budget, chat, self.truncation, row.id)
+            if fitted is None:
+                dropped += 1
+                continue
+            made += 1
+            draft, tokens = fitted
+            metadata = {**draft.metadata, "prompt_tokens": tokens, "budget": budget, "ideal": draft.ideal}
+            metadata |= {"prefix_group": row.group, "dropped_before": dropped}
+            yield Item(row.id, draft.prompt(chat), draft.references, draft.max_new_tokens, metadata)
+
+    def score(self, example: Item, text: str) -> float | Mapping[str, float]:
+        """The metric that the item's metadata names."""
+        return metric(example.metadata["metric"])(text, example.references)
+
+    def ideal(self, example: Item) -> str:
+        """An answer that scores 1."""
+        return str(example.metadata["ideal"])

@@ -1,0 +1,39 @@
+"""Dense projections over any number of input and output axes."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from lcjax.layers.weight import Weight
+
+
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """float32 means float32: accelerators would otherwise multiply it in fewer bits."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), contracting the last `inputs` axes of x; W is stored [*inputs, *outputs]."""
+
+    def __init__(self, kernel: Weight, *, inputs: int = 1, bias: bool = False, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        self.inputs = inputs
+        self.kernel = kernel.param(rngs, param_dtype)
+        self.bias = Weight(kernel.shape[inputs:], kernel.axes[inputs:]).param(rngs, param_dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[Array, "*batch_and_outputs"]:
+        kernel = self.kernel[...].astype(x.dtype)
+        last = tuple(range(x.ndim - self.inputs, x.ndim))
+        y = jax.lax.dot_general(x, kernel, ((last, tuple(range(self.inputs))), ((), ())), precision=precision(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """Token table [V, width]; also the unembedding where the two are tied."""
+
+    def __init__(self, weight: Weight, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        self.table = weight.param(rngs, param_dtype)
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
+        return jnp.take(self.table[...], tokens, axis=0)

@@ -1,0 +1,110 @@
+"""The one decoder: training, prefill in chunks and decoding share its code."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from lcjax.layers.attention import Context
+from lcjax.layers.block import Block
+from lcjax.layers.linear import Embed, Linear, precision
+from lcjax.layers.norm import RMSNorm
+from lcjax.layers.weight import Weight
+from lcjax.models.spec import Attention, ModelSpec
+from lcjax.models.stack import apply_stacked
+from lcjax.parallel.rules import constrain
+from lcjax.positions.rotary import rope_table
+
+HIDDEN_AXES = ("batch", "length", "hidden")
+
+
+class Decoder(nnx.Module):
+    """A pre-norm decoder of `spec.num_layers` blocks.
+
+    Split once, merge inside jit: `graphdef, params = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)), nnx.Param)`, then
+    `nnx.merge(graphdef, params)(tokens)` in a `jax.jit` function of `params`.
+    """
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
+        self.spec = spec
+        init: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
+        std = 0.02 if spec.embed_scale == 1 else 1 / spec.embed_scale
+        self.embed = Embed(Weight((spec.vocab_size, spec.width), ("vocab", "embed"), std=std), **init)
+        self.layers = nnx.List([Block(spec, mixer, **init) for mixer in spec.layers])
+        self.norm = RMSNorm(spec.width, "embed", eps=spec.norm_eps, offset=spec.norm_offset, **init)
+        head = Weight((spec.width, spec.vocab_size), ("embed", "vocab"), std=spec.width**-0.5)
+        self.head = None if spec.tie_embeddings else Linear(head, **init)
+
+    def _context(self, positions: Int[Array, "B T"], segment_ids: Any, valid: Any) -> Context:
+        """Rotary tables once per law; laws that follow the length see the batch's largest real position + 1."""
+        reached = positions if valid is None else jnp.where(valid, positions, 0)
+        length = jnp.max(reached) + 1
+        laws = {mixer.rope for mixer in self.spec.layers if isinstance(mixer, Attention) and mixer.rope is not None}
+        tables = {law: rope_table(law, self.spec.head_dim, positions, length) for law in laws}
+        return Context(tables, segment_ids, valid)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        caches: tuple[Any, ...] | None = None,
+        valid: Bool[Array, "B T"] | None = None,
+        remat: str = "none",
+        scan: bool = False,
+    ) -> tuple[Float[Array, "B T width"], tuple[Any, ...] | None]:
+        """Final normed states and the advanced caches (None without caches).
+
+        positions: tokens since the document's start; default: column index, or the caches' lengths onwards.
+        segment_ids: document of each token, 0 is padding; not together with caches.
+        caches, valid: one cache per layer; `valid` marks real tokens of a chunk whose rows are padded on the right.
+        remat: 'none', 'full' or 'dots' (matrix products kept). scan: stack runs of equal layers and scan over them.
+        """
+        if caches is not None and (
+            len(caches) != len(self.layers) or segment_ids is not None or scan or remat != "none"
+        ):
+            raise ValueError(
+                f"hidden: caches must be one per layer ({len(self.layers)}, got {len(caches)}) "
+                "and exclude segment_ids, scan and remat"
+            )
+        if valid is not None and caches is None:
+            raise ValueError("hidden: valid is for cached chunks; mark padding by segment id 0 instead")
+        if positions is None:
+            start = 0 if caches is None else caches[0].length[:, None]
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        context = self._context(positions, segment_ids, valid)
+        dtype = self.spec.compute_dtype
+        x = (self.embed(tokens).astype(jnp.float32) * self.spec.embed_scale).astype(dtype)
+        x = constrain(x, HIDDEN_AXES)
+        if caches is None:
+            x = apply_stacked(list(self.layers), x, context, remat, scan)
+            return self.norm(x), None
+        advanced = []
+        for block, cache in zip(self.layers, caches, strict=True):
+            x, cache = block(x, context, cache)
+            advanced.append(cache)
+        return self.norm(x), tuple(advanced)
+
+    def unembedding(self) -> Float[Array, "width V"]:
+        """The matrix that `logits` multiplies by, in the parameters' dtype (a transposed view of a tied table)."""
+        return self.embed.table[...].T if self.head is None else self.head.kernel[...]
+
+    def logits(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch V"]:
+        """float32 logits of final states, soft-capped where the spec says so."""
+        w = self.unembedding().astype(x.dtype)
+        y = jnp.matmul(x, w, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        cap = self.spec.logit_soft_cap
+        return y if cap is None else cap * jnp.tanh(y / cap)
+
+    def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Float[Array, "B T V"]:
+        """Logits of every token; `options` as in `hidden`."""
+        return self.logits(self.hidden(tokens, **options)[0])
+
+
+def abstract(spec: ModelSpec, param_dtype: DTypeLike = jnp.float32) -> tuple[Any, nnx.State]:
+    """(graphdef, params) with `jax.ShapeDtypeStruct` leaves: the model's shape without its memory."""
+    model = nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0), param_dtype=param_dtype))
+    return nnx.split(model, nnx.Param)

@@ -1,0 +1,86 @@
+"""The one table from logical axes to mesh axes, and the shardings that follow from it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "head_dim": (),
+    "rank": (),
+    "taps": (),
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "hidden": (),
+}
+
+
+def partition(axes: Sequence[str], sizes: dict[str, int], shape: Sequence[int] | None = None) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes on a mesh of these axis sizes.
+
+    Raises ValueError for an unknown logical axis, a mesh axis used twice, or (given `shape`) an indivisible dimension.
+    """
+    used: dict[str, str] = {}
+    entries: list[tuple[str, ...] | None] = []
+    for i, axis in enumerate(axes):
+        if axis not in RULES:
+            raise ValueError(f"logical axis {axis!r} has no rule; known axes: {', '.join(RULES)}")
+        names = tuple(name for name in RULES[axis] if sizes.get(name, 1) > 1)
+        for name in names:
+            if name in used:
+                raise ValueError(
+                    f"mesh axis {name!r} would split both {used[name]!r} and {axis!r} of an array with axes {axes}"
+                )
+            used[name] = axis
+        ways = 1
+        for name in names:
+            ways *= sizes[name]
+        if shape is not None and shape[i] % ways:
+            raise ValueError(
+                f"axis {axis!r} of size {shape[i]} does not split {ways} ways over mesh axes {', '.join(names)}"
+            )
+        entries.append(names or None)
+    return PartitionSpec(*entries)
+
+
+def shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A tree like `params` (an `nnx.State` of arrays or shapes) with a NamedSharding in place of each array."""
+
+    def one(path: Any, param: Any) -> Any:
+        try:
+            spec = partition(param.axes, dict(mesh.shape), param.shape)
+        except ValueError as error:
+            raise ValueError(f"{'.'.join(str(getattr(p, 'key', p)) for p in path)}: {error}") from None
+        return param.replace(NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sharding of `[B,T]` batches: rows over data and fsdp, columns over context."""
+    return NamedSharding(mesh, partition(("batch", "length"), dict(mesh.shape)))
+
+
+def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Pin an activation's layout where a mesh is set (`jax.set_mesh`); dimensions that don't divide stay free."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    sizes = dict(mesh.shape)
+    spec = partition(axes, sizes)
+    entries = []
+    for size, names in zip(x.shape, spec, strict=True):
+        ways = 1
+        for name in names or ():
+            ways *= sizes[name]
+        entries.append(names if size % ways == 0 else PartitionSpec.UNCONSTRAINED)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))

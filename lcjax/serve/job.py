@@ -1,0 +1,52 @@
+"""The job behind `decode.py`: answer prompts with a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from lcjax.serve.engine import Completion, Engine, Generator, Request
+from lcjax.serve.report import Report
+from lcjax.serve.sampling import Sampling
+from lcjax.serve.source import Loaded, Pretrained
+
+
+@dataclass(frozen=True)
+class Generate:
+    """How to answer. chat: render each prompt as a user's message with the model's chat template, after `system`."""
+
+    model: Pretrained
+    engine: Engine = field(default_factory=Engine)
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    chat: bool = False
+    system: str | None = None
+
+    def __post_init__(self):
+        if self.system is not None and not self.chat:
+            raise ValueError("generate.system is for chats; set generate.chat = True or remove it")
+
+    def request(self, prompt: str, loaded: Loaded) -> Request:
+        """The request for one prompt. A rendered chat brings its own special tokens, also at its start."""
+        common = {"max_new_tokens": self.max_new_tokens, "stop": self.stop, "sampling": self.sampling}
+        if not self.chat:
+            return Request(prompt, **common)
+        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        text = loaded.tokenizer.render_chat([*messages, {"role": "user", "content": prompt}])
+        return Request(tuple(loaded.tokenizer.encode(text)), **common)
+
+    def run(self, prompts: Sequence[str], out: TextIO, loaded: Loaded | None = None) -> tuple[list[Completion], Report]:
+        """Write the answers to `out`: a single one as it comes, several each when it is whole."""
+        if not prompts:
+            raise ValueError("there is no prompt: give --prompt, --prompt_file or text on standard input")
+        loaded = loaded or self.model.load()
+        generator = Generator(loaded.graphdef, loaded.params, loaded.spec, loaded.tokenizer, self.engine)
+        requests = [self.request(prompt, loaded) for prompt in prompts]
+        completions = [Completion() for _ in requests]
+        for piece in generator.stream(requests, completions):
+            if len(prompts) == 1:
+                out.write(piece.text + "\n" * piece.done)
+            elif piece.done:
+                out.write(f"[{piece.index}] {completions[piece.index].text}\n")
+            out.flush()
+        return completions, generator.report

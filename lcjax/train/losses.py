@@ -1,0 +1,144 @@
+"""Next-token loss from hidden states, in chunks of tokens: the T x V logits never exist at once."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@runtime_checkable
+class Unembedding(Protocol):
+    """The part of a decoder that the loss needs."""
+
+    spec: Any
+
+    def logits(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch V"]: ...
+
+    def unembedding(self) -> Float[Array, "width V"]: ...
+
+
+class LossSums(NamedTuple):
+    """Sums over tokens, so that micro-batches add up: divide by `weight` at the end."""
+
+    nll: Float[Array, ""]  # sum of weight * negative log-likelihood, nats
+    z: Float[Array, ""]  # sum of weight * log(Z)**2, before its coefficient
+    weight: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Weighted cross-entropy plus `z_loss` * log(Z)**2 (PaLM, arXiv 2204.02311, section 5).
+
+    chunk_tokens: logits exist for about this many tokens at a time (memory: chunk_tokens * V * 4 bytes).
+    implementation: 'chunked' runs anywhere; 'tokamax' is its fused kernel (no z-loss, no soft cap, one device);
+      'auto' takes the fused kernel on a GPU or TPU where it is installed and applies.
+    """
+
+    z_loss: float = 0.0
+    chunk_tokens: int = 2048
+    implementation: Literal["auto", "chunked", "tokamax"] = "auto"
+
+    def __post_init__(self):
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss is {self.z_loss}; it must not be negative")
+        if self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")
+
+    def __call__(
+        self,
+        model: Unembedding,
+        hidden: Float[Array, "B T width"],
+        targets: Int[Array, "B T"],
+        weights: Float[Array, "B T"],
+    ) -> LossSums:
+        """Sums over all tokens. A token of weight 0 has no effect, whatever its hidden state holds."""
+        if reason := self._fused_refusal(model):
+            if self.implementation == "tokamax":
+                raise ValueError(f"CrossEntropy.implementation='tokamax' cannot run: {reason}; use 'auto' or 'chunked'")
+            return chunked(model, hidden, targets, weights, self.chunk_tokens)
+        # The fused kernel has no weights; 0 and 1 it can express (see `fused`), others go the chunked way.
+        binary = jnp.all((weights == 0) | (weights == 1))
+        return jax.lax.cond(
+            binary,
+            lambda: fused(model, hidden, targets, weights),
+            lambda: chunked(model, hidden, targets, weights, self.chunk_tokens),
+        )
+
+    def _fused_refusal(self, model: Unembedding) -> str:
+        if self.implementation == "chunked":
+            return "chunked was asked for"
+        if importlib.util.find_spec("tokamax") is None:
+            return "tokamax is not installed"
+        if self.z_loss or model.spec.logit_soft_cap is not None:
+            return "its kernel has neither z-loss nor a logit soft cap"
+        if jax.device_count() > 1:
+            return "its kernel runs on one device"
+        if self.implementation == "auto" and jax.default_backend() == "cpu":
+            return "on a CPU it materialises the logits"
+        return ""
+
+
+def chunked(
+    model: Unembedding,
+    hidden: Float[Array, "B T width"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk_tokens: int,
+) -> LossSums:
+    """Scan over slices of T; logits are recomputed in the backward pass, one slice at a time."""
+    batch, length, _ = hidden.shape
+    # Slices are cut inside each shard of the length, so that a context-parallel mesh keeps all its devices busy.
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape.get("context", 1)
+    shards = shards if length % shards == 0 else 1
+    per_shard = length // shards
+    count = max(1, min(per_shard, -(-batch * length // chunk_tokens)))
+    size = -(-per_shard // count)
+
+    def slices(x: Array) -> Array:
+        x = x.reshape(batch, shards, per_shard, *x.shape[2:])
+        pad = [(0, 0), (0, 0), (0, count * size - per_shard)] + [(0, 0)] * (x.ndim - 3)
+        x = jnp.pad(x, pad).reshape(batch, shards, count, size, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 0)  # [count, B, shards, size, ...]
+
+    @jax.checkpoint
+    def one(h: Float[Array, "B P C width"], target: Int[Array, "B P C"], weight: Float[Array, "B P C"]) -> LossSums:
+        real = weight > 0
+        logits = model.logits(jnp.where(real[..., None], h, 0))  # f32 [B,P,C,V]
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return LossSums(
+            nll=jnp.sum(jnp.where(real, weight * (log_z - picked), 0)),
+            z=jnp.sum(jnp.where(real, weight * log_z**2, 0)),
+            weight=jnp.sum(weight),
+        )
+
+    def add(total: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
+        return jax.tree.map(jnp.add, total, one(*part)), None
+
+    zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
+    parts = (slices(hidden), slices(targets), slices(weights.astype(jnp.float32)))
+    return jax.lax.scan(add, zero, parts)[0]
+
+
+def fused(
+    model: Unembedding, hidden: Float[Array, "B T width"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
+) -> LossSums:
+    """Tokamax's linear + softmax + cross-entropy kernel, for weights of 0 and 1; its z is reported as 0.
+
+    A zero row has logits 0, so it adds exactly log(V) to the sum and nothing to any gradient: masked rows are zeroed
+    and their log(V) taken off again.
+    """
+    import tokamax  # ty: ignore[import-not-found]
+
+    real = weights.reshape(-1) > 0
+    x = jnp.where(real[:, None], hidden.reshape(-1, hidden.shape[-1]), 0)
+    w = model.unembedding().astype(x.dtype)
+    total = tokamax.linear_softmax_cross_entropy_loss(x, jnp.where(real, targets.reshape(-1), 0), w, reduction="sum")
+    count = jnp.sum(real).astype(jnp.float32)
+    masked = real.size - count
+    nll = total.astype(jnp.float32) - masked * jnp.log(jnp.float32(w.shape[1]))
+    return LossSums(nll, jnp.zeros((), jnp.float32), count)

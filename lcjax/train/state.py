@@ -1,0 +1,74 @@
+"""Everything that training changes, as one pytree."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, Key
+
+from lcjax.models.decoder import Decoder
+from lcjax.models.spec import ModelSpec
+from lcjax.parallel.rules import partition
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """`step` counts batches seen; `skipped` those whose update was not finite and had no effect."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    key: Key[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_row: Int[Array, ""]
+
+
+def initialise(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state: float32 master weights drawn from `seed`."""
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    params = nnx.split(Decoder(spec, rngs=nnx.Rngs(init_key)), nnx.Param)[1]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=train_key,
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+    )
+
+
+def create(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, shapes: TrainState) -> TrainState:
+    """A fresh state on the devices that the abstract state `shapes` names, sharded from birth."""
+    if jax.tree.leaves(shapes)[0].sharding.mesh.size > 1:
+        return jax.jit(lambda: initialise(spec, optimizer, seed), out_shardings=shardings(shapes))()
+    # One weight at a time compiles one small program per shape; the whole model in one takes 20 s of compiling.
+    return jax.device_put(initialise(spec, optimizer, seed), shardings(shapes))
+
+
+def abstract_state(spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state's shapes with their shardings on `mesh`: nothing is allocated."""
+    sizes = dict(mesh.shape)
+
+    def place(leaf: Any) -> Any:
+        axes = leaf.axes if isinstance(leaf, nnx.Variable) else ()
+        spec = partition(axes, sizes, leaf.shape) if axes else PartitionSpec()
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        return leaf.replace(shape) if isinstance(leaf, nnx.Variable) else shape
+
+    shapes = jax.eval_shape(lambda: initialise(spec, optimizer, seed=0))
+    return jax.tree.map(place, shapes, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def shardings(abstract: TrainState) -> TrainState:
+    """The shardings of an abstract state, as `jax.jit` takes them."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def bytes_of(state: Any) -> int:
+    """Bytes of all arrays in a tree, over all devices."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if hasattr(leaf, "size"))

@@ -1,0 +1,46 @@
+"""Eight virtual CPU devices, shape annotations checked at run time, and one seed.
+
+The environment is set before JAX loads. `LCJAX_TEST_PLATFORM=cuda` (or `tpu`) runs on real devices instead.
+"""
+
+import os
+
+PLATFORM = os.environ.get("LCJAX_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORM
+if PLATFORM == "cpu" and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import jaxtyping  # noqa: E402
+
+jaxtyping.install_import_hook(["lcjax", "pallas_kernels"], "beartype.beartype")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "ci", deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items):
+    if PLATFORM == "cuda":
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU: run with LCJAX_TEST_PLATFORM=cuda")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def unchecked():
+    """Annotation checks off, as users run: a bad argument must meet the function's own check."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)

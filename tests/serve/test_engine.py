@@ -1,0 +1,93 @@
+"""The engine against the plain model; batches, limits, compilation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcjax.serve import Engine, Generator, Request, Sampling
+from tests.serve.toy import TOKENIZER, toy
+
+ENGINE = Engine(batch=4, chunk=16, steps=4)
+PROMPTS = ("A short one.", "A prompt that is somewhat longer than one chunk of the engine.", "Grüße, 世界", "x")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy()
+
+
+@pytest.fixture(scope="module")
+def generator(model):
+    return Generator(model.graphdef, model.params, model.spec, model.tokenizer, ENGINE)
+
+
+def requests(**options):
+    return [Request(prompt, max_new_tokens=10, **options) for prompt in PROMPTS]
+
+
+def test_greedy_answers_are_the_models_own(model, generator):
+    forward = jax.jit(lambda params, tokens: nnx.merge(model.graphdef, params)(tokens))
+    for prompt, answer in zip(PROMPTS, generator.generate(requests()), strict=True):
+        ids = TOKENIZER.encode(prompt)
+        sequence = np.zeros((1, 96), np.int32)  # causal: what follows changes nothing before it
+        sequence[0, : len(ids) + len(answer.tokens)] = ids + answer.tokens
+        best = np.asarray(jnp.argmax(forward(model.params, sequence), -1))[0, len(ids) - 1 :]
+        assert best[: len(answer.tokens)].tolist() == answer.tokens
+        assert answer.reason == ("length" if len(answer.tokens) == 10 else "end")
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=7)])
+def test_a_request_gets_the_same_text_in_any_batch(generator, sampling):
+    together = generator.generate(requests(sampling=sampling))
+    for request, answer in zip(requests(sampling=sampling), together, strict=True):
+        assert generator.generate([request])[0] == answer
+
+
+def test_nothing_is_compiled_for_a_second_request(generator):
+    generator.generate(requests())
+    compiled = generator.compiled
+    generator.generate([Request(p + "!", max_new_tokens=7, stop=("zz",), sampling=Sampling(1.0)) for p in PROMPTS])
+    assert generator.compiled == compiled
+    assert generator.report.compile_seconds < 0.1
+
+
+def test_pieces_join_to_the_answers(generator):
+    texts = dict.fromkeys(range(4), "")
+    for piece in generator.stream(requests()):
+        texts[piece.index] += piece.text
+    assert [texts[i] for i in range(4)] == [answer.text for answer in generator.generate(requests())]
+
+
+def test_stop_strings_and_budgets(generator):
+    free = generator.generate([Request("Tell me.", max_new_tokens=24)])[0]
+    stop = free.text[5:8]
+    cut = generator.generate([Request("Tell me.", max_new_tokens=24, stop=(stop,))])[0]
+    assert cut.reason == "stop"
+    assert cut.text == free.text[: free.text.index(stop)]
+    assert generator.generate([Request("Tell me.", max_new_tokens=3)])[0].tokens == free.tokens[:3]
+
+
+def test_report(generator):
+    generator.generate(requests())
+    report = generator.report
+    assert report.prompt_tokens == sum(len(TOKENIZER.encode(p)) for p in PROMPTS)
+    assert 0 < report.new_tokens <= 36
+    assert report.cache_bytes > 0
+    assert "tokens/s" in str(report)
+
+
+def test_bad_requests_are_refused_by_name(generator):
+    with pytest.raises(
+        ValueError, match=r"has 200 tokens and up to 10 are to follow, but the cache holds 160; shorten"
+    ):
+        generator.generate([Request("x" * 200, max_new_tokens=10)])
+    with pytest.raises(ValueError, match="request 1: the prompt is empty"):
+        generator.generate([Request("x"), Request("")])
+    with pytest.raises(ValueError, match="token id 99999 is not in the model's vocabulary"):
+        generator.generate([Request((1, 99999))])
+    with pytest.raises(ValueError, match=r"Request.max_new_tokens must be positive, got 0"):
+        Request("x", max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"Engine.chunk must be positive, got 0"):
+        Engine(chunk=0)
