@@ -1,4 +1,4 @@
-"""What must hold for every task: a perfect answer scores 1, a blank one the stated chance, budgets are kept, seeds repeat."""
+"""What holds for every task: a perfect answer scores 1, a blank one 0, budgets are kept and filled, seeds repeat."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -125,9 +125,9 @@ def test_budgets_are_filled_to_one_percent_or_one_unit(suite, budget, kind, tmp_
     for task in GENERATED[suite]():
         try:
             items = list(task.examples(tokenizer, budget, seed=0))[:3]
-        except BudgetError as refusal:
-            assert budget == 1024, refusal
-            assert task.name in str(refusal)
+        except BudgetError:
+            if budget > 1024 or kind == "smollm2":
+                raise
             continue
         for item in items:
             used = len(prompt_ids(tokenizer, item.prompt)) + item.max_new_tokens

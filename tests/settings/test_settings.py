@@ -101,6 +101,13 @@ def test_missing_file(tmp_path):
         settings.load("toy.Job", ["nowhere.gin"])
 
 
+def test_a_replaced_line_may_name_what_nothing_else_names(gin_file):
+    job, _ = settings.load(
+        "toy.Job", [gin_file("toy.Job.layers = (@toy.Layer(),)\ntoy.Job.steps = 1")], ["toy.Job.layers = ()"]
+    )
+    assert job.layers == ()
+
+
 def test_an_error_leaves_no_trace_in_the_next_load(gin_file):
     with pytest.raises(settings.SettingsError):
         settings.load("toy.Job", [gin_file(BASE)], ["toy.Job.steps = 'x'"])

@@ -1,4 +1,4 @@
-"""The step: micro-batches add up, a step that is not finite changes nothing, schedules and decay act where they should."""
+"""The step: micro-batches add up, a step that is not finite changes nothing, schedules act where they should."""
 
 from types import SimpleNamespace
 
@@ -45,7 +45,8 @@ def batch(seed=0):
     }
 
 
-def setup(optimizer=AdamW(Cosine(0.01, warmup=2)), **options):
+def setup(optimizer=None, **options):
+    optimizer = optimizer or AdamW(Cosine(0.01, warmup=2))
     graphdef, params = nnx.split(Toy(), nnx.Param)
     chain = optimizer.build(100)
     zero = jnp.zeros((), jnp.int32)
