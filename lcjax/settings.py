@@ -84,6 +84,7 @@ CONFIGURABLES = {
     "mmlongbench": "lcjax.eval.tasks.mmlongbench:MmLongBenchText",
     "json_task": "lcjax.eval.tasks.custom:JsonTask",
     "http_judge": "lcjax.eval.metrics.judge:HttpJudge",
+    "model_judge": "lcjax.eval.model_judge:ModelJudge",
 }
 """Short gin name -> `module:object`, imported when a configuration uses it. A dotted name that is not in the table
 (`my_package.my_module.MyOptimizer`) is imported as it stands: a study needs no edit here."""

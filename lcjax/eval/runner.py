@@ -106,12 +106,13 @@ class Runner:
         if not asked:
             raise BudgetError(f"{task.name} has no example within {length} tokens")
         for batch in batches([one for one in asked if one.key not in self._known], self._batch):
-            texts = self._answer(batch)
-            rows = [self._row(task, length, one, text) for one, text in zip(batch, texts, strict=True)]
+            answers, size = self._answer(batch)
+            pairs = zip(batch, answers, strict=True)
+            rows = [{**self._row(task, length, one, text), "cache_bytes": size} for one, text in pairs]
             self._write(rows)
         rows = [self._known[one.key] for one in asked]
         scores = {name: [float(row["scores"][name]) for row in rows] for name in rows[0]["scores"]}
-        return Cell(task.name, length, scores, [row["where"] for row in rows])
+        return Cell(task.name, length, scores, [row["where"] for row in rows], max(row["cache_bytes"] for row in rows))
 
     def _ask(self, item: Item, length: int) -> Asked:
         ids = tuple(prompt_ids(self._model.tokenizer, item.prompt))
@@ -119,8 +120,8 @@ class Runner:
         key = hashlib.sha256(json.dumps([self._config, *ids, item.max_new_tokens]).encode()).hexdigest()[:24]
         return Asked(item, ids, key)
 
-    def _answer(self, batch: list[Asked]) -> list[str]:
-        """Texts of a batch. Checks that the ids are the whole prompts, and that the engine read all of them."""
+    def _answer(self, batch: list[Asked]) -> tuple[list[str], int]:
+        """Texts of a batch and bytes of cache a row. Checks that nothing cut the prompts on their way in."""
         for one in batch:
             require_whole(self._model.tokenizer, one.item.prompt, one.ids, one.item.id)
         generator = self._generator or self._make()
@@ -132,7 +133,7 @@ class Runner:
             raise BudgetError(
                 f"{batch[0].item.id}: the engine read {read} of {whole} prompt tokens; something cut them"
             )
-        return [answer.text for answer in answers]
+        return [answer.text for answer in answers], generator.report.cache_bytes // len(batch)
 
     def _make(self) -> Generator:
         model = self._model

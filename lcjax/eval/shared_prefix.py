@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcjax.cache import cache_bytes
 from lcjax.serve.engine import Completion, Generator, Request, bucket
 from lcjax.serve.programs import Programs
 from lcjax.serve.sampling import Sampling, stack
@@ -54,6 +55,7 @@ class SharedPrefixGenerator(Generator):
         written = np.asarray(state.token)[:, None]
         read = shared + sum(len(row.ids) - shared for row in rows)
         self.report.add_prefill(read, time.perf_counter() - began)
+        self.report.cache_bytes = max(self.report.cache_bytes, cache_bytes(state.caches))
         self.shared_tokens += shared * (len(rows) - 1)
         yield from self._decode(rows, programs, settings, state, written)
 

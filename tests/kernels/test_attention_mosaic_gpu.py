@@ -1,4 +1,4 @@
-"""The Hopper backend: meaning in Pallas' GPU interpreter, lowering for CUDA, and, where there is a GPU, the real thing."""
+"""The Hopper backend: meaning in Pallas' GPU interpreter, lowering for CUDA, and, on a GPU, the real thing."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_suite import SPECS, AttentionSuite, close, evaluate, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from pallas_kernels import block_sparse_attention
 from pallas_kernels.attention import specs, xla
 from pallas_kernels.attention.specs import Spec
 from pallas_kernels.masks import Causal, Intervals, Sink, Stride, Window, per_head
+from tests.kernels.attention_suite import SPECS, AttentionSuite, close, evaluate, expected
 
 
 @pytest.fixture(autouse=True)
