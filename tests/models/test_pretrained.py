@@ -194,6 +194,7 @@ def test_tolerated_tensors(tmp_path):
         ({"attention_dropout": 0.1}, "'attention_dropout' = 0.1; only 0 is supported"),
         ({"quantization_config": {}}, "'quantization_config'"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
+        ({"rope_scaling": {"factor": 2}, "rope_parameters": {"factor": 3}}, "both rope_parameters and rope_scaling"),
         ({"rope_scaling": {"rope_type": "warp", "factor": 2}}, "'warp' is not known"),
     ],
 )
