@@ -1,6 +1,7 @@
 """Gin files in, one checked job out; whatever is wrong is said in one sentence that names it and its place."""
 
 import dataclasses
+import importlib
 import sys
 from pathlib import Path
 
@@ -126,3 +127,9 @@ def test_main_gives_job_output_and_config(gin_file, tmp_path):
     assert launch.output == tmp_path
     assert dataclasses.is_dataclass(launch.job)
     assert "toy.Job.steps = 10" in launch.config
+
+
+@pytest.mark.parametrize("name", settings.CONFIGURABLES)
+def test_every_short_name_leads_to_something(name):
+    module, _, attribute = settings.CONFIGURABLES[name].partition(":")
+    assert callable(getattr(importlib.import_module(module), attribute))

@@ -31,6 +31,9 @@ class Toy(nnx.Module):
     def logits(self, x):
         return x @ self.embed[...].T
 
+    def unembedding(self):
+        return self.embed[...].T
+
 
 def batch(seed=0):
     tokens = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, V)
