@@ -80,7 +80,9 @@ def products(pairs, init=None, *, interpret: bool):
     if interpret:
         out = 0.0 if init is None else init
         for a, b in pairs:
-            out = out + jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32), preferred_element_type=jnp.float32)
+            out = out + jnp.dot(
+                a[...].astype(jnp.float32), b[...].astype(jnp.float32), preferred_element_type=jnp.float32
+            )
         return out
 
     def run(acc):
