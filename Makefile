@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
+.DEFAULT_GOAL := help
 .PHONY: help setup train test test-slow lint format types lock clean
 
 help:  ## list the targets
@@ -18,6 +19,8 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+include mk/models.mk
 
 train: setup  ## prepare a corpus, train the quickstart model, decode a sample
 	$(BIN)/python train.py --gin_file=configs/run/quickstart.gin --output=runs/quickstart

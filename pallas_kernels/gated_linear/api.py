@@ -11,13 +11,15 @@ from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segme
 from pallas_kernels.gated_linear.reference import gated_linear_reference, step
 from pallas_kernels.gated_linear.segments import Segments, read_segments
 from pallas_kernels.gated_linear.xla import gated_linear_xla
-from pallas_kernels.op import dispatch, platform
+from pallas_kernels.op import dispatch, lazy, platform
 
+_mosaic_gpu = lazy("pallas_kernels.gated_linear.mosaic_gpu", "attend")
 BACKENDS: dict[str, Callable[[Problem], tuple[Array, LinearState]]] = {
+    "mosaic_gpu": lambda p: _without_segments(_mosaic_gpu, p),
     "xla": lambda p: _without_segments(gated_linear_xla, p),
     "reference": gated_linear_reference,
 }
-ORDER = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+ORDER = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)}
 
 
 def gated_linear_attention(

@@ -1,0 +1,255 @@
+"""The Hopper backend of block-sparse attention: what it takes, its schedule tables, its gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import tuning
+from pallas_kernels.attention import mosaic_gpu_tables as tb
+from pallas_kernels.attention import xla
+from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles, backward_dkv, backward_dq, cotangents
+from pallas_kernels.attention.mosaic_gpu_common import Inputs, Static
+from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles, forward
+from pallas_kernels.masks import Mask
+from pallas_kernels.op import Unsupported, platform
+from pallas_kernels.plan import INF, Plan
+
+CUDA_MISCOMPILED = range(12080, 12091)  # ptxas of CUDA 12.8.0 to 12.9.0 breaks masked wgmma loops
+
+
+def attend(
+    call: Call,
+    *,
+    forward_tiles: ForwardTiles | None = None,
+    backward_tiles: BackwardTiles | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
+    """(o, lse) of the call on a Hopper GPU, or in the interpreter.
+
+    The gradient runs dQ and dK/dV kernels; head dims above 128 and run-time lists take their gradient from `xla`.
+
+    Raises:
+      Unsupported: with the reason.
+    """
+    if reason := _reason(call, interpret):
+        raise Unsupported(reason)
+    (_, length, heads, dim), (keys, _, dim_v) = call.q.shape, call.v.shape[1:]
+    plan = tb.in_units(call.mask.plan(heads, length, keys, tb.ROW_TILE, tb.UNIT), keys)
+    lists = "call" if call.lists is not None else "none" if _bare(plan) else "plan"
+    settings = Settings(
+        scale=call.scale,
+        soft_cap=call.soft_cap,
+        causal=plan.causal,
+        patterns=plan.num_patterns,
+        lists=lists,
+        forward=forward_tiles or _forward_tiles(plan, max(dim, dim_v)),
+        backward=backward_tiles or BackwardTiles(**tuning.tiles("attention_backward", dim=max(dim, dim_v))),
+        interpret=interpret,
+    )
+    k, v = call.k, call.v
+    if not _every_key_is_seen(call, plan):  # masked weights are 0, and 0 x NaN is NaN
+        k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v))
+    q, k, v = (_padded(x, interpret, is_key) for x, is_key in ((call.q, False), (k, True), (v, True)))
+    tables = _tables(call, plan, settings, q.shape[1], k.shape[1])
+    if max(dim, dim_v) > 128 or lists == "call":
+        o, lse = _with_xla_gradient(call, settings, tables)(call.q, call.k, call.v, q, k, v)
+    else:
+        o, lse = _attend(settings, q, k, v, tables)
+    return o[:, :length], lse[..., :length]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Static part of a call."""
+
+    scale: float
+    soft_cap: float | None
+    causal: bool
+    patterns: int
+    lists: str
+    forward: ForwardTiles
+    backward: BackwardTiles
+    interpret: bool
+
+
+def _forward_tiles(plan: Plan, dim: int) -> ForwardTiles:
+    """Rows of very different length profit from a persistent grid, rows of equal length from the hardware's dealing."""
+    tiles = ForwardTiles(**tuning.tiles("attention_forward", dim=dim))
+    return dataclasses.replace(tiles, persistent=tiles.persistent and plan.dense)
+
+
+class Tables(NamedTuple):
+    """Schedules of the three kernels and the token rules of edge tiles."""
+
+    forward: Any
+    dq: Any
+    dkv: Any
+    pattern: Any
+    lists: Any
+    rules: Any
+    segments: Any
+
+
+def _reason(call: Call, interpret: bool) -> str | None:
+    dims = (call.q.shape[-1], call.v.shape[-1])
+    lists, columns = call.lists, call.mask.plan(call.q.shape[2], 1, call.k.shape[1], 1, tb.UNIT)
+    refused = [
+        (platform() != "gpu" and not interpret, f"needs an NVIDIA Hopper GPU, this is {platform()}"),
+        (call.q.dtype == jnp.float32, "wgmma has no float32; cast to bfloat16 or use xla"),
+        (any(d % 64 or d > 256 for d in dims), f"head dims {dims[0]} and {dims[1]} are not 64, 128, 192 or 256"),
+        (not _bare(columns) and call.segment_ids is not None, "segments with column blocks"),
+        (not _bare(columns) and lists is not None, "run-time lists with column blocks"),
+        (call.segment_ids is not None and lists is not None, "segments with run-time lists"),
+    ]
+    if lists is not None:
+        sizes = f"list blocks of {lists.block_q} x {lists.block_k} are not multiples of {tb.ROW_TILE} x {tb.UNIT}"
+        refused.append((bool(lists.block_q % tb.ROW_TILE or lists.block_k % tb.UNIT), sizes))
+    return next((reason for hit, reason in refused if hit), None) or (None if interpret else _device_reason())
+
+
+@functools.cache
+def _device_reason() -> str | None:
+    if jax.default_backend() != "gpu":
+        return None  # lowering ahead of time
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    if not str(capability).startswith("9."):
+        return f"needs compute capability 9.x (Hopper), this GPU has {capability}"
+    version = _cuda_version()
+    if version in CUDA_MISCOMPILED:
+        return f"CUDA {version // 1000}.{version % 1000 // 10} miscompiles masked wgmma loops; use 12.9.1 or newer"
+    return None
+
+
+def _cuda_version() -> int:
+    from jax._src.lib import cuda_versions  # present only where the CUDA plugin is
+
+    return 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+
+
+def _bare(plan: Plan) -> bool:
+    return plan.expiry is None and plan.second is None
+
+
+def _every_key_is_seen(call: Call, plan: Plan) -> bool:
+    """Known beforehand: each query sees the key at its own position, and there are no other keys."""
+    plain = call.kv_length is None and call.segment_ids is None and call.lists is None
+    square = call.q.shape[1] == call.k.shape[1] and isinstance(call.q_offset, int) and call.q_offset == 0
+    if not (plain and square and isinstance(plan.sink, np.ndarray)):
+        return False
+    return bool(((plan.window > 0) | (plan.sink == INF)).all())
+
+
+def _padded(x: Array, interpret: bool, is_key: bool) -> Array:
+    """TMA takes lengths in eights; the interpreter allows no copy past the end."""
+    size = x.shape[1]
+    tile = tb.ROW_TILE if interpret else 8
+    want = tb.cdiv(size, tile) * tile + (tb.ROW_TILE if interpret and is_key else 0)
+    return x if want == size else jnp.pad(x, ((0, 0), (0, want - size), (0, 0), (0, 0)))
+
+
+def _tables(call: Call, plan: Plan, settings: Settings, rows: int, keys: int) -> Tables:
+    batch = call.q.shape[0]
+    offset = jnp.broadcast_to(jnp.asarray(call.q_offset, jnp.int32), (batch,))
+    length = jnp.full((batch,), call.k.shape[1], jnp.int32) if call.kv_length is None else call.kv_length
+    segs = None if call.segment_ids is None else tb.segments(*call.segment_ids, rows, keys)
+    block_k = settings.forward.block_k
+    table, lists = tb.row_table(plan, rows, keys, block_k, offset, length, segs)
+    dq, _ = tb.row_table(plan, rows, keys, settings.backward.dq_block_k, offset, length, segs)
+    dkv = tb.column_table(plan, rows, keys, settings.backward.dkv_block_q, offset, length, segs)
+    if call.lists is not None:
+        lists = tb.run_time_lists(call.lists, plan, keys, offset)
+    pattern = jnp.asarray(plan.pattern_of_head, jnp.int32)
+    return Tables(table, dq, dkv, pattern, lists, tb.rules(plan), segs)
+
+
+def _static(settings: Settings, q, k, v) -> Static:
+    (batch, rows, heads, dim), (keys, kv_heads, dim_v) = q.shape, v.shape[1:]
+    return Static(
+        batch=batch,
+        rows=rows,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        dim_v=dim_v,
+        patterns=settings.patterns,
+        causal=settings.causal,
+        scale=settings.scale,
+        soft_cap=settings.soft_cap,
+        lists=settings.lists,
+        interpret=settings.interpret,
+    )
+
+
+def with_tiles(mask: Mask, **tiles: Any):
+    """(q, k, v) -> o with forced tiles, for measuring them; differentiable."""
+
+    def run(q, k, v):
+        call = Call(q, k, v, mask, None, None, 0, None, q.shape[-1] ** -0.5, None, False)
+        return attend(call, **tiles)[0]
+
+    return run
+
+
+def _run_forward(settings: Settings, q, k, v, tables: Tables) -> tuple[Array, Array]:
+    inputs = Inputs(q, k, v, tables.forward, tables.pattern, tables.lists, tables.rules, tables.segments)
+    return forward(inputs, _static(settings, q, k, v), settings.forward, _num_blocks(settings.interpret))
+
+
+def _num_blocks(interpret: bool) -> int:
+    """Blocks of a persistent grid: one for each multiprocessor."""
+    if interpret:
+        return 2
+    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else 132
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings: Settings, q, k, v, tables: Tables) -> tuple[Array, Array]:
+    return _run_forward(settings, q, k, v, tables)
+
+
+def _attend_fwd(settings: Settings, q, k, v, tables: Tables):
+    o, lse = _run_forward(settings, q, k, v, tables)
+    return (o, lse), (q, k, v, o, lse, tables)
+
+
+def _attend_bwd(settings: Settings, saved, cotangent):
+    q, k, v, o, lse, tables = saved
+    do, dlse = cotangent
+    static = _static(settings, q, k, v)
+    rows = cotangents(o, lse, do.astype(q.dtype), dlse)
+    inputs = Inputs(q, k, v, tables.dq, tables.pattern, tables.lists, tables.rules, tables.segments)
+    dq, delta = backward_dq(inputs, rows, static, settings.backward)
+    dk, dv = backward_dkv(inputs._replace(table=tables.dkv, lists=None), rows, delta, static, settings.backward)
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _with_xla_gradient(call: Call, settings: Settings, tables: Tables):
+    """The forward kernel with the gradient of `xla`, as a function of the call's q, k, v and their padded copies."""
+
+    @jax.custom_vjp
+    def run(q, k, v, *padded):
+        return _run_forward(settings, *padded, tables)
+
+    def run_fwd(q, k, v, *padded):
+        return run(q, k, v, *padded), (q, k, v, tuple(map(jnp.zeros_like, padded)))
+
+    def run_bwd(saved, cotangent):
+        q, k, v, zeros = saved
+        do, dlse = (x[..., : q.shape[1]] if n else x[:, : q.shape[1]] for n, x in enumerate(cotangent))
+        by_xla = lambda q, k, v: xla.attend(dataclasses.replace(call, q=q, k=k, v=v))
+        return *jax.vjp(by_xla, q, k, v)[1]((do, dlse)), *zeros
+
+    run.defvjp(run_fwd, run_bwd)
+    return run

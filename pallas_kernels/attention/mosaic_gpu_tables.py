@@ -1,0 +1,249 @@
+"""What each tile visits, as small int32 tables that the Hopper kernels read.
+
+Row tables drive the forward and dQ kernels (one row per batch, pattern and tile of queries), column tables the dK/dV
+kernel (one row per batch, pattern and key unit). Their size is patterns x tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from pallas_kernels.lists import BlockList
+from pallas_kernels.op import Unsupported
+from pallas_kernels.plan import Plan
+
+UNIT = 64  # keys per entry of a list; tiles of keys are one or two units
+ROW_TILE = 128  # query rows of a forward block, keys of a dK/dV block
+
+# Fields of a row table, in tokens unless named otherwise. Steps INNER .. INNER + INNER_STEPS - 1 need no mask; they are
+# counted from the first window step, or from 0 where there is none.
+SINK_STEPS, LIST_LEN, WINDOW_STEPS, LIST_LOW, SINK_BEGIN, WINDOW_BEGIN, SINK_STOP = range(7)
+SINK, WINDOW, KEY_STOP, OFFSET, INNER, INNER_STEPS = range(7, 13)
+# Fields of a column table, in tiles of rows counted from the call's first query: two runs that the unit's block of 128
+# keys visits, the unit's own part of them, and the own tiles that need no mask.
+STEPS_1, BEGIN_1, STEPS_2, BEGIN_2, OWN_1, OWN_END_1, OWN_2, OWN_END_2, C_INNER, C_INNER_END = range(10)
+C_SINK, C_WINDOW, C_KEY_STOP, C_OFFSET = range(10, 14)
+
+
+class Lists(NamedTuple):
+    """Key units beyond sink and window: per pattern, or for run-time lists per batch, head and tile of rows."""
+
+    units: Int[Array, "R n"]
+    full: Int[Array, "R n"]  # first row position that no longer reads all keys of the unit
+    length: Int[Array, "B Hs nQ"] | None  # entries used, for run-time lists
+
+
+class Rules(NamedTuple):
+    """Rows that read a key unit beyond sink and window: below `expiry`, or in the later interval [start, stop)."""
+
+    expiry: Int[Array, "P n"] | None
+    start: Int[Array, "P n"] | None
+    stop: Int[Array, "P n"] | None
+
+
+class Segments(NamedTuple):
+    """Segment ids padded to whole tiles (padding equals nothing) and their range per 64 rows and per key unit."""
+
+    queries: Int[Array, "B T"]
+    keys: Int[Array, "B S"]
+    query_range: Int[Array, "B 2 m"]
+    key_range: Int[Array, "B 2 n"]
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def in_units(plan: Plan, keys: int) -> Plan:
+    """The same plan with columns counted in key units."""
+    if plan.expiry is None and plan.second is None:
+        return dataclasses.replace(plan, block_k=UNIT)
+    if plan.block_k % UNIT:
+        raise Unsupported(f"the mask counts columns in blocks of {plan.block_k} keys; they must be multiples of {UNIT}")
+    times, units = plan.block_k // UNIT, cdiv(keys, UNIT)
+
+    def widen(x):
+        if x is None:
+            return None
+        xp = np if isinstance(x, np.ndarray) else jnp
+        x = xp.repeat(x, times, axis=1)[:, :units]
+        return xp.pad(x, ((0, 0), (0, units - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+
+    return dataclasses.replace(plan, block_k=UNIT, expiry=widen(plan.expiry), second=widen(plan.second))
+
+
+def rules(plan: Plan) -> Rules:
+    if plan.expiry is None and plan.second is None:
+        return Rules(None, None, None)
+    if plan.second is None:
+        return Rules(jnp.asarray(plan.expiry), None, None)
+    second = jnp.asarray(plan.second)
+    expiry = jnp.zeros_like(second[..., 0]) if plan.expiry is None else jnp.asarray(plan.expiry)
+    return Rules(expiry, second[..., 0], second[..., 1])
+
+
+def segments(queries: Int[Array, "B T"], keys: Int[Array, "B S"], rows: int, key_rows: int) -> Segments:
+    """Ids of a call whose arrays are padded to `rows` queries and `key_rows` keys."""
+    low = -(2**31)
+    fill = lambda x, size, value: jnp.pad(x, ((0, 0), (0, size - x.shape[1])), constant_values=value)
+    queries = fill(queries, cdiv(rows, ROW_TILE) * ROW_TILE, low + 1)
+    keys = fill(keys, (cdiv(key_rows, ROW_TILE) + 1) * ROW_TILE, low)  # a step may begin in the last unit
+
+    def extremes(x):
+        x = x.reshape(x.shape[0], -1, UNIT)
+        return jnp.stack([x.min(-1), x.max(-1)], axis=1)
+
+    return Segments(queries, keys, extremes(queries), extremes(keys))
+
+
+def run_time_lists(chosen: BlockList, plan: Plan, keys: int, offset: Array) -> Lists:
+    """A call's block lists in key units, with the tiles that need no mask marked."""
+    batch, list_heads, list_rows, width = chosen.idx.shape
+    times, units = chosen.block_k // UNIT, cdiv(keys, UNIT)
+    used = jnp.arange(width) < chosen.count[..., None]
+    block = jnp.where(used, chosen.idx, units)[..., None]
+    unit = jnp.minimum(block * times + jnp.arange(times), units).reshape(batch, list_heads, list_rows, width * times)
+    first = offset[:, None, None, None] + chosen.block_q * jnp.arange(list_rows)[None, None, :, None]
+    last = first + chosen.block_q - 1
+    # Static rules own the keys of sink and window: a listed unit is whole only beyond both, for all heads.
+    sink, window = jnp.asarray(plan.sink).max(), jnp.asarray(plan.window).max()
+    begin, end = unit * UNIT, unit * UNIT + UNIT - 1
+    whole = (begin >= sink) & ((window <= 0) | (first - end >= window))
+    whole &= (end <= first) | (not plan.causal)
+    full = jnp.where(whole, last + 1, 0)
+    flat = lambda x: x.reshape(-1, width * times).astype(jnp.int32)
+    return Lists(flat(unit), flat(full), jnp.asarray(chosen.count) * times)
+
+
+def _reach(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) -> tuple[Array, Array]:
+    """First and one-past-last entry of `columns` whose id range meets that of each `tile` entries of `rows`."""
+    tiles = rows.reshape(rows.shape[0], 2, -1, tile)
+    low, high = tiles[:, 0].min(-1)[:, :, None], tiles[:, 1].max(-1)[:, :, None]
+    meet = (low <= columns[:, 1][:, None]) & (columns[:, 0][:, None] <= high)
+    at = jnp.arange(meet.shape[-1], dtype=jnp.int32)
+    return jnp.where(meet, at, 2**30).min(-1), jnp.where(meet, at + 1, 0).max(-1)
+
+
+def row_table(
+    plan: Plan, rows: int, keys: int, tile_k: int, offset: Array, kv_length: Array, segs: Segments | None
+) -> tuple[Int[Array, "B P nQ F"], Lists | None]:
+    """Forward schedule: steps of `tile_k` keys over sink and window, and the run of listed units between them.
+
+    `plan` counts columns in units. Positions of row r of batch b are `offset[b] + r`.
+    """
+    runs = plan.row_runs(max(rows, keys) + rows, keys, ROW_TILE, UNIT)
+    count = cdiv(rows, ROW_TILE)
+    off, length = offset[:, None, None], kv_length[:, None, None]
+    first = off + ROW_TILE * jnp.arange(count, dtype=jnp.int32)
+    last = off + jnp.minimum(ROW_TILE * jnp.arange(1, count + 1, dtype=jnp.int32), rows) - 1
+    pattern = jnp.arange(plan.num_patterns, dtype=jnp.int32)[None, :, None]
+    shape = (offset.shape[0], plan.num_patterns, count)
+    sinks, low, listed, begin, width = (jnp.broadcast_to(x, shape) for x in runs.run(pattern, first, last))
+    stop = jnp.minimum(begin + width, (length + UNIT - 1) // UNIT)
+    sinks = jnp.minimum(sinks, (length + UNIT - 1) // UNIT)
+    sink_begin = jnp.zeros(shape, jnp.int32)
+    if segs is not None:
+        nearest, farthest = (x[:, None] for x in _reach(segs.query_range, segs.key_range, ROW_TILE // UNIT))
+        begin, stop = jnp.maximum(begin, nearest), jnp.minimum(stop, farthest)
+        sink_begin, sinks = jnp.minimum(sinks, nearest), jnp.minimum(sinks, farthest)
+    per = tile_k // UNIT
+    steps = lambda units: (jnp.maximum(units, 0) + per - 1) // per
+    sink, window = (jnp.broadcast_to(jnp.asarray(x)[:, None], shape) for x in (plan.sink, plan.window))
+    sink_steps, window_steps = steps(sinks - sink_begin), steps(stop - begin)
+    sink_stop = jnp.minimum(sinks * UNIT, length)
+    # Unmasked run of steps: of the window if there is one, else of the sink (dense patterns).
+    by_window = window_steps > 0
+    base = jnp.where(by_window, begin, sink_begin) * UNIT
+    until = jnp.minimum(
+        jnp.where(by_window, length, jnp.minimum(sink_stop, sink)), first + 1 if plan.causal else length
+    )
+    oldest = jnp.where(by_window & (window < last), last - window + 1, 0)
+    inner = (jnp.maximum(oldest - base, 0) + tile_k - 1) // tile_k
+    inner_stop = jnp.minimum((until - base) // tile_k, jnp.where(by_window, window_steps, sink_steps))
+    inner_steps = jnp.maximum(inner_stop - inner, 0) if segs is None else jnp.zeros(shape, jnp.int32)
+    fields = {
+        SINK_STEPS: sink_steps,
+        LIST_LEN: listed,
+        WINDOW_STEPS: window_steps,
+        LIST_LOW: low,
+        SINK_BEGIN: sink_begin * UNIT,
+        WINDOW_BEGIN: begin * UNIT,
+        SINK_STOP: sink_stop,
+        SINK: sink,
+        WINDOW: window,
+        KEY_STOP: length,
+        OFFSET: off,
+        INNER: inner,
+        INNER_STEPS: inner_steps,
+    }
+    table = _stack(fields, shape)
+    if runs.packed is None:
+        return table, None
+    units, packed = cdiv(keys, UNIT), jnp.asarray(runs.packed)
+    full = jnp.take_along_axis(jnp.asarray(plan.columns(keys, UNIT).full_end), jnp.minimum(packed, units - 1), axis=1)
+    return table, Lists(packed, jnp.where(packed < units, full, 0), None)
+
+
+def column_table(
+    plan: Plan, rows: int, keys: int, tile_q: int, offset: Array, kv_length: Array, segs: Segments | None
+) -> Int[Array, "B P n F"]:
+    """dK/dV schedule: one or two runs of `tile_q` rows for every key unit, and their union over a block's units."""
+    per = ROW_TILE // UNIT
+    count = cdiv(keys, ROW_TILE) * per
+    columns = plan.columns(count * UNIT, UNIT)
+    key = UNIT * jnp.arange(count, dtype=jnp.int32)
+    shape = (offset.shape[0], plan.num_patterns, count)
+    off, length = offset[:, None, None], kv_length[:, None, None]
+    ceil = lambda x: (x + tile_q - 1) // tile_q
+    local = lambda x: jnp.clip(x, off, off + rows) - off  # a position as a row, without overflow at INF
+    least = jnp.maximum(key - off, 0) if plan.causal else jnp.zeros(shape, jnp.int32)
+    live = jnp.broadcast_to(key < length, shape)
+    begin_1, end_1 = _run(live, least // tile_q, ceil(local(jnp.asarray(columns.end)[None])))
+    begin_2, end_2 = _run(jnp.zeros(shape, bool), least, least)
+    if columns.second is not None:
+        start_2, stop_2 = (local(jnp.asarray(columns.second)[None, ..., n]) for n in (0, 1))
+        begin_2, end_2 = _run(live, jnp.maximum(start_2, least) // tile_q, ceil(stop_2))
+    if segs is not None:
+        nearest, farthest = (x[:, None] for x in _reach(segs.key_range[:, :, :count], segs.query_range, 1))
+        begin_1, end_1 = _run(
+            end_1 > 0, jnp.maximum(begin_1, nearest * UNIT // tile_q), jnp.minimum(end_1, ceil(farthest * UNIT))
+        )
+    pair = lambda x, reduce: jnp.repeat(reduce(x.reshape(*shape[:2], -1, per), axis=-1), per, axis=-1)
+    block_1, block_end_1 = pair(begin_1, jnp.min), pair(end_1, jnp.max)
+    block_2, block_end_2 = jnp.maximum(pair(begin_2, jnp.min), block_end_1), pair(end_2, jnp.max)
+    inner = ceil(jnp.maximum(key + UNIT - 1 - off, 0)) if plan.causal else jnp.zeros(shape, jnp.int32)
+    whole = (key + UNIT <= length) & (segs is None)
+    inner_end = jnp.where(whole, local(jnp.asarray(columns.full_end)[None]) // tile_q, 0)
+    fields = {
+        STEPS_1: jnp.maximum(block_end_1 - block_1, 0),
+        BEGIN_1: block_1,
+        STEPS_2: jnp.maximum(block_end_2 - block_2, 0),
+        BEGIN_2: block_2,
+        OWN_1: begin_1,
+        OWN_END_1: end_1,
+        OWN_2: begin_2,
+        OWN_END_2: end_2,
+        C_INNER: inner,
+        C_INNER_END: inner_end,
+        C_SINK: jnp.asarray(plan.sink)[None, :, None],
+        C_WINDOW: jnp.asarray(plan.window)[None, :, None],
+        C_KEY_STOP: length,
+        C_OFFSET: off,
+    }
+    return _stack(fields, shape)
+
+
+def _run(live: Array, begin: Array, end: Array) -> tuple[Array, Array]:
+    """Tiles [begin, end) where `live`, else an empty run that no union with another run widens."""
+    live = live & (end > begin)
+    return jnp.where(live, begin, 2**30), jnp.where(live, end, 0)
+
+
+def _stack(fields: dict[int, Array], shape: tuple[int, ...]) -> Int[Array, "B P n F"]:
+    rows = [jnp.broadcast_to(jnp.asarray(fields[n], jnp.int32), shape) for n in range(len(fields))]
+    return jnp.stack(rows, axis=-1)

@@ -1,0 +1,59 @@
+"""Tiles of a kernel on the device at hand: measured where a file in `tuned/` has them, else a documented heuristic.
+
+A file is named after JAX's device kind and holds, per kernel and head dim, the tiles and the timings that chose them.
+`python -m benchmarks.attention --search` measures and writes one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from importlib import resources
+from typing import Any
+
+import jax
+
+# Hopper, where nothing was measured: the largest tiles whose buffers fit 227 KiB of shared memory with two steps in
+# flight (keys and values of 128 x D, then queries and output), and 64-row backward tiles, as two 64 x 128 accumulators
+# and two 64 x 64 score tiles fill the registers of a warpgroup.
+HEURISTIC: dict[str, dict[int, dict[str, Any]]] = {
+    "attention_forward": {
+        64: {"block_k": 128, "stages": 4, "persistent": True},
+        128: {"block_k": 128, "stages": 2, "persistent": True},
+        256: {"block_k": 64, "stages": 2, "persistent": True},
+    },
+    "attention_backward": {
+        64: {"dq_stages": 4, "dkv_stages": 4},
+        128: {"dq_stages": 2, "dkv_stages": 2},
+        256: {"dq_stages": 2, "dkv_stages": 2},
+    },
+}
+
+
+def file_name(device_kind: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json"
+
+
+def tiles(kernel: str, *, dim: int) -> dict[str, Any]:
+    """Keyword arguments of the kernel's tile record for head dim `dim`, rounded up to a known one."""
+    return dict(_tiles(kernel, dim, _device_kind()))
+
+
+def _device_kind() -> str | None:
+    return jax.devices()[0].device_kind if jax.default_backend() in ("gpu", "tpu") else None
+
+
+@functools.cache
+def _tiles(kernel: str, dim: int, device_kind: str | None) -> dict[str, Any]:
+    choices = dict(HEURISTIC[kernel])
+    for entry in measured(device_kind) if device_kind else ():
+        if entry["kernel"] == kernel:
+            choices[entry["dim"]] = entry["tiles"]
+    return choices[min((d for d in choices if d >= dim), default=max(choices))]
+
+
+def measured(device_kind: str) -> list[dict[str, Any]]:
+    """Entries of the device's file, or nothing."""
+    path = resources.files("pallas_kernels") / "tuned" / file_name(device_kind)
+    return json.loads(path.read_text())["entries"] if path.is_file() else []

@@ -1,0 +1,226 @@
+"""The Hopper backend: meaning in Pallas' GPU interpreter, lowering for CUDA, and, on a GPU, the real thing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import Unsupported, block_sparse_attention
+from pallas_kernels.attention import mosaic_gpu, reference
+from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles
+from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles
+from pallas_kernels.lists import BlockList
+from pallas_kernels.masks import Causal, Full, Intervals, Mask, Segments, Sink, Stride, Window, per_head
+from pallas_kernels.op import target_platform
+from pallas_kernels.plan import INF
+
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA Hopper GPU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call: what differs from causal self-attention with 2 query heads and 1 KV head."""
+
+    mask: Mask
+    length: int = 130
+    keys: int | None = None
+    heads: tuple[int, int] = (2, 1)
+    dim: int = 64
+    batch: int = 1
+    q_offset: object = 0
+    kv_length: tuple[int, ...] | None = None
+    soft_cap: float | None = None
+    segments: tuple[int, ...] | None = None  # lengths
+    lists: BlockList | None = None
+    poison: tuple[int, int] | None = None  # keys that hold NaN
+
+    def call(self, dtype=jnp.bfloat16, seed: int = 0) -> tuple[Call, jax.Array, jax.Array]:
+        """(call, do, dlse)"""
+        heads, kv_heads = self.heads
+        keys = self.keys or self.length
+        shapes = [(self.batch, n, h, self.dim) for n, h in ((self.length, heads), (keys, kv_heads), (keys, kv_heads))]
+        *seeds, last, more = jax.random.split(jax.random.key(seed), 5)
+        q, k, v = (jax.random.normal(s, shape, dtype) for s, shape in zip(seeds, shapes, strict=True))
+        if self.poison:
+            k, v = (x.at[:, slice(*self.poison)].set(jnp.nan) for x in (k, v))
+        ids = None
+        if self.segments:
+            row = jnp.asarray(np.repeat(np.arange(len(self.segments)), self.segments), jnp.int32)
+            ids = jnp.tile(row, (self.batch, 1)), jnp.tile(row, (self.batch, 1))
+        call = Call(
+            q=q,
+            k=k,
+            v=v,
+            mask=self.mask,
+            lists=self.lists,
+            segment_ids=ids,
+            q_offset=self.q_offset if isinstance(self.q_offset, int) else jnp.asarray(self.q_offset, jnp.int32),
+            kv_length=None if self.kv_length is None else jnp.asarray(self.kv_length, jnp.int32),
+            scale=self.dim**-0.5,
+            soft_cap=self.soft_cap,
+            need_lse=True,
+        )
+        do = jax.random.normal(last, q.shape, dtype)
+        return call, do, jax.random.normal(more, (self.batch, heads, self.length))
+
+
+def every_other(length: int, keys: int, block_q: int, block_k: int) -> BlockList:
+    """Every second key block, at most up to the row block's own."""
+    rows = -(-length // block_q)
+    blocks = np.arange(0, -(-keys // block_k), 2)
+    idx, count = np.full((1, 1, rows, len(blocks)), -1, np.int32), np.zeros((1, 1, rows), np.int32)
+    for r in range(rows):
+        mine = blocks[blocks * block_k < (r + 1) * block_q]
+        idx[0, 0, r, : len(mine)], count[0, 0, r] = mine, len(mine)
+    return BlockList(jnp.asarray(idx), jnp.asarray(count), block_q, block_k)
+
+
+def spans(keys: int, block: int) -> Mask:
+    start = np.arange(-(-keys // block), dtype=np.int32) * block
+    return Intervals(block, start + 70, np.stack([start + 128, start + 150], -1).astype(np.int32))
+
+
+STRIDE = Causal() & (Sink(10) | Window(40) | Stride(block=64, every=2, offset=1))
+CASES = {
+    "causal": Case(Causal()),
+    "full": Case(Full(), length=65, keys=190),
+    "sink_window": Case(Causal() & (Sink(20) | Window(50)), length=200, heads=(3, 1)),
+    "stride": Case(STRIDE, length=260),
+    "intervals": Case(Causal() & spans(260, 64), length=260),
+    "per_head": Case(per_head([Causal(), STRIDE]), length=260),
+    "segments": Case(Causal() & Segments(), length=200, segments=(30, 100, 70), poison=(30, 130)),
+    "chunk": Case(Causal() & (Sink(4) | Window(60)), 64, 300, q_offset=(150,), kv_length=(214,), poison=(214, 300)),
+    "lists": Case(Causal() & (Sink(5) | Window(30)), 256, lists=every_other(256, 256, 128, 64)),
+    "no_key": Case(Causal() & Stride(block=64, every=2, offset=1), length=130),
+    "soft_cap": Case(Causal(), length=64, soft_cap=5.0),
+}
+SMALL = ("sink_window", "stride", "chunk")  # what CI interprets; the rest runs on a GPU or as slow tests
+
+
+def relative(actual: jax.Array, wanted: jax.Array) -> float:
+    a, w = (np.asarray(x, np.float64) for x in (actual, wanted))
+    return float(np.linalg.norm(a - w) / max(np.linalg.norm(w), 1e-30))
+
+
+def compare(case: Case, attend, tolerance: float = 6e-3) -> None:
+    """Output, lse and every gradient (through both) against the oracle in float32."""
+    call, do, dlse = case.call()
+
+    def run(attend, q, k, v):
+        return attend(dataclasses.replace(call, q=q, k=k, v=v))
+
+    wide = tuple(x.astype(jnp.float32) for x in (call.q, call.k, call.v))
+    (want_o, want_lse), oracle = jax.vjp(functools.partial(run, reference.attend), *wide)
+    seen = want_lse > -jnp.inf
+    dlse = jnp.where(seen, dlse, 0)
+    wanted = oracle((do.astype(jnp.float32), dlse))
+
+    @jax.jit
+    def both(q, k, v):
+        out, vjp = jax.vjp(functools.partial(run, attend), q, k, v)
+        return out, vjp((do, dlse))
+
+    (o, lse), grads = both(call.q, call.k, call.v)
+    np.testing.assert_array_equal(lse > -jnp.inf, seen)
+    np.testing.assert_allclose(jnp.where(seen, lse, 0), jnp.where(seen, want_lse, 0), atol=2e-3)
+    assert relative(o, want_o) < tolerance
+    for name, actual, want in zip("qkv", grads, wanted, strict=True):
+        assert relative(actual, want) < tolerance, f"d{name}"
+
+
+@pytest.mark.parametrize("name", [n if n in SMALL else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def test_interpreted(name: str) -> None:
+    compare(CASES[name], functools.partial(mosaic_gpu.attend, interpret=True))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_lowers_for_cuda(dim: int) -> None:
+    mask = Causal() & (Sink(64) | Window(512) | Stride(block=64, every=8))
+
+    def loss(q, k, v):
+        o, _ = block_sparse_attention(q, k, v, mask, return_lse=True, implementation="mosaic_gpu")
+        return o.astype(jnp.float32).sum()
+
+    shapes = [jax.ShapeDtypeStruct((1, 1000, heads, dim), jnp.bfloat16) for heads in (6, 2, 2)]
+    with target_platform("gpu"):
+        text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dim": 80}, "head dims 80"),
+        ({"mask": STRIDE & Segments(), "segments": (130,)}, "segments with column blocks"),
+        ({"lists": every_other(130, 130, 64, 64)}, "list blocks of 64 x 64"),
+        ({"mask": Causal() & Stride(block=16, every=4)}, "blocks of 16 keys"),
+    ],
+)
+def test_refuses_with_its_reason(change: dict, reason: str) -> None:
+    call, _, _ = dataclasses.replace(Case(Causal()), **change).call()
+    with pytest.raises(Unsupported, match=reason):
+        mosaic_gpu.attend(call, interpret=True)
+
+
+def test_refuses_float32_and_other_platforms() -> None:
+    call, _, _ = Case(Causal()).call(jnp.float32)
+    with pytest.raises(Unsupported, match="float32"):
+        mosaic_gpu.attend(call, interpret=True)
+    if jax.default_backend() != "gpu":
+        with pytest.raises(Unsupported, match="Hopper"):
+            mosaic_gpu.attend(Case(Causal()).call()[0])
+
+
+@pytest.mark.gpu
+@needs_gpu
+class TestOnDevice:
+    @pytest.mark.parametrize("name", CASES)
+    @pytest.mark.parametrize("dim", [64, 128])
+    def test_matches_reference(self, name: str, dim: int) -> None:
+        compare(dataclasses.replace(CASES[name], dim=dim), mosaic_gpu.attend)
+
+    @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 2055])
+    def test_lengths(self, length: int) -> None:
+        mask = Causal() & (Sink(100) | Window(300))
+        compare(Case(mask, length, heads=(6, 2), dim=128, batch=2), mosaic_gpu.attend)
+
+    def test_wide_heads(self) -> None:
+        compare(Case(Causal(), 500, dim=256), mosaic_gpu.attend)
+
+    @pytest.mark.parametrize("persistent", [False, True])
+    @pytest.mark.parametrize("group_inside", [False, True])
+    def test_tiles(self, persistent: bool, group_inside: bool) -> None:
+        attend = functools.partial(
+            mosaic_gpu.attend,
+            forward_tiles=ForwardTiles(persistent=persistent),
+            backward_tiles=BackwardTiles(group_inside=group_inside),
+        )
+        compare(Case(STRIDE, 3000, heads=(4, 2), dim=128), attend)
+
+    def test_repeats_are_equal(self) -> None:
+        mask = Causal() & (Sink(100) | Window(700))
+        call, _, _ = Case(mask, 4096, heads=(8, 2), dim=128).call()
+
+        def loss(q, k, v):
+            return mosaic_gpu.attend(dataclasses.replace(call, q=q, k=k, v=v))[0].astype(jnp.float32).var()
+
+        grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        first = grad(call.q, call.k, call.v)
+        for _ in range(20):
+            for a, b in zip(first, grad(call.q, call.k, call.v), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_never_expiring_columns_equal_causal() -> None:
+    """A plan whose every column lives for ever visits what a causal one does, by lists instead of by arithmetic."""
+    case = Case(Causal() & Intervals(64, np.full(3, INF, np.int32)), length=130)
+    o, lse = mosaic_gpu.attend(case.call()[0], interpret=True)
+    want_o, want_lse = reference.attend(case.call()[0])
+    assert relative(o, want_o) < 6e-3
+    np.testing.assert_allclose(lse, want_lse, atol=2e-3)
