@@ -356,7 +356,7 @@ def test_sentences_keep_their_quotes_and_are_never_long():
     text = 'She said: "Go." He went.\n\nThird one? Yes! ' + "word " * 150
     found = split_sentences(text)
     assert found[:4] == ['She said: "Go."', "He went.", "Third one?", "Yes!"] or found[2] == "Third one?"
-    assert max(len(sentence.split()) for sentence in load_haystack().sentences) <= 60
+    assert max(len(sentence.split()) for sentence in load_haystack().sentences) <= 40
     assert insert_at(["a", "b"], ["x", "y"], [0, 2]) == ["x", "a", "b", "y"]
 
 
