@@ -1,7 +1,7 @@
 """Gradients of block-sparse attention on TPU: one kernel for dQ, one for dK and dV.
 
 dQ walks the forward's table. dK and dV own a tile of keys and walk the rows that read it, which a plan gives as one or
-two intervals per column: no table is transposed. With p = exp(s - lse) and delta = rowsum(do o) - dlse, ds = p (dp - delta).
+two intervals per column: no table is transposed. ds = p (dp - delta), p = exp(s - lse), delta = rowsum(do o) - dlse.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pieces that the TPU attention kernels share: sizes, copies from HBM, lane blocks, token masks.
 
 Arrays keep the caller's layout, [B, N, heads * D]: a block of 128 lanes holds one head of 128, two of 64 or four of 32.
-Where heads share a block, a query keeps its head's lanes and zeros in the others, so that a product over the whole block
+Where heads share a block, a query keeps its head's lanes and zeros in the others, so that a product over a whole block
 is a product over the head: the systolic array is 128 deep anyway, and nothing is padded in HBM.
 """
 
