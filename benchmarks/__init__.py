@@ -1,0 +1,1 @@
+"""Benchmarks: each checks its numbers before it times anything."""

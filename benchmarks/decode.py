@@ -15,6 +15,7 @@ import pathlib
 import statistics
 import subprocess
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,8 +99,8 @@ def gate(step, q, cache, lists=None) -> float:
     return error
 
 
-def dense_rows(copy: float, cases, variants) -> list[dict]:
-    rows = []
+def dense_rows(copy: float, cases, variants) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for batch, size, dtype in cases:
         cache, q = make_cache(batch, size, dtype), draw(9, batch, 1, HEADS, DIM)
         for tiles in variants if size == 32768 else variants[:1]:

@@ -162,7 +162,8 @@ def measure(model: Loaded, batch: int, bandwidth: float, args: argparse.Namespac
         "parts_milliseconds": {
             "attention over the cache, all layers, alone": attention,
             "logits and greedy choice, alone": logits_alone(model, batch, args),
-            "the rest (projections, MLP, norms, rotary, cache writes, logits, launches)": 1e3 * step - attention["ours"],
+            "the rest (projections, MLP, norms, rotary, cache writes, logits, launches)": 1e3 * step
+            - attention["ours"],
         },
     }
     print(json.dumps(found, indent=2), flush=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
 _target = jax.make_user_context(default_value=None)
+_interpreter = jax.make_user_context(default_value=None)
 
 
 class Unsupported(Exception):
@@ -25,6 +27,16 @@ def target_platform(name: str) -> contextlib.AbstractContextManager[None]:
     if name not in ("cpu", "gpu", "tpu"):
         raise ValueError(f"target_platform: {name!r} is not one of 'cpu', 'gpu', 'tpu'")
     return _target(name)
+
+
+def interpreter() -> Any:
+    """The parameters under which kernels of other machines are interpreted here, or None (see `testing`)."""
+    return _interpreter.value
+
+
+def interpret(parameters: Any) -> contextlib.AbstractContextManager[None]:
+    """Interpret kernels with these Pallas `InterpretParams` inside the context."""
+    return _interpreter(parameters)
 
 
 def lazy(module: str, name: str) -> Callable:

@@ -295,7 +295,7 @@ class SourceTree(LocalSource):
 
 @dataclass(frozen=True)
 class TFDSText:
-    """A text set of the TensorFlow Datasets catalogue, such as `TFDSText("wiki40b/en", field="text")`.
+    """A text set of the TensorFlow Datasets catalogue, such as `TFDSText("lm1b")`, read from the text under `field`.
 
     It is downloaded and prepared as array_record under `data_dir`; older sets may need TensorFlow for that step.
     """

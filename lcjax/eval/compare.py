@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lcjax.eval.metrics.statistics import Interval, paired_difference
 from lcjax.eval.outcome import Outcome, Table
+from lcjax.eval.report import write_comparison
 from lcjax.eval.runner import Suite
 from lcjax.serve.engine import Engine
 from lcjax.serve.source import Loaded, Pretrained
@@ -41,7 +42,7 @@ class Compare:
             raise ValueError(f"compare needs two or more runs with different names, got {', '.join(names)}")
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
-        """Tables named run/task, and {suite}_comparison.txt with the differences."""
+        """Tables named run/task; {suite}_comparison.txt and .html with the differences."""
         outcomes = {self.base: self._one(model, self.suite, output / self.base)}
         for variant in self.others:
             suite = self.suite if variant.engine is None else replace(self.suite, engine=variant.engine)
@@ -50,6 +51,7 @@ class Compare:
         text = comparison(outcomes)
         (output / f"{self.suite.name}_comparison.txt").write_text(text + "\n", encoding="utf-8")
         print(text, flush=True)
+        write_comparison(output / f"{self.suite.name}_comparison.html", outcomes, text)
         return {f"{name}/{task}": table for name, out in outcomes.items() for task, table in out.tables().items()}
 
     @staticmethod

@@ -16,6 +16,7 @@ class Cell:
     length: int
     scores: dict[str, list[float]]
     items: list[dict[str, Any]]
+    cache_bytes: int = 0  # of one request
 
     @property
     def headline(self) -> list[float]:

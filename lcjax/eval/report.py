@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -46,25 +47,31 @@ def report_page(outcome: Outcome) -> str:
     if outcome.missing:
         rows = [f"{html.escape(task)} at {length}: {html.escape(reason)}" for task, length, reason in outcome.missing]
         parts.append("<h2>Missing</h2><ul class='bad'>" + "".join(f"<li>{row}</li>" for row in rows) + "</ul>")
-    head = f"<meta charset='utf-8'><title>{html.escape(outcome.suite)}</title><style>{_STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    return _page(outcome.suite, parts)
 
 
 def score_table(outcome: Outcome) -> str:
-    """Mean and 95 % interval for each task and length, and each task's longest length at 85 % of its first score."""
+    """Mean and 95 % interval for each task and length, and each task's effective context."""
     lengths = sorted({cell.length for cell in outcome.cells})
     found = {(cell.task, cell.length): cell for cell in outcome.cells}
     tasks = list(dict.fromkeys(cell.task for cell in outcome.cells))
-    rows = ["<tr><th>task</th>" + "".join(f"<th>{n:,}</th>" for n in lengths) + "<th>examples</th></tr>"]
+    rows = [
+        "<tr><th>task</th>" + "".join(f"<th>{n:,}</th>" for n in lengths) + "<th>effective</th><th>examples</th></tr>"
+    ]
+    effective = effective_context(outcome)
     for task in tasks:
         cells = [found.get((task, n)) for n in lengths]
         counts = {len(cell.headline) for cell in cells if cell}
         shown = "".join(f"<td>{_shown(cell.interval) if cell else '&ndash;'}</td>" for cell in cells)
-        rows.append(f"<tr><td>{html.escape(task)}</td>{shown}<td>{'/'.join(map(str, sorted(counts)))}</td></tr>")
+        more = f"<td>{effective[task][0]:,.0f}</td><td>{'/'.join(map(str, sorted(counts)))}</td>"
+        rows.append(f"<tr><td>{html.escape(task)}</td>{shown}{more}</tr>")
     if len(tasks) > 1:
         means = "".join(f"<td>{_mean_row([found.get((t, n)) for t in tasks])}</td>" for n in lengths)
-        rows.append(f"<tr><td><b>mean of tasks</b></td>{means}<td></td></tr>")
-    note = "<small>Mean x 100 with its 95 % bootstrap interval (Wilson where all examples agree).</small>"
+        rows.append(f"<tr><td><b>mean of tasks</b></td>{means}<td></td><td></td></tr>")
+    note = (
+        "<small>Mean x 100 with its 95 % bootstrap interval (Wilson where all examples agree). Effective: tokens up to "
+        f"which the score stays at {THRESHOLD:.0%} or more, interpolated in the logarithm of the length.</small>"
+    )
     return f"<table>{''.join(rows)}</table>{note}"
 
 
@@ -158,16 +165,14 @@ def contour_plots(cells: Iterable[Cell]) -> list[tuple[str, Figure]]:
         for axis in ("needles", "thread_length"):
             counts = {item.get(axis) for item in cell.items}
             if len(counts) == 1 and (count := counts.pop()) is not None:
-                family = cell.task.rstrip("0123456789") if axis == "needles" else cell.task
-                label = "".join("#" if c.isdigit() else c for c in family)
+                label = re.sub(r"_\d+(x\d+)?", "", cell.task)
                 families.setdefault((label, axis), {}).setdefault(int(count), {}).setdefault(cell.length, [])
                 families[label, axis][int(count)][cell.length] += cell.headline
     plots = []
     for (label, axis), scores in families.items():
         means = {n: {length: float(np.mean(v)) for length, v in curve.items()} for n, curve in scores.items()}
         if len(means) > 1 and all(len(curve) > 1 for curve in means.values()):
-            title = f"Effective context of {label.replace('_#', '').replace('#', 'n')} by {axis.replace('_', ' ')}"
-            plots.append((title, contour_plot(means, axis.replace("_", " "))))
+            plots.append((f"Effective context of {label} by {axis}", contour_plot(means, axis.replace("_", " "))))
     return plots
 
 
@@ -178,15 +183,13 @@ def contour_plot(scores: Mapping[int, Mapping[int, float]], label: str) -> Figur
     grid = np.array([[scores[count][length] for length in lengths] for count in counts])
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axis = figure.add_subplot()
-    filled = axis.contourf(lengths, counts, grid, levels=np.linspace(0, 1, 11), cmap="viridis")
+    filled = axis.contourf(np.log2(lengths), counts, grid, levels=np.linspace(0, 1, 11), cmap="viridis")
     effective = effective_lengths(scores, THRESHOLD)
-    seen = [(length, count) for count, length in effective.items() if length > 0]
+    seen = [(np.log2(length), count) for count, length in effective.items() if length > 0]
     if seen:
         axis.plot(*zip(*seen, strict=True), color="white", marker="o", linewidth=2, label=f"score = {THRESHOLD:.0%}")
         axis.legend(loc="upper right", facecolor="0.3", labelcolor="white")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
-    axis.minorticks_off()
+    axis.set_xticks(np.log2(lengths), [f"{n:,}" for n in lengths])
     axis.set_yticks(counts)
     axis.set_xlabel("context, tokens")
     axis.set_ylabel(label)
@@ -194,18 +197,34 @@ def contour_plot(scores: Mapping[int, Mapping[int, float]], label: str) -> Figur
     return figure
 
 
-def memory_plot(points: Mapping[str, tuple[float, Sequence[float]]]) -> Figure:
-    """Quality against memory: {name: (cache bytes, scores)}, each with its interval."""
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+def write_comparison(path: Path, outcomes: Mapping[str, Outcome], table: str) -> None:
+    """A page with the table of differences, and quality against cache memory at each length."""
+    parts = [f"<h1>Comparison</h1><pre>{html.escape(table)}</pre>"]
+    if all(outcome.cells for outcome in outcomes.values()):
+        parts.append(_section("Quality against memory", memory_plot(outcomes)))
+    path.write_text(_page("Comparison", parts), encoding="utf-8")
+
+
+def memory_plot(outcomes: Mapping[str, Outcome]) -> Figure:
+    """Mean score of a run at a length, with its interval, against the cache of one request; a line a run."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.add_subplot()
-    for name, (size, scores) in points.items():
-        found = bootstrap_interval(scores)
-        error = [[found.mean - found.low], [found.high - found.mean]]
-        axis.errorbar(size / 2**20, found.mean, yerr=error, marker="o", capsize=3, label=name)
+    for name, outcome in outcomes.items():
+        points = []
+        for length in sorted({cell.length for cell in outcome.cells}):
+            cells = [cell for cell in outcome.cells if cell.length == length]
+            found = bootstrap_interval([score for cell in cells for score in cell.headline])
+            points.append((max(cell.cache_bytes for cell in cells) / 2**20, found, length))
+        means = [found.mean for _, found, _ in points]
+        error = [[f.mean - f.low for _, f, _ in points], [f.high - f.mean for _, f, _ in points]]
+        axis.errorbar([size for size, _, _ in points], means, yerr=error, marker="o", capsize=3, label=name)
+        for size, found, length in points:
+            axis.annotate(f"{length:,}", (size, found.mean), textcoords="offset points", xytext=(5, 5), fontsize=7)
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_ylim(-0.03, 1.03)
-    axis.set_xlabel("cache, MiB")
-    axis.set_ylabel("score")
+    axis.set_xlabel("cache of one request, MiB")
+    axis.set_ylabel("mean score of all examples")
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
@@ -224,3 +243,8 @@ def _section(title: str, figure: Figure) -> str:
     figure.savefig(buffer, format="png", dpi=DPI)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f"<h2>{html.escape(title)}</h2><img alt='{html.escape(title)}' src='data:image/png;base64,{data}'>"
+
+
+def _page(title: str, parts: list[str]) -> str:
+    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"

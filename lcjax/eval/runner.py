@@ -17,9 +17,9 @@ from lcjax.eval.item import Item, SuiteTask
 from lcjax.eval.metrics.judge import JudgeError
 from lcjax.eval.outcome import Cell, Outcome
 from lcjax.eval.report import write_report
-from lcjax.eval.shared_prefix import SharedPrefixGenerator, answer_batch
+from lcjax.eval.shared_prefix import Answers, SharedPrefixGenerator, answer_batch
 from lcjax.eval.task import Table
-from lcjax.serve.engine import Engine, Generator
+from lcjax.serve.engine import Engine
 from lcjax.serve.source import Loaded
 
 
@@ -91,7 +91,7 @@ class Runner:
         self._capacity = engine.capacity or model.spec.max_length
         self._engine = replace(engine, capacity=self._capacity)
         self._known = read_examples(path)
-        self._generator: Generator | None = None
+        self._generator: Answers | None = None
         about = [model.source, repr(model.spec), model.tokenizer.fingerprint, engine.cache_dtype]
         self._config = hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
@@ -106,12 +106,13 @@ class Runner:
         if not asked:
             raise BudgetError(f"{task.name} has no example within {length} tokens")
         for batch in batches([one for one in asked if one.key not in self._known], self._batch):
-            texts = self._answer(batch)
-            rows = [self._row(task, length, one, text) for one, text in zip(batch, texts, strict=True)]
+            answers, size = self._answer(batch)
+            pairs = zip(batch, answers, strict=True)
+            rows = [{**self._row(task, length, one, text), "cache_bytes": size} for one, text in pairs]
             self._write(rows)
         rows = [self._known[one.key] for one in asked]
         scores = {name: [float(row["scores"][name]) for row in rows] for name in rows[0]["scores"]}
-        return Cell(task.name, length, scores, [row["where"] for row in rows])
+        return Cell(task.name, length, scores, [row["where"] for row in rows], max(row["cache_bytes"] for row in rows))
 
     def _ask(self, item: Item, length: int) -> Asked:
         ids = tuple(prompt_ids(self._model.tokenizer, item.prompt))
@@ -119,8 +120,8 @@ class Runner:
         key = hashlib.sha256(json.dumps([self._config, *ids, item.max_new_tokens]).encode()).hexdigest()[:24]
         return Asked(item, ids, key)
 
-    def _answer(self, batch: list[Asked]) -> list[str]:
-        """Texts of a batch. Checks that the ids are the whole prompts, and that the engine read all of them."""
+    def _answer(self, batch: list[Asked]) -> tuple[list[str], int]:
+        """Texts of a batch and bytes of cache a row. Checks that nothing cut the prompts on their way in."""
         for one in batch:
             require_whole(self._model.tokenizer, one.item.prompt, one.ids, one.item.id)
         generator = self._generator or self._make()
@@ -132,9 +133,9 @@ class Runner:
             raise BudgetError(
                 f"{batch[0].item.id}: the engine read {read} of {whole} prompt tokens; something cut them"
             )
-        return [answer.text for answer in answers]
+        return [answer.text for answer in answers], generator.report.cache_bytes // len(batch)
 
-    def _make(self) -> Generator:
+    def _make(self) -> Answers:
         model = self._model
         self._generator = SharedPrefixGenerator(model.graphdef, model.params, model.spec, model.tokenizer, self._engine)
         return self._generator

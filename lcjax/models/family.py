@@ -94,10 +94,11 @@ def shared_fields(fields: Fields) -> dict[str, Any]:
 
 def rope_law(fields: Fields, max_length: int) -> Rope:
     """The one law of a family whose layers all rotate alike, from either spelling."""
-    parameters = fields.take("rope_parameters") or fields.take("rope_scaling")
-    fields.left.pop("rope_scaling", None)
+    parameters, scaling = fields.take("rope_parameters"), fields.take("rope_scaling")
+    if parameters and scaling:
+        raise ValueError(f"the {fields.family} config has both rope_parameters and rope_scaling; keep one")
     return law_from_hf(
-        parameters,
+        parameters or scaling,
         theta=float(fields.take("rope_theta", 10_000.0)),
         max_length=max_length,
         original_length=fields.take("original_max_position_embeddings"),
@@ -136,7 +137,7 @@ def rope_config(law: Rope | None, max_length: int) -> dict[str, Any]:
     return config
 
 
-def period(layers: tuple[Mixer, ...]) -> tuple[Mixer, ...]:
+def period[M: Mixer](layers: tuple[M, ...]) -> tuple[M, ...]:
     """The shortest pattern that, repeated, gives these layers."""
     for size in range(1, len(layers) + 1):
         if all(mixer == layers[i % size] for i, mixer in enumerate(layers)):

@@ -33,7 +33,7 @@ def _mixing(spec: ModelSpec, mixer: Mixer, length: int) -> float:
         return 4 * spec.num_heads * spec.head_dim * visible_keys(mixer, length)
     heads, keys, values = mixer.sizes(spec)
     convolved = mixer.conv_width * heads * (2 * keys + values)
-    return 4 * heads * keys * values + 2 * convolved
+    return 4.0 * heads * keys * values + 2 * convolved
 
 
 def _projections(spec: ModelSpec, mixer: Mixer) -> int:

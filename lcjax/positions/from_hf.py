@@ -57,7 +57,7 @@ def law_from_hf(
     """
     given = {key: value for key, value in (parameters or {}).items() if value is not None}
     kind = _kind(given)
-    shared = {
+    shared: dict[str, Any] = {
         "base": float(given.get("rope_theta", theta)),
         "partial": float(given.get("partial_rotary_factor", partial)),
     }

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Key
 
 from lcjax.models.decoder import Decoder
 from lcjax.models.spec import ModelSpec
@@ -18,14 +17,17 @@ from lcjax.parallel.rules import partition
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step` counts batches seen; `skipped` those whose update was not finite and had no effect."""
+    """`step` counts batches seen; `skipped` those whose update was not finite and had no effect.
 
-    step: Int[Array, ""]
-    params: Any
+    Leaves are arrays, or in an abstract state shapes with shardings, or shardings alone.
+    """
+
+    step: Any  # int32 scalar
+    params: Any  # nnx.State of float32 master weights
     opt_state: Any
-    key: Key[Array, ""]
-    skipped: Int[Array, ""]
-    skipped_in_row: Int[Array, ""]
+    key: Any  # typed PRNG key
+    skipped: Any  # int32 scalar
+    skipped_in_row: Any  # int32 scalar
 
 
 def initialise(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

@@ -18,6 +18,7 @@ from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles, backward_dkv, backward_dq, cotangents
 from pallas_kernels.attention.mosaic_gpu_common import Inputs, Static
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles, forward
+from pallas_kernels.masks import Mask
 from pallas_kernels.op import Unsupported, platform
 from pallas_kernels.plan import INF, Plan
 
@@ -46,8 +47,10 @@ def attend(
     settings = Settings(
         scale=call.scale,
         soft_cap=call.soft_cap,
+        causal=plan.causal,
+        patterns=plan.num_patterns,
         lists=lists,
-        forward=forward_tiles or ForwardTiles(**tuning.tiles("attention_forward", dim=max(dim, dim_v))),
+        forward=forward_tiles or _forward_tiles(plan, max(dim, dim_v)),
         backward=backward_tiles or BackwardTiles(**tuning.tiles("attention_backward", dim=max(dim, dim_v))),
         interpret=interpret,
     )
@@ -69,16 +72,23 @@ class Settings:
 
     scale: float
     soft_cap: float | None
+    causal: bool
+    patterns: int
     lists: str
     forward: ForwardTiles
     backward: BackwardTiles
     interpret: bool
 
 
+def _forward_tiles(plan: Plan, dim: int) -> ForwardTiles:
+    """Rows of very different length profit from a persistent grid, rows of equal length from the hardware's dealing."""
+    tiles = ForwardTiles(**tuning.tiles("attention_forward", dim=dim))
+    return dataclasses.replace(tiles, persistent=tiles.persistent and plan.dense)
+
+
 class Tables(NamedTuple):
     """Schedules of the three kernels and the token rules of edge tiles."""
 
-    plan: Plan
     forward: Any
     dq: Any
     dkv: Any
@@ -140,10 +150,8 @@ def _every_key_is_seen(call: Call, plan: Plan) -> bool:
 def _padded(x: Array, interpret: bool, is_key: bool) -> Array:
     """TMA takes lengths in eights; the interpreter allows no copy past the end."""
     size = x.shape[1]
-    if interpret:
-        want = tb.cdiv(size, tb.ROW_TILE) * tb.ROW_TILE + tb.ROW_TILE * is_key
-    else:
-        want = tb.cdiv(size, 8) * 8
+    tile = tb.ROW_TILE if interpret else 8
+    want = tb.cdiv(size, tile) * tile + (tb.ROW_TILE if interpret and is_key else 0)
     return x if want == size else jnp.pad(x, ((0, 0), (0, want - size), (0, 0), (0, 0)))
 
 
@@ -159,10 +167,10 @@ def _tables(call: Call, plan: Plan, settings: Settings, rows: int, keys: int) ->
     if call.lists is not None:
         lists = tb.run_time_lists(call.lists, plan, keys, offset)
     pattern = jnp.asarray(plan.pattern_of_head, jnp.int32)
-    return Tables(plan, table, dq, dkv, pattern, lists, tb.rules(plan), segs)
+    return Tables(table, dq, dkv, pattern, lists, tb.rules(plan), segs)
 
 
-def _static(settings: Settings, q, k, v, tables: Tables) -> Static:
+def _static(settings: Settings, q, k, v) -> Static:
     (batch, rows, heads, dim), (keys, kv_heads, dim_v) = q.shape, v.shape[1:]
     return Static(
         batch=batch,
@@ -172,8 +180,8 @@ def _static(settings: Settings, q, k, v, tables: Tables) -> Static:
         kv_heads=kv_heads,
         dim=dim,
         dim_v=dim_v,
-        patterns=tables.plan.num_patterns,
-        causal=tables.plan.causal,
+        patterns=settings.patterns,
+        causal=settings.causal,
         scale=settings.scale,
         soft_cap=settings.soft_cap,
         lists=settings.lists,
@@ -181,9 +189,19 @@ def _static(settings: Settings, q, k, v, tables: Tables) -> Static:
     )
 
 
+def with_tiles(mask: Mask, **tiles: Any):
+    """(q, k, v) -> o with forced tiles, for measuring them; differentiable."""
+
+    def run(q, k, v):
+        call = Call(q, k, v, mask, None, None, 0, None, q.shape[-1] ** -0.5, None, False)
+        return attend(call, **tiles)[0]
+
+    return run
+
+
 def _run_forward(settings: Settings, q, k, v, tables: Tables) -> tuple[Array, Array]:
     inputs = Inputs(q, k, v, tables.forward, tables.pattern, tables.lists, tables.rules, tables.segments)
-    return forward(inputs, _static(settings, q, k, v, tables), settings.forward, _num_blocks(settings.interpret))
+    return forward(inputs, _static(settings, q, k, v), settings.forward, _num_blocks(settings.interpret))
 
 
 def _num_blocks(interpret: bool) -> int:
@@ -206,11 +224,11 @@ def _attend_fwd(settings: Settings, q, k, v, tables: Tables):
 def _attend_bwd(settings: Settings, saved, cotangent):
     q, k, v, o, lse, tables = saved
     do, dlse = cotangent
-    static = _static(settings, q, k, v, tables)
+    static = _static(settings, q, k, v)
     rows = cotangents(o, lse, do.astype(q.dtype), dlse)
     inputs = Inputs(q, k, v, tables.dq, tables.pattern, tables.lists, tables.rules, tables.segments)
-    dq = backward_dq(inputs, rows, static, settings.backward)
-    dk, dv = backward_dkv(inputs._replace(table=tables.dkv, lists=None), rows, static, settings.backward)
+    dq, delta = backward_dq(inputs, rows, static, settings.backward)
+    dk, dv = backward_dkv(inputs._replace(table=tables.dkv, lists=None), rows, delta, static, settings.backward)
     return dq, dk, dv, None
 
 
@@ -218,7 +236,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _with_xla_gradient(call: Call, settings: Settings, tables: Tables):
-    """The forward kernel with the gradient of the `xla` backend, as a function of the call's q, k, v and padded ones."""
+    """The forward kernel with the gradient of `xla`, as a function of the call's q, k, v and their padded copies."""
 
     @jax.custom_vjp
     def run(q, k, v, *padded):

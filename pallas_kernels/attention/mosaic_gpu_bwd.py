@@ -28,6 +28,7 @@ from pallas_kernels.attention.mosaic_gpu_common import (
     WGS,
     Inputs,
     Static,
+    Turn,
     Work,
     accumulate,
     fields,
@@ -51,33 +52,31 @@ class BackwardTiles:
     dkv_block_q: int = 64
     dkv_stages: int = 2
     group_inside: bool = True
+    dkv_turns: bool = False
+    head_major: bool = True
 
 
 class Cotangents(NamedTuple):
-    """do in the inputs' dtype; lse in base 2 (+inf where the row saw no key) and delta = rowsum(do * o) - dlse, f32."""
+    """o and do in the inputs' dtype; lse in base 2 and dlse, f32, padded to whole row tiles."""
 
-    do: Any  # [B, T, H, Dv]
-    lse: Any  # [B, H, T padded to a row tile]
-    delta: Any
+    o: Any  # [B, T, H, Dv]
+    do: Any
+    lse: Any  # [B, H, rows]
+    dlse: Any
 
 
 def cotangents(o, lse, do, dlse) -> Cotangents:
-    """Row statistics that both kernels read; padding rows weigh nothing."""
-    delta = jnp.einsum("bthd,bthd->bht", o, do, preferred_element_type=jnp.float32)
-    if dlse is not None:
-        delta -= dlse
-    pad = (-lse.shape[-1]) % ROW_TILE
-    widen = lambda x, value: jnp.pad(x, ((0, 0), (0, 0), (0, pad)), constant_values=value)
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
-    return Cotangents(do, widen(lse, jnp.inf), widen(delta, 0.0))
+    """What both kernels read; rows that saw no key, and padding rows, weigh nothing."""
+    pad = ((0, 0), (0, 0), (0, (-lse.shape[-1]) % ROW_TILE))
+    lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E), pad, constant_values=jnp.inf)
+    return Cotangents(o, do, lse, jnp.pad(dlse, pad))
 
 
-def _weights(s: Static, x, lse) -> tuple[jax.Array, jax.Array | None]:
-    """Probabilities from raw scores, and the tanh of the soft cap; `lse` is spread to the tile."""
+def _capped(s: Static, x: jax.Array) -> tuple[jax.Array, float]:
+    """Scores, or the tanh of their soft cap, and the factor that makes them exponents of 2."""
     if s.soft_cap is None:
-        return jnp.exp2(x * (s.scale * LOG2E) - lse), None
-    capped = jnp.tanh(x * (s.scale / s.soft_cap))
-    return jnp.exp2(capped * (s.soft_cap * LOG2E) - lse), capped
+        return x, s.scale * LOG2E
+    return jnp.tanh(x * (s.scale / s.soft_cap)), s.soft_cap * LOG2E
 
 
 def _call(body, inputs: tuple, out_type, scratch: dict, blocks: int, s: Static):
@@ -98,27 +97,36 @@ def _call(body, inputs: tuple, out_type, scratch: dict, blocks: int, s: Static):
     )(*flat)
 
 
-def backward_dq(g: Inputs, ct: Cotangents, s: Static, tiles: BackwardTiles) -> Float[Array, "B T H D"]:
-    """dQ; `g.table` counts steps of `tiles.dq_block_k` keys."""
+def backward_dq(
+    g: Inputs, ct: Cotangents, s: Static, tiles: BackwardTiles
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H N"]]:
+    """dQ, and delta = rowsum(do * o) - dlse for the dK/dV kernel; `g.table` counts steps of `dq_block_k` keys."""
     row_tiles, stages, keys = tb.cdiv(s.rows, ROW_TILE), tiles.dq_stages, tiles.dq_block_k
     dtype = g.q.dtype
     scratch = {
         "q_s": tiled((WGS, WG, s.dim), dtype),
         "do_s": tiled((WGS, WG, s.dim_v), dtype),
+        "o_s": tiled((WGS, WG, s.dim_v), dtype),
+        "delta_s": plgpu.SMEM((WGS, WG), jnp.float32),
         "k_s": tiled((stages, keys, s.dim), dtype),
         "v_s": tiled((stages, keys, s.dim_v), dtype),
-        "q_ready": plgpu.Barrier(num_barriers=WGS, num_arrivals=2),
+        "q_ready": plgpu.Barrier(num_barriers=WGS, num_arrivals=3),
         "k_ready": plgpu.Barrier(num_barriers=stages),
         "k_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WGS),
         "v_ready": plgpu.Barrier(num_barriers=stages),
         "v_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WGS),
     }
     body = functools.partial(_dq_kernel, static=s, tiles=tiles, row_tiles=row_tiles)
-    out = jax.ShapeDtypeStruct((s.batch, s.rows, s.heads, s.dim), dtype)
+    out = (
+        jax.ShapeDtypeStruct((s.batch, s.rows, s.heads, s.dim), dtype),
+        jax.ShapeDtypeStruct((s.batch, s.heads, row_tiles * ROW_TILE), jnp.float32),
+    )
     return _call(body, (g, ct), out, scratch, s.batch * s.heads * row_tiles, s)
 
 
-def _dq_kernel(g: Inputs, ct: Cotangents, dq_g, *, static: Static, tiles: BackwardTiles, row_tiles: int, **m) -> None:
+def _dq_kernel(
+    g: Inputs, ct: Cotangents, dq_g, delta_g, *, static: Static, tiles: BackwardTiles, row_tiles: int, **m
+) -> None:
     s = static
     wg, t = lax.axis_index("wg"), lax.axis_index("block")
     head = lax.rem(t, s.heads)
@@ -135,7 +143,7 @@ def _dq_kernel(g: Inputs, ct: Cotangents, dq_g, *, static: Static, tiles: Backwa
     @pl.when(wg < WGS)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        _dq_rows(g, ct, dq_g, s, tiles, m, wg, w, plan, slot_of)
+        _dq_rows(g, ct, dq_g, delta_g, s, tiles, m, wg, w, plan, slot_of)
 
     @pl.when(wg == WGS)
     def _load():
@@ -145,7 +153,7 @@ def _dq_kernel(g: Inputs, ct: Cotangents, dq_g, *, static: Static, tiles: Backwa
         @pl.loop(0, total)
         def _step(n):
             slot = slot_of(n)
-            first = plan.keys(n).first
+            first = plan.place(n).first
             for name, src in (("v", g.v), ("k", g.k)):
                 free = m[name + "_free"].at[slot]
                 pl.when(n >= tiles.dq_stages)(lambda free=free: plgpu.barrier_wait(free))
@@ -165,30 +173,39 @@ def _drain(total, stages: int, *barriers) -> None:
                 plgpu.barrier_wait(barrier.at[slot])
 
 
-def _dq_rows(g, ct, dq_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Work, plan, slot_of) -> None:
+def _dq_rows(g, ct, dq_g, delta_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Work, plan, slot_of) -> None:
     row = w.index * ROW_TILE + wg * WG
     rows = pl.ds(row, WG)
     plgpu.copy_gmem_to_smem(g.q.at[w.batch, rows, w.head], m["q_s"].at[wg], m["q_ready"].at[wg])
     plgpu.copy_gmem_to_smem(ct.do.at[w.batch, rows, w.head], m["do_s"].at[wg], m["q_ready"].at[wg])
+    plgpu.copy_gmem_to_smem(ct.o.at[w.batch, rows, w.head], m["o_s"].at[wg], m["q_ready"].at[wg])
     lse = plgpu.load(ct.lse.at[w.batch, w.head, rows], layout=ROWS, optimized=False)
-    delta = plgpu.load(ct.delta.at[w.batch, w.head, rows], layout=ROWS, optimized=False)
+    dlse = plgpu.load(ct.dlse.at[w.batch, w.head, rows], layout=ROWS, optimized=False)
     mask = functools.partial(mask_rows, g, s, tiles.dq_block_k, w, w.row(tb.OFFSET) + row)
     shape = (WG, tiles.dq_block_k)
     plgpu.barrier_wait(m["q_ready"].at[wg])
+    o, do = (plgpu.load(m[name].at[wg], layout=TILE).astype(jnp.float32) for name in ("o_s", "do_s"))
+    delta = (o * do).sum(axis=1) - dlse
+    q_a, do_a = m["q_s"].at[wg], m["do_s"].at[wg]
+    if not s.interpret:  # left operands in registers spare shared memory's bandwidth, which bounds this kernel
+        q_a, do_a = (plgpu.load(x, layout=TILE) for x in (q_a, do_a))
+    m["delta_s"][wg] = delta
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(m["delta_s"].at[wg], delta_g.at[w.batch, w.head, rows])
 
-    def step(masked: bool, n, dq):
+    def step(n, dq):
         slot = slot_of(n)
 
         def products(x_ref, dp_ref):
             plgpu.barrier_wait(m["k_ready"].at[slot])
-            plgpu.wgmma(x_ref, m["q_s"].at[wg], m["k_s"].at[slot].transpose((1, 0)))
             plgpu.barrier_wait(m["v_ready"].at[slot])
-            plgpu.wgmma(dp_ref, m["do_s"].at[wg], m["v_s"].at[slot].transpose((1, 0)))
-            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-            x = mask(x, plan.keys(n)) if masked else x
-            p, capped = _weights(s, x, spread(lse, shape, 0))
+            plgpu.wgmma(x_ref, q_a, m["k_s"].at[slot].transpose((1, 0)))
+            plgpu.wgmma(dp_ref, do_a, m["v_s"].at[slot].transpose((1, 0)))
+            x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
+            seen = lax.cond((n >= plan.inner) & (n < plan.inner_end), lambda: x, lambda: mask(x, plan.place(n)))
+            p = jnp.exp2(seen * factor - spread(lse, shape, 0))
             ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta, shape, 0))
-            return ds if capped is None else ds * (1 - capped * capped)
+            return ds if s.soft_cap is None else ds * (1 - x * x)
 
         acc = plgpu.ACC(shape, jnp.float32)
         ds = pl.run_scoped(products, acc, acc)
@@ -197,8 +214,7 @@ def _dq_rows(g, ct, dq_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Work,
         plgpu.barrier_arrive(m["k_free"].at[slot])
         return dq
 
-    dq = lax.fori_loop(0, plan.edges, functools.partial(step, True), zeros((WG, s.dim), TILE))
-    dq = lax.fori_loop(plan.edges, plan.total, functools.partial(step, False), dq)
+    dq = lax.fori_loop(0, plan.total, step, zeros((WG, s.dim), TILE))
     m["q_s"][wg] = (dq * s.scale).astype(dq_g.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(m["q_s"].at[wg], dq_g.at[w.batch, rows, w.head])
@@ -206,9 +222,9 @@ def _dq_rows(g, ct, dq_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Work,
 
 
 def backward_dkv(
-    g: Inputs, ct: Cotangents, s: Static, tiles: BackwardTiles
+    g: Inputs, ct: Cotangents, delta: Float[Array, "B H N"], s: Static, tiles: BackwardTiles
 ) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K Dv"]]:
-    """dK and dV; `g.table` is the column table of 128-key tiles."""
+    """dK and dV; `g.table` is a column table, one row per key unit."""
     rows, stages, dtype = tiles.dkv_block_q, tiles.dkv_stages, g.q.dtype
     key_tiles = tb.cdiv(s.keys, ROW_TILE)
     out_heads = s.kv_heads if tiles.group_inside else s.heads
@@ -227,7 +243,7 @@ def backward_dkv(
     }
     out = tuple(jax.ShapeDtypeStruct((s.batch, s.keys, out_heads, d), dtype) for d in (s.dim, s.dim_v))
     body = functools.partial(_dkv_kernel, static=s, tiles=tiles, key_tiles=key_tiles, out_heads=out_heads)
-    dk, dv = _call(body, (g, ct), out, scratch, s.batch * out_heads * key_tiles, s)
+    dk, dv = _call(body, (g, ct, delta), out, scratch, s.batch * out_heads * key_tiles, s)
     if tiles.group_inside or s.heads == s.kv_heads:
         return dk, dv
     fold = lambda x: x.reshape(s.batch, s.keys, s.kv_heads, -1, x.shape[-1]).sum(3, dtype=jnp.float32).astype(dtype)
@@ -246,16 +262,17 @@ class Column(NamedTuple):
 
 
 def _dkv_kernel(
-    g, ct, dk_g, dv_g, *, static: Static, tiles: BackwardTiles, key_tiles: int, out_heads: int, **m
+    g, ct, delta_g, dk_g, dv_g, *, static: Static, tiles: BackwardTiles, key_tiles: int, out_heads: int, **m
 ) -> None:
     s = static
     wg, t = lax.axis_index("wg"), lax.axis_index("block")
-    out_head = lax.rem(t, out_heads)
-    t = lax.div(t, out_heads)
+    # Neighbouring blocks share a head, whose queries stay in the L2 cache; columns that most rows read come first.
+    index = lax.rem(t, key_tiles) if tiles.head_major else lax.rem(lax.div(t, out_heads), key_tiles)
+    out_head = lax.rem(lax.div(t, key_tiles), out_heads) if tiles.head_major else lax.rem(t, out_heads)
     group = s.heads // s.kv_heads
     here = s.heads // out_heads
     kv_head = lax.div(out_head, group // here)
-    w = Column(lax.div(t, key_tiles), out_head, kv_head, out_head * here, here, lax.rem(t, key_tiles))
+    w = Column(lax.div(t, key_tiles * out_heads), out_head, kv_head, out_head * here, here, index)
 
     @pl.when(wg < WGS)
     def _compute():
@@ -270,39 +287,36 @@ def _dkv_kernel(
         def load(head, tile, done):
             slot = lax.rem(done, jnp.int32(stages))
             rows = pl.ds(tile * tiles.dkv_block_q, tiles.dkv_block_q)
-            for name, src, stat in (("q", g.q, "lse"), ("do", ct.do, "delta")):
+            for name, src, stat, stat_g in (("q", g.q, "lse", ct.lse), ("do", ct.do, "delta", delta_g)):
                 ready, free = m[name + "_ready"].at[slot], m[name + "_free"].at[slot]
                 pl.when(done >= stages)(lambda free=free: plgpu.barrier_wait(free))
                 plgpu.copy_gmem_to_smem(src.at[w.batch, rows, head], m[name + "_s"].at[slot], ready)
-                plgpu.copy_gmem_to_smem(getattr(ct, stat).at[w.batch, head, rows], m[stat + "_s"].at[slot], ready)
+                plgpu.copy_gmem_to_smem(stat_g.at[w.batch, head, rows], m[stat + "_s"].at[slot], ready)
             return done + 1
 
-        done = _each_row_tile(g, s, w, lambda _, head, tile, __, done: load(head, tile, done), jnp.int32(0))
+        body = lambda head, tile, _, __, ___, done: load(head, tile, done)
+        done = _each_row_tile(g, s, w, w.index * (ROW_TILE // tb.UNIT), body, jnp.int32(0))
         _drain(done, stages, m["q_free"], m["do_free"])
 
 
-def _each_row_tile(g: Inputs, s: Static, w: Column, body, carry):
-    """Runs `body(masked, head, row tile, (pattern, field -> scalar), carry)` over the rows that read the block's keys.
+def _each_row_tile(g: Inputs, s: Static, w: Column, unit, body, carry):
+    """Runs `body(head, row tile, pattern, field -> scalar, unmasked tiles, carry)` over the rows that read the keys.
 
-    Head by head; tiles on an edge of the mask come first.
+    Head by head; the fields are those of key unit `unit`.
     """
 
     def one_head(n, carry):
         head = w.head + n
         pattern = g.pattern[head] if s.patterns > 1 else jnp.int32(0)
-        field = fields(g.table, w.batch, pattern, w.index)
-        first, inner, inner_steps = field(tb.STEPS_1), field(tb.C_INNER_BEGIN), field(tb.C_INNER_STEPS)
-        edges = first + field(tb.STEPS_2) - inner_steps
+        field = fields(g.table, w.batch, pattern, unit)
+        first, begin_1, begin_2 = field(tb.STEPS_1), field(tb.BEGIN_1), field(tb.BEGIN_2)
+        inner = field(tb.C_INNER), field(tb.C_INNER_END)
 
-        def edge(r, carry):
-            r = jnp.where(r < inner, r, r + inner_steps)
-            tile = jnp.where(r < first, field(tb.BEGIN_1) + r, field(tb.BEGIN_2) + r - first)
-            return body(True, head, tile, (pattern, field), carry)
+        def step(r, carry):
+            tile = jnp.where(r < first, begin_1 + r, begin_2 + r - first)
+            return body(head, tile, pattern, field, inner, carry)
 
-        carry = lax.fori_loop(0, edges, edge, carry)
-        begin = field(tb.BEGIN_1) + inner
-        inside = lambda tile, carry: body(False, head, tile, (pattern, field), carry)
-        return lax.fori_loop(begin, begin + inner_steps, inside, carry)
+        return lax.fori_loop(0, first + field(tb.STEPS_2), step, carry)
 
     if w.heads_here == 1:
         return one_head(jnp.int32(0), carry)
@@ -316,34 +330,54 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
     plgpu.copy_gmem_to_smem(g.v.at[w.batch, keys, w.kv_head], m["v_s"].at[wg], m["kv_ready"].at[wg])
     plgpu.barrier_wait(m["kv_ready"].at[wg])
     shape = (WG, tiles.dkv_block_q)
+    turn = Turn(wg, tiles.dkv_turns and not s.interpret)
 
-    def step(masked: bool, head, tile, where, carry):
+    def step(head, tile, pattern, field, inner, carry):
         dk, dv, done = carry
         slot = lax.rem(done, jnp.int32(tiles.dkv_stages))
+        q_s, do_s = m["q_s"].at[slot], m["do_s"].at[slot]
+        plgpu.barrier_wait(m["q_ready"].at[slot])
+        plgpu.barrier_wait(m["do_ready"].at[slot])
 
         def products(x_ref, dp_ref):
-            plgpu.barrier_wait(m["q_ready"].at[slot])
-            plgpu.wgmma(x_ref, m["k_s"].at[wg], m["q_s"].at[slot].transpose((1, 0)))
+            plgpu.wgmma(x_ref, m["k_s"].at[wg], q_s.transpose((1, 0)))
+            plgpu.wgmma(dp_ref, m["v_s"].at[wg], do_s.transpose((1, 0)))
+            turn.give()
+            x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
+            edge = lambda: _mask_columns(g, s, w, pattern, field, first, tile * tiles.dkv_block_q, x)
+            seen = lax.cond((tile >= inner[0]) & (tile < inner[1]), lambda: x, edge)
             lse = plgpu.load(m["lse_s"].at[slot], layout=COLS)
-            plgpu.barrier_wait(m["do_ready"].at[slot])
-            plgpu.wgmma(dp_ref, m["v_s"].at[wg], m["do_s"].at[slot].transpose((1, 0)))
-            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-            if masked:
-                x = _mask_columns(g, s, w, where, first, tile * tiles.dkv_block_q, x)
-            p, capped = _weights(s, x, spread(lse, shape, 1))
+            p = jnp.exp2(seen * factor - spread(lse, shape, 1))
             delta = plgpu.load(m["delta_s"].at[slot], layout=COLS)
             ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta, shape, 1))
-            return p.astype(g.k.dtype), (ds if capped is None else ds * (1 - capped * capped)).astype(g.k.dtype)
+            return p.astype(g.k.dtype), (ds if s.soft_cap is None else ds * (1 - x * x)).astype(g.k.dtype)
 
         acc = plgpu.ACC(shape, jnp.float32)
-        p16, ds16 = pl.run_scoped(products, acc, acc)
-        dv, dk = _accumulate_two(dv, p16, m["do_s"].at[slot], dk, ds16, m["q_s"].at[slot], s.interpret)
+
+        def compute():
+            p16, ds16 = pl.run_scoped(products, acc, acc)
+            turn.take()
+            return _accumulate_two(dv, p16, do_s, dk, ds16, q_s, s.interpret)
+
+        def idle():
+            turn.give()
+            turn.take()
+            return dv, dk
+
+        if g.rules.expiry is None:
+            new_dv, new_dk = compute()
+        else:  # columns of one unit of the two often live longer
+            own = (tile >= field(tb.OWN_1)) & (tile < field(tb.OWN_END_1))
+            own |= (tile >= field(tb.OWN_2)) & (tile < field(tb.OWN_END_2))
+            new_dv, new_dk = lax.cond(own, compute, idle)
         plgpu.barrier_arrive(m["do_free"].at[slot])
         plgpu.barrier_arrive(m["q_free"].at[slot])
-        return dk, dv, done + 1
+        return new_dk, new_dv, done + 1
 
     start = zeros((WG, s.dim), TILE), zeros((WG, s.dim_v), TILE), jnp.int32(0)
-    dk, dv, _ = _each_row_tile(g, s, w, step, start)
+    turn.begin()
+    dk, dv, _ = _each_row_tile(g, s, w, w.index * (ROW_TILE // tb.UNIT) + wg, step, start)
+    turn.end()
     m["k_s"][wg] = (dk * s.scale).astype(dk_g.dtype)
     m["v_s"][wg] = dv.astype(dv_g.dtype)
     plgpu.commit_smem()
@@ -363,36 +397,21 @@ def _accumulate_two(dv, p, do_s, dk, ds, q_s, interpret: bool) -> tuple[jax.Arra
     return pl.run_state(compute)((plgpu.ACC.init(dv), plgpu.ACC.init(dk)))
 
 
-def _mask_columns(g: Inputs, s: Static, w: Column, where, first, row, x: jax.Array) -> jax.Array:
+def _mask_columns(g: Inputs, s: Static, w: Column, pattern, field, first, row, x: jax.Array) -> jax.Array:
     """Transposed scores (keys by rows) with -inf where the row may not see the key."""
-    pattern, field = where
     shape = x.shape
-    row_lo = field(tb.C_OFFSET) + row
-    row_hi = row_lo + shape[1] - 1
-    sink, window, limit = field(tb.C_SINK), field(tb.C_WINDOW), field(tb.C_KEY_STOP)
-    stop = first + WG
-    full = (stop <= sink) | (row_hi - first < window)
-    unit = lax.div(first, tb.UNIT)
-    if g.rules.expiry is not None:
-        unit = jnp.minimum(unit, g.rules.expiry.shape[1] - 1)
-        expiry = g.rules.expiry[pattern, unit]
-        full |= row_hi < expiry
-    if g.rules.start is not None:
-        start_2, stop_2 = g.rules.start[pattern, unit], g.rules.stop[pattern, unit]
-        full |= (start_2 <= row_lo) & (row_hi < stop_2)
-    full &= stop <= limit
-    if s.causal:
-        full &= stop - 1 <= row_lo
-    if g.segments is not None:
-        full &= one_segment(g, w.batch, lax.div(row, WG), shape[1] // WG, unit, 1)
+    row_lo, limit = field(tb.C_OFFSET) + row, field(tb.C_KEY_STOP)
+    sink, window = field(tb.C_SINK), field(tb.C_WINDOW)
 
     def edge():
         j, i = first + iota(shape, 0), row_lo + iota(shape, 1)
         keep = (j < sink) | (i - j < window)
+        unit = lax.div(first, tb.UNIT)
         if g.rules.expiry is not None:
-            keep |= i < expiry
+            unit = jnp.minimum(unit, g.rules.expiry.shape[1] - 1)
+            keep |= i < g.rules.expiry[pattern, unit]
         if g.rules.start is not None:
-            keep |= (start_2 <= i) & (i < stop_2)
+            keep |= (g.rules.start[pattern, unit] <= i) & (i < g.rules.stop[pattern, unit])
         keep &= j < limit
         if s.causal:
             keep &= j <= i
@@ -402,4 +421,8 @@ def _mask_columns(g: Inputs, s: Static, w: Column, where, first, row, x: jax.Arr
             keep &= spread(k_seg, shape, 0) == spread(q_seg, shape, 1)
         return jnp.where(keep, x, -jnp.inf)
 
-    return lax.cond(full, lambda: x, edge)
+    if g.segments is None:
+        return edge()
+    same = one_segment(g, w.batch, lax.div(row, WG), shape[1] // WG, lax.div(first, tb.UNIT), 1)
+    full = (first + WG <= limit) & ((first + WG <= sink) | (row_lo + shape[1] - 1 - first < window))
+    return lax.cond(same & full & ((first + WG <= row_lo + 1) | (not s.causal)), lambda: x, edge)

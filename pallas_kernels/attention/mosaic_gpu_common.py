@@ -71,7 +71,8 @@ class Work(NamedTuple):
 
 def tiled(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
     """Shared memory laid out for TMA and wgmma: 8 x 64 tiles with a 128-byte swizzle."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # ty: ignore[abstract-class-instantiation]
+    return plgpu.SMEM(shape, dtype, transforms=layout)
 
 
 def launch(interpret: bool) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
-def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
 
 
@@ -124,6 +125,16 @@ class Turn:
     wg: jax.Array
     enabled: bool
 
+    def begin(self) -> None:
+        """The first warpgroup has the first turn; both then hold one until they give it."""
+        pl.when(self.wg == 1)(self.give)
+        self.take()
+
+    def end(self) -> None:
+        """Gives the last turn, and sees the other's end."""
+        self.give()
+        pl.when(self.wg == 0)(self.take)
+
     def take(self) -> None:
         if self.enabled:
             _named_barrier("sync", TURN + self.wg)
@@ -134,23 +145,17 @@ class Turn:
 
 
 def fields(table: Any, batch: jax.Array, pattern: jax.Array, index: jax.Array) -> Any:
-    """One row of a schedule table, read now; the result maps a field to its scalar."""
-    values = [table[batch, pattern, index, f] for f in range(table.shape[-1])]
-    return values.__getitem__
-
-
-def static_full(first: jax.Array, stop: jax.Array, limit, row_lo, row_hi, sink, window, causal: bool) -> jax.Array:
-    """Whether all rows row_lo..row_hi see every key of [first, stop) through the causal, sink and window rules."""
-    full = (stop <= limit) & ((stop <= sink) | (row_hi - first < window))
-    return full & (stop - 1 <= row_lo) if causal else full
+    """Reader of one row of a schedule table: field -> scalar. It reads anew each time, which costs no register."""
+    return lambda field: table[batch, pattern, index, field]
 
 
 class Steps(NamedTuple):
-    """Steps of a row tile: the first `edges` of `total` lie on an edge of the mask. `keys(n)` says where step n is."""
+    """Steps of a row tile. Those in [inner, inner_end) need no mask; `place(n)` says where step n is."""
 
     total: jax.Array
-    edges: jax.Array
-    keys: Any
+    inner: jax.Array
+    inner_end: jax.Array
+    place: Any
 
 
 class Place(NamedTuple):
@@ -168,9 +173,7 @@ def steps(s: Static, block_k: int, g: Inputs, w: Work) -> Steps:
     listed = None if s.lists == "none" else _listed(s, g, w, per)
     list_steps = jnp.int32(0) if listed is None else listed[0]
     total = sink_steps + list_steps + window_steps
-    inner_steps = w.row(tb.INNER_STEPS)
-    inner = w.row(tb.INNER_BEGIN) + jnp.where(window_steps > 0, sink_steps + list_steps, 0)
-    edges = total - inner_steps
+    inner = w.row(tb.INNER) + jnp.where(window_steps > 0, sink_steps + list_steps, 0)
 
     def direct(n):
         past = n - sink_steps - list_steps
@@ -179,14 +182,13 @@ def steps(s: Static, block_k: int, g: Inputs, w: Work) -> Steps:
         limit = jnp.where(in_sink, w.row(tb.SINK_STOP), w.row(tb.KEY_STOP))
         return Place(first, first + tb.UNIT, limit, None if listed is None else jnp.int32(-1))
 
-    def keys(n):
-        n = jnp.where(n < edges, jnp.where(n < inner, n, n + inner_steps), inner + n - edges)
+    def place(n):
         if listed is None:
             return direct(n)
         at = n - sink_steps
         return lax.cond((at >= 0) & (at < list_steps), lambda: listed[1](at), lambda: direct(n))
 
-    return Steps(total, edges, keys)
+    return Steps(total, inner, inner + w.row(tb.INNER_STEPS), place)
 
 
 def _listed(s: Static, g: Inputs, w: Work, per: int) -> tuple[jax.Array, Any]:
@@ -220,16 +222,10 @@ def _listed(s: Static, g: Inputs, w: Work, per: int) -> tuple[jax.Array, Any]:
 
 
 def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array, place: Place) -> jax.Array:
-    """Scores with -inf where the row may not see the key; passes tiles whose every pair is allowed."""
+    """Scores with -inf where the row may not see the key; passes listed tiles whose every pair is allowed."""
     first, second, limit, full_until = place
     shape = x.shape
-    sink, window, row_hi = w.row(tb.SINK), w.row(tb.WINDOW), row_lo + (WG - 1)
-    full = static_full(first, first + block_k, limit, row_lo, row_hi, sink, window, s.causal)
-    if full_until is not None:
-        full = jnp.where(full_until >= 0, row_hi < full_until, full)
-    row = row_lo - w.row(tb.OFFSET)
-    if g.segments is not None:
-        full &= one_segment(g, w.batch, lax.div(row, WG), 1, lax.div(first, tb.UNIT), block_k // tb.UNIT)
+    sink, window, row = w.row(tb.SINK), w.row(tb.WINDOW), row_lo - w.row(tb.OFFSET)
 
     def edge():
         col = iota(shape, 1)
@@ -251,7 +247,12 @@ def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array,
             keep &= spread(q_seg, shape, 0) == spread(k_seg, shape, 1)
         return jnp.where(keep, x, -jnp.inf)
 
-    return lax.cond(full, lambda: x, edge)
+    if g.segments is not None:
+        units = block_k // tb.UNIT
+        same = one_segment(g, w.batch, lax.div(row, WG), 1, lax.div(first, tb.UNIT), units)
+        full = (first + block_k <= limit) & ((first + block_k <= sink) | (row_lo + (WG - 1) - first < window))
+        return lax.cond(same & full & ((first + block_k <= row_lo + 1) | (not s.causal)), lambda: x, edge)
+    return edge() if full_until is None else lax.cond(row_lo + (WG - 1) < full_until, lambda: x, edge)
 
 
 def _column_rules(g: Inputs, w: Work, firsts: tuple, col: jax.Array, i: jax.Array) -> jax.Array:

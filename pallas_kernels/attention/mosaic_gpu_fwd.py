@@ -48,6 +48,7 @@ class ForwardTiles:
     stages: int = 2
     persistent: bool = True
     turns: bool = True
+    head_major: bool = False
 
 
 def forward(
@@ -66,7 +67,7 @@ def forward(
         "q_s": tiled((WGS, WG, s.dim), inputs.q.dtype),
         "k_s": tiled((tiles.stages, tiles.block_k, s.dim), inputs.q.dtype),
         "v_s": tiled((tiles.stages, tiles.block_k, s.dim_v), inputs.q.dtype),
-        "o_s": tiled((WGS, min(2, s.dim_v // 64), WG, 64), inputs.q.dtype),
+        "o_s": tiled((WGS, 2 if s.dim_v == 128 else 1, WG, 64), inputs.q.dtype),
         "lse_s": plgpu.SMEM((WGS, WG), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=WGS),
         "q_free": plgpu.Barrier(num_barriers=WGS),
@@ -108,11 +109,15 @@ def _kernel(g: Inputs, o_g, lse_g, *, static: Static, tiles: ForwardTiles, block
         # Blocks walk the tiles to and fro, longest rows first, so that their sums of steps come out even.
         turn = jnp.where(lax.rem(n, 2) == 0, block, blocks - 1 - block)
         t = n * blocks + turn
-        head = lax.rem(t, s.heads)
-        t = lax.div(t, s.heads)
-        index = lax.rem(t, row_tiles)
+        batch, t = lax.div(t, s.heads * row_tiles), lax.rem(t, s.heads * row_tiles)
+        if tiles.head_major:  # heads of a group side by side, KV heads one after the other
+            group = s.heads // s.kv_heads
+            inner = lax.rem(t, group * row_tiles)
+            head = lax.div(t, group * row_tiles) * group + lax.rem(inner, group)
+            index = lax.div(inner, group)
+        else:
+            head, index = lax.rem(t, s.heads), lax.div(t, s.heads)
         index = row_tiles - 1 - index if s.causal else index
-        batch = lax.div(t, row_tiles)
         pattern = g.pattern[head] if s.patterns > 1 else jnp.int32(0)
         row = fields(g.table, batch, pattern, index)
         return Work(batch, head, index, pattern, row)
@@ -153,7 +158,7 @@ def _fetch(g: Inputs, s: Static, tiles: ForwardTiles, m: dict, w: Work, carry) -
 
     def load(n):
         slot = lax.rem(done + n, jnp.int32(tiles.stages))
-        place = plan.keys(n)
+        place = plan.place(n)
         begins = (place.first, jnp.minimum(place.second, (tb.cdiv(s.keys, tb.UNIT) - 1) * tb.UNIT))
         for name, src in (("k", g.k), ("v", g.v)):
             dst, ready, free = m[name + "_s"], m[name + "_ready"], m[name + "_free"]
@@ -186,7 +191,7 @@ def _drain(stages: int, m: dict, walked: jax.Array, done: jax.Array) -> None:
 
 def _attend(g: Inputs, o_g, lse_g, s: Static, tiles: ForwardTiles, m: dict, wg, turn: Turn, w: Work, done) -> jax.Array:
     """One warpgroup's 64 rows against the tile's steps. `done` counts the steps of earlier tiles."""
-    total, edges, keys = steps(s, tiles.block_k, g, w)
+    total, inner, inner_end, place = steps(s, tiles.block_k, g, w)
     row_lo = w.row(tb.OFFSET) + w.index * ROW_TILE + wg * WG
     slot_of = lambda step: lax.rem(step, jnp.int32(tiles.stages))
     scale = s.scale * LOG2E if s.soft_cap is None else s.soft_cap * LOG2E
@@ -198,7 +203,7 @@ def _attend(g: Inputs, o_g, lse_g, s: Static, tiles: ForwardTiles, m: dict, wg, 
         plgpu.barrier_wait(m["k_ready"].at[slot_of(done)])
         turn.take()
 
-    def step(masked: bool, n, carry):
+    def step(n, carry):
         acc, top, norm = carry
         slot = slot_of(done + n)
 
@@ -212,8 +217,8 @@ def _attend(g: Inputs, o_g, lse_g, s: Static, tiles: ForwardTiles, m: dict, wg, 
         pl.when(n + 1 == total)(lambda: plgpu.barrier_arrive(m["q_free"].at[wg]))
         if s.soft_cap is not None:
             x = jnp.tanh(x * (s.scale / s.soft_cap))
-        if masked:
-            x = mask_rows(g, s, tiles.block_k, w, row_lo, x, keys(n))
+        edge = lambda: mask_rows(g, s, tiles.block_k, w, row_lo, x, place(n))
+        x = lax.cond((n >= inner) & (n < inner_end), lambda: x, edge)
 
         new_top = jnp.maximum(top, x.max(axis=1) * scale)
         fade = jnp.exp2(top - new_top)
@@ -233,8 +238,7 @@ def _attend(g: Inputs, o_g, lse_g, s: Static, tiles: ForwardTiles, m: dict, wg, 
         return acc, new_top, norm
 
     carry = zeros((WG, s.dim_v), TILE), plgpu.layout_cast(jnp.full((WG,), NEG, jnp.float32), ROWS), zeros((WG,), ROWS)
-    carry = lax.fori_loop(0, edges, functools.partial(step, True), carry)
-    acc, top, norm = lax.fori_loop(edges, total, functools.partial(step, False), carry)
+    acc, top, norm = lax.fori_loop(0, total, step, carry)
 
     @pl.when(total > 0)
     def _last_turn():

@@ -1,8 +1,7 @@
 """What each tile visits, as small int32 tables that the Hopper kernels read.
 
 Row tables drive the forward and dQ kernels (one row per batch, pattern and tile of queries), column tables the dK/dV
-kernel (one row per batch, pattern and tile of keys). Their size is patterns x tiles. Steps on an edge of the mask come
-first, so that the kernels need two loops: one that masks and one that does not.
+kernel (one row per batch, pattern and key unit). Their size is patterns x tiles.
 """
 
 from __future__ import annotations
@@ -21,12 +20,14 @@ from pallas_kernels.plan import Plan
 UNIT = 64  # keys per entry of a list; tiles of keys are one or two units
 ROW_TILE = 128  # query rows of a forward block, keys of a dK/dV block
 
-# Fields of a row table, in tokens unless named otherwise.
+# Fields of a row table, in tokens unless named otherwise. Steps INNER .. INNER + INNER_STEPS - 1 need no mask; they are
+# counted from the first window step, or from 0 where there is none.
 SINK_STEPS, LIST_LEN, WINDOW_STEPS, LIST_LOW, SINK_BEGIN, WINDOW_BEGIN, SINK_STOP = range(7)
-SINK, WINDOW, KEY_STOP, OFFSET, INNER_BEGIN, INNER_STEPS = range(7, 13)
-# Fields of a column table; row tiles are counted from the call's first query.
-STEPS_1, BEGIN_1, STEPS_2, BEGIN_2, C_INNER_BEGIN, C_INNER_STEPS = range(6)
-C_SINK, C_WINDOW, C_KEY_STOP, C_OFFSET = range(6, 10)
+SINK, WINDOW, KEY_STOP, OFFSET, INNER, INNER_STEPS = range(7, 13)
+# Fields of a column table, in tiles of rows counted from the call's first query: two runs that the unit's block of 128
+# keys visits, the unit's own part of them, and the own tiles that need no mask.
+STEPS_1, BEGIN_1, STEPS_2, BEGIN_2, OWN_1, OWN_END_1, OWN_2, OWN_END_2, C_INNER, C_INNER_END = range(10)
+C_SINK, C_WINDOW, C_KEY_STOP, C_OFFSET = range(10, 14)
 
 
 class Lists(NamedTuple):
@@ -109,14 +110,14 @@ def run_time_lists(chosen: BlockList, plan: Plan, keys: int, offset: Array) -> L
     unit = jnp.minimum(block * times + jnp.arange(times), units).reshape(batch, list_heads, list_rows, width * times)
     first = offset[:, None, None, None] + chosen.block_q * jnp.arange(list_rows)[None, None, :, None]
     last = first + chosen.block_q - 1
-    # Static rules own the keys of sink and window: a listed unit is whole only where it lies beyond both, for all heads.
+    # Static rules own the keys of sink and window: a listed unit is whole only beyond both, for all heads.
     sink, window = jnp.asarray(plan.sink).max(), jnp.asarray(plan.window).max()
     begin, end = unit * UNIT, unit * UNIT + UNIT - 1
     whole = (begin >= sink) & ((window <= 0) | (first - end >= window))
     whole &= (end <= first) | (not plan.causal)
     full = jnp.where(whole, last + 1, 0)
     flat = lambda x: x.reshape(-1, width * times).astype(jnp.int32)
-    return Lists(flat(unit), flat(full), chosen.count * times)
+    return Lists(flat(unit), flat(full), jnp.asarray(chosen.count) * times)
 
 
 def _reach(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) -> tuple[Array, Array]:
@@ -177,7 +178,7 @@ def row_table(
         WINDOW: window,
         KEY_STOP: length,
         OFFSET: off,
-        INNER_BEGIN: inner,
+        INNER: inner,
         INNER_STEPS: inner_steps,
     }
     table = _stack(fields, shape)
@@ -190,46 +191,57 @@ def row_table(
 
 def column_table(
     plan: Plan, rows: int, keys: int, tile_q: int, offset: Array, kv_length: Array, segs: Segments | None
-) -> Int[Array, "B P nK F"]:
-    """dK/dV schedule: one or two runs of `tile_q` rows for every 128 keys."""
-    columns = plan.columns(keys, ROW_TILE)
-    count, tiles = cdiv(keys, ROW_TILE), cdiv(rows, tile_q)
-    key = ROW_TILE * jnp.arange(count, dtype=jnp.int32)
+) -> Int[Array, "B P n F"]:
+    """dK/dV schedule: one or two runs of `tile_q` rows for every key unit, and their union over a block's units."""
+    per = ROW_TILE // UNIT
+    count = cdiv(keys, ROW_TILE) * per
+    columns = plan.columns(count * UNIT, UNIT)
+    key = UNIT * jnp.arange(count, dtype=jnp.int32)
     shape = (offset.shape[0], plan.num_patterns, count)
     off, length = offset[:, None, None], kv_length[:, None, None]
     ceil = lambda x: (x + tile_q - 1) // tile_q
     local = lambda x: jnp.clip(x, off, off + rows) - off  # a position as a row, without overflow at INF
     least = jnp.maximum(key - off, 0) if plan.causal else jnp.zeros(shape, jnp.int32)
-    stop = jnp.where(key < length, local(jnp.asarray(columns.end)[None]), 0)
-    begin_1 = jnp.minimum(jnp.broadcast_to(least // tile_q, shape), tiles)
-    end_1 = jnp.where(stop > least, jnp.maximum(ceil(stop), begin_1), begin_1)
-    begin_2 = end_2 = jnp.zeros(shape, jnp.int32)
+    live = jnp.broadcast_to(key < length, shape)
+    begin_1, end_1 = _run(live, least // tile_q, ceil(local(jnp.asarray(columns.end)[None])))
+    begin_2, end_2 = _run(jnp.zeros(shape, bool), least, least)
     if columns.second is not None:
         start_2, stop_2 = (local(jnp.asarray(columns.second)[None, ..., n]) for n in (0, 1))
-        begin_2 = jnp.maximum(jnp.maximum(start_2, least) // tile_q, end_1)
-        end_2 = jnp.where(key < length, jnp.maximum(ceil(stop_2), begin_2), begin_2)
+        begin_2, end_2 = _run(live, jnp.maximum(start_2, least) // tile_q, ceil(stop_2))
     if segs is not None:
-        key_range = segs.key_range[:, :, : count * (ROW_TILE // UNIT)]
-        nearest, farthest = (x[:, None] for x in _reach(key_range, segs.query_range, ROW_TILE // UNIT))
-        per = tile_q // UNIT
-        begin_1, end_1 = jnp.maximum(begin_1, nearest // per), jnp.minimum(end_1, (farthest + per - 1) // per)
-    inner = ceil(jnp.maximum(key + ROW_TILE - 1 - off, 0)) if plan.causal else jnp.zeros(shape, jnp.int32)
-    inner = jnp.maximum(inner, begin_1)
-    inner_stop = jnp.minimum(local(jnp.asarray(columns.full_end)[None]) // tile_q, end_1)
-    some = (key + ROW_TILE <= length) & (segs is None)
+        nearest, farthest = (x[:, None] for x in _reach(segs.key_range[:, :, :count], segs.query_range, 1))
+        begin_1, end_1 = _run(
+            end_1 > 0, jnp.maximum(begin_1, nearest * UNIT // tile_q), jnp.minimum(end_1, ceil(farthest * UNIT))
+        )
+    pair = lambda x, reduce: jnp.repeat(reduce(x.reshape(*shape[:2], -1, per), axis=-1), per, axis=-1)
+    block_1, block_end_1 = pair(begin_1, jnp.min), pair(end_1, jnp.max)
+    block_2, block_end_2 = jnp.maximum(pair(begin_2, jnp.min), block_end_1), pair(end_2, jnp.max)
+    inner = ceil(jnp.maximum(key + UNIT - 1 - off, 0)) if plan.causal else jnp.zeros(shape, jnp.int32)
+    whole = (key + UNIT <= length) & (segs is None)
+    inner_end = jnp.where(whole, local(jnp.asarray(columns.full_end)[None]) // tile_q, 0)
     fields = {
-        STEPS_1: jnp.maximum(end_1 - begin_1, 0),
-        BEGIN_1: begin_1,
-        STEPS_2: end_2 - begin_2,
-        BEGIN_2: begin_2,
-        C_INNER_BEGIN: inner - begin_1,
-        C_INNER_STEPS: jnp.where(some, jnp.maximum(inner_stop - inner, 0), 0),
+        STEPS_1: jnp.maximum(block_end_1 - block_1, 0),
+        BEGIN_1: block_1,
+        STEPS_2: jnp.maximum(block_end_2 - block_2, 0),
+        BEGIN_2: block_2,
+        OWN_1: begin_1,
+        OWN_END_1: end_1,
+        OWN_2: begin_2,
+        OWN_END_2: end_2,
+        C_INNER: inner,
+        C_INNER_END: inner_end,
         C_SINK: jnp.asarray(plan.sink)[None, :, None],
         C_WINDOW: jnp.asarray(plan.window)[None, :, None],
         C_KEY_STOP: length,
         C_OFFSET: off,
     }
     return _stack(fields, shape)
+
+
+def _run(live: Array, begin: Array, end: Array) -> tuple[Array, Array]:
+    """Tiles [begin, end) where `live`, else an empty run that no union with another run widens."""
+    live = live & (end > begin)
+    return jnp.where(live, begin, 2**30), jnp.where(live, end, 0)
 
 
 def _stack(fields: dict[int, Array], shape: tuple[int, ...]) -> Int[Array, "B P n F"]:

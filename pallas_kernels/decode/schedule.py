@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.decode.cache import KVCache
 from pallas_kernels.lists import BlockList
-from pallas_kernels.plan import Plan
+from pallas_kernels.plan import Ints, Plan
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +45,7 @@ class Schedule:
     owner: Int[Array, "pairs 2"]
 
 
-def per_kv_head(values: Int[Array, " P"], plan: Plan, kv_heads: int) -> Int[Array, " K"]:
+def per_kv_head(values: Int[Ints, " P"], plan: Plan, kv_heads: int) -> Int[Array, " K"]:
     """The largest value among the query heads that share each KV head."""
     return jnp.asarray(values)[jnp.asarray(plan.pattern_of_head)].reshape(kv_heads, -1).max(-1)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -14,11 +15,12 @@ from lcjax.eval.tasks.longwriter import LongWrite
 from lcjax.eval.tasks.needle_threading import MultiNeedle, SingleNeedle
 from lcjax.eval.tasks.needles import NiahSingle1, NiahSingle2
 from lcjax.eval.tasks.reasoning import reasoning
+from lcjax.models.spec import Attention, GatedLinear
 from lcjax.serve.engine import Completion, Engine, Generator
 from lcjax.serve.report import Report
-from lcjax.serve.source import Loaded
+from lcjax.serve.source import Loaded, random_model
 from tests.eval_suites.tokens import write_rows
-from tests.serve.toy import SPEC, TOKENIZER, toy
+from tests.serve.toy import SPEC, TOKENIZER
 
 NO_WEIGHTS = Loaded(None, None, SPEC, TOKENIZER, "scripted")
 ENGINE = Engine(batch=4, chunk=64, capacity=4096)
@@ -141,7 +143,8 @@ def test_a_truncation_before_the_engine_is_an_error(scripted, tmp_path, monkeypa
 
 
 def test_shared_prefixes_change_no_answer():
-    model = toy()
+    mixers = (Attention(window=24, sink=2), GatedLinear(conv_width=3))
+    model = random_model(replace(SPEC, num_layers=2, pattern=mixers), TOKENIZER, seed=3)
     document = [7 * i % 250 for i in range(150)]
     prompts = [(*document, *range(k, k + 5 * k + 3)) for k in range(1, 4)]
     assert common_prefix([list(prompt) for prompt in prompts]) == 150
@@ -150,6 +153,7 @@ def test_shared_prefixes_change_no_answer():
         kind(model.graphdef, model.params, model.spec, model.tokenizer, engine)
         for kind in (Generator, SharedPrefixGenerator)
     )
+    shared._programs = plain._programs  # compiled once for both
     wanted, found = (answer_batch(g, prompts, [9, 12, 5]) for g in (plain, shared))
     assert [answer.tokens for answer in found] == [answer.tokens for answer in wanted]
     assert shared.shared_tokens == 2 * 128
@@ -157,12 +161,13 @@ def test_shared_prefixes_change_no_answer():
 
 
 def test_a_random_model_runs_a_suite_end_to_end(tmp_path):
+    model = random_model(replace(SPEC, num_layers=1, pattern=(Attention(),)), TOKENIZER)
     row = {"prompt": "{document} Q", "references": ["x"], "metric": "any_substring", "max_new_tokens": 4}
     rows = [
         {**row, "id": str(i), "document": "abc " * 30, "group": "doc", "prompt": f"{{document}} {i}?"} for i in range(3)
     ]
     suite = Suite(tasks=JsonTask(source=write_rows(tmp_path / "mine.jsonl", rows)), lengths=(150,))
-    tables = suite.run(toy(), tmp_path)
+    tables = suite.run(model, tmp_path)
     assert set(tables) == {"mine"}
     assert len((tmp_path / "suite.jsonl").read_text().splitlines()) == 3
 

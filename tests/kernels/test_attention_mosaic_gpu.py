@@ -1,4 +1,4 @@
-"""The Hopper backend: meaning in Pallas' GPU interpreter, lowering for CUDA, and, where there is a GPU, the real thing."""
+"""The Hopper backend: meaning in Pallas' GPU interpreter, lowering for CUDA, and, on a GPU, the real thing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles
 from pallas_kernels.lists import BlockList
-from pallas_kernels.masks import Causal, Full, Intervals, Segments, Sink, Stride, Window, per_head
+from pallas_kernels.masks import Causal, Full, Intervals, Mask, Segments, Sink, Stride, Window, per_head
 from pallas_kernels.op import target_platform
 from pallas_kernels.plan import INF
 
@@ -27,7 +27,7 @@ needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an 
 class Case:
     """A call: what differs from causal self-attention with 2 query heads and 1 KV head."""
 
-    mask: object
+    mask: Mask
     length: int = 130
     keys: int | None = None
     heads: tuple[int, int] = (2, 1)
@@ -52,7 +52,7 @@ class Case:
         ids = None
         if self.segments:
             row = jnp.asarray(np.repeat(np.arange(len(self.segments)), self.segments), jnp.int32)
-            ids = (jnp.tile(row, (self.batch, 1)),) * 2
+            ids = jnp.tile(row, (self.batch, 1)), jnp.tile(row, (self.batch, 1))
         call = Call(
             q=q,
             k=k,
@@ -81,7 +81,7 @@ def every_other(length: int, keys: int, block_q: int, block_k: int) -> BlockList
     return BlockList(jnp.asarray(idx), jnp.asarray(count), block_q, block_k)
 
 
-def spans(keys: int, block: int) -> Intervals:
+def spans(keys: int, block: int) -> Mask:
     start = np.arange(-(-keys // block), dtype=np.int32) * block
     return Intervals(block, start + 70, np.stack([start + 128, start + 150], -1).astype(np.int32))
 
@@ -104,8 +104,8 @@ SMALL = ("sink_window", "stride", "chunk")  # what CI interprets; the rest runs 
 
 
 def relative(actual: jax.Array, wanted: jax.Array) -> float:
-    actual, wanted = (np.asarray(x, np.float64) for x in (actual, wanted))
-    return float(np.linalg.norm(actual - wanted) / max(np.linalg.norm(wanted), 1e-30))
+    a, w = (np.asarray(x, np.float64) for x in (actual, wanted))
+    return float(np.linalg.norm(a - w) / max(np.linalg.norm(w), 1e-30))
 
 
 def compare(case: Case, attend, tolerance: float = 6e-3) -> None:
@@ -144,7 +144,7 @@ def test_lowers_for_cuda(dim: int) -> None:
     mask = Causal() & (Sink(64) | Window(512) | Stride(block=64, every=8))
 
     def loss(q, k, v):
-        o = block_sparse_attention(q, k, v, mask, implementation="mosaic_gpu")
+        o, _ = block_sparse_attention(q, k, v, mask, return_lse=True, implementation="mosaic_gpu")
         return o.astype(jnp.float32).sum()
 
     shapes = [jax.ShapeDtypeStruct((1, 1000, heads, dim), jnp.bfloat16) for heads in (6, 2, 2)]

@@ -1,5 +1,7 @@
 """The decoder: stacking, rematerialisation, packing, caches, dtypes, parameters, bad input."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from lcjax.models.stack import runs
 from lcjax.positions import DynamicNTK
 
 FULL, STREAM = Attention(), Attention(window=7, sink=2)
+QUICK = {"xla_backend_optimization_level": 0}  # compile time is most of these tests
 LINEAR = GatedLinear(conv_width=4, feature_map="elu", normalise=True)
 SIZES = {
     "vocab_size": 61,
@@ -24,7 +27,7 @@ SIZES = {
     "head_dim": 8,
     "dtype": "float32",
 }
-HYBRID = ModelSpec(**SIZES, num_layers=6, pattern=(FULL, STREAM, LINEAR))
+HYBRID = ModelSpec(**SIZES, num_layers=4, pattern=(Attention(window=7), LINEAR))
 MIXERS = {
     "full": FULL,
     "window": Attention(window=5, soft_cap=3.0, scale=0.3),
@@ -59,17 +62,16 @@ def test_scan_and_remat_change_nothing(hybrid):
 
     def gradient(**options):
         loss = lambda p: jnp.sum(nnx.merge(graphdef, p)(tokens(), **options) ** 2)
-        return jax.jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
 
     plain = forward(params, tokens())
     assert plain.shape == (2, 20, 61)
     assert plain.dtype == jnp.float32
     np.testing.assert_allclose(forward(params, tokens(), scan=True, remat="full"), plain, atol=1e-5)
     expected = gradient()
-    for options in ({"scan": True, "remat": "dots"}, {"remat": "full"}):
-        got = gradient(**options)
-        assert jax.tree.structure(got) == jax.tree.structure(expected)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4, rtol=1e-3), got, expected)
+    got = gradient(scan=True, remat="dots")
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4, rtol=1e-3), got, expected)
 
 
 def test_runs():
@@ -93,12 +95,12 @@ def test_packed_equals_separate(hybrid):
 @pytest.mark.parametrize("name", MIXERS)
 def test_cached_ragged_chunks_equal_one_pass(name):
     """Chunked prefill of a ragged batch, then single tokens, against the whole sequence at once."""
-    spec = ModelSpec(**SIZES, num_layers=2, pattern=(MIXERS[name],))
+    spec = ModelSpec(**SIZES, num_layers=1, pattern=(MIXERS[name],))
     graphdef, params = build(spec)
     ids = tokens(2, 18)
-    expected = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t))(params, ids)
+    expected = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t), compiler_options=QUICK)(params, ids)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def step(params, ids, caches, valid):
         model = nnx.merge(graphdef, params)
         hidden, caches = model.hidden(ids, caches=caches, valid=valid)
@@ -121,7 +123,7 @@ def test_cached_ragged_chunks_equal_one_pass(name):
 
 def test_compute_dtype_and_parameter_dtype(hybrid):
     _, params, forward = hybrid
-    bf16 = ModelSpec(**SIZES | {"dtype": "bfloat16"}, num_layers=6, pattern=HYBRID.pattern)
+    bf16 = ModelSpec(**SIZES | {"dtype": "bfloat16"}, num_layers=4, pattern=HYBRID.pattern)
     graphdef, _ = abstract(bf16)
     model = nnx.merge(graphdef, params)
     hidden, _ = jax.jit(lambda p: nnx.merge(graphdef, p).hidden(tokens()))(params)
@@ -138,7 +140,7 @@ def test_abstract_has_the_same_tree(hybrid):
     assert shapes[0] == graphdef
     assert jax.tree.structure(shapes[1]) == jax.tree.structure(params)
     paths = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
-    assert paths["layers.3.mixer.query.kernel"].shape == (32, 4, 8)
+    assert paths["layers.2.mixer.query.kernel"].shape == (32, 4, 8)
     assert all(len(variable.axes) == variable.get_value().ndim for variable in paths.values())
 
 

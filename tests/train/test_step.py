@@ -1,4 +1,4 @@
-"""The step: micro-batches add up, a step that is not finite changes nothing, schedules and decay act where they should."""
+"""The step: micro-batches add up, a step that is not finite changes nothing, schedules act where they should."""
 
 from types import SimpleNamespace
 
@@ -31,6 +31,9 @@ class Toy(nnx.Module):
     def logits(self, x):
         return x @ self.embed[...].T
 
+    def unembedding(self):
+        return self.embed[...].T
+
 
 def batch(seed=0):
     tokens = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, V)
@@ -45,7 +48,8 @@ def batch(seed=0):
     }
 
 
-def setup(optimizer=AdamW(Cosine(0.01, warmup=2)), **options):
+def setup(optimizer=None, **options):
+    optimizer = optimizer or AdamW(Cosine(0.01, warmup=2))
     graphdef, params = nnx.split(Toy(), nnx.Param)
     chain = optimizer.build(100)
     zero = jnp.zeros((), jnp.int32)

@@ -32,7 +32,7 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[SupportsInt], *, skip_special: bool = False) -> str:
         """Bytes read as UTF-8; special ids leave no text."""
         del skip_special
-        return bytes(int(i) for i in ids if i < 256).decode("utf-8", "replace")
+        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
 
     def render_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The chat template given at construction, filled."""

@@ -1,0 +1,388 @@
+"""Block-sparse attention on TPU: entry, forward kernel.
+
+A program owns one tile of queries of one head. It reads its row of the table (`tpu_tables`) from scalar memory, then
+loops over exactly the key tiles that the row names, copying the next tile from HBM while it works on this one: skipped
+tiles cost neither a copy nor a grid step. Tiles that are wholly visible skip the token mask. Scores are in base 2.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.attention import tpu_tables as tt
+from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.mosaic_tpu_parts import (
+    HIDDEN,
+    LANES,
+    LN2,
+    LOWEST,
+    Config,
+    Numbers,
+    as_column,
+    finite,
+    lane_home,
+    named,
+    prescale,
+    product,
+    rows_of_lanes,
+    scores,
+    token_mask,
+    transfer,
+    wide,
+)
+from pallas_kernels.op import Unsupported, interpreter, platform
+
+
+def attend(call: Call) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
+    """(o, lse) of the call on a TPU, or interpreted where `op.interpret` says so."""
+    if reason := _reason(call):
+        raise Unsupported(reason)
+    tiles = default_tiles(call)
+    return attend_with(call, *tiles)
+
+
+def attend_with(call: Call, block_q: int, block_k: int, compute_k: int):
+    """`attend` with chosen tiles: rows of queries, keys in memory, keys per step of the product; multiples of 128."""
+    for name, value in (("block_q", block_q), ("block_k", block_k), ("compute_k", compute_k)):
+        if value < LANES or value % LANES:
+            raise ValueError(f"{name}: {value} is not a positive multiple of {LANES}")
+    if block_k % compute_k:
+        raise ValueError(f"compute_k: {compute_k} does not divide block_k={block_k}")
+    batch, length, heads, dim = call.q.shape
+    keys, kv_heads, value_dim = call.v.shape[1:]
+    plan = call.mask.plan(heads, length, keys, block_q, block_k)
+    table = tt.tables(call, plan, block_q, block_k)
+    config = Config(
+        batch=batch,
+        length=length,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        value_dim=value_dim,
+        block_q=block_q,
+        block_k=block_k,
+        compute_k=compute_k,
+        causal=plan.causal,
+        dense=plan.dense,
+        scale=call.scale,
+        soft_cap=call.soft_cap,
+        segments=call.segment_ids is not None,
+        packed=table.packed is not None,
+        limits=table.limits is not None,
+        tables_batch=table.rows.shape[0],
+        vmem_bytes=48 * 2**20,
+    )
+    extras = {"heads": jnp.asarray(plan.pattern_of_head, jnp.int32), "rows": table.rows, "columns": table.columns}
+    if table.packed is not None:
+        extras["packed"] = table.packed
+    if table.limits is not None:
+        extras["limits"] = table.limits
+    if call.segment_ids is not None:
+        extras["q_ids"], extras["k_ids"] = (
+            jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))[:, None] for x in call.segment_ids
+        )
+    return _attend(config, call.q, call.k, call.v, extras)
+
+
+def default_tiles(call: Call) -> tuple[int, int, int]:
+    """Large tiles for long inputs; no tile is longer than its axis rounded up to 128."""
+    rounded = lambda n, most: min(-(-n // LANES) * LANES, most)
+    most = 1024 if max(call.q.shape[-1], call.v.shape[-1]) <= LANES else 512
+    block_q, block_k = rounded(call.q.shape[1], most), rounded(call.k.shape[1], most)
+    return block_q, block_k, 512 if block_k % 512 == 0 else LANES
+
+
+def _reason(call: Call) -> str | None:
+    dims = (call.q.shape[-1], call.v.shape[-1])
+    if platform() != "tpu" and interpreter() is None:
+        return f"its kernels run on TPUs, this is {platform()}"
+    if call.lists is not None:
+        return "run-time block lists are not implemented"
+    if call.q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"dtype {call.q.dtype}, it takes bfloat16 and float32"
+    if any(dim not in (32, 64, 128, 256) for dim in dims):
+        return f"head dims {dims[0]} and {dims[1]}, it takes 32, 64, 128 and 256"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(c, q, k, v, extras):
+    return forward(c, q, k, v, extras)
+
+
+def _attend_forward(c, q, k, v, extras):
+    o, lse = forward(c, q, k, v, extras)
+    return (o, lse), (q, k, v, extras, o, lse)
+
+
+def _attend_backward(c, residuals, cotangents):
+    from pallas_kernels.attention import mosaic_tpu_bwd
+
+    return *mosaic_tpu_bwd.backward(c, *residuals, *cotangents), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def table_spec(c: Config, tile_axis: int, head_of):
+    """One row of a table in scalar memory: that of the grid's tile and the head's pattern."""
+
+    def index(*grid):
+        *place, heads = grid
+        batch = place[0] if c.tables_batch > 1 else 0
+        return batch, heads[jnp.minimum(head_of(*place), c.heads - 1)], place[tile_axis], 0, 0
+
+    return pl.BlockSpec((1, 1, 1, 1, tt.FIELDS), index, memory_space=pltpu.SMEM)
+
+
+def forward(c: Config, q, k, v, extras):
+    """o [B,T,H,Dv] and lse [B,H,T]."""
+    head = lambda b, pair, i, n: pair * c.together + n
+    clipped = lambda *at: jnp.minimum(head(*at), c.heads - 1)
+    inputs = {
+        "rows": (extras["rows"], table_spec(c, 2, head)),
+        "q": (
+            q.reshape(c.batch, c.length, -1),
+            pl.BlockSpec((1, c.block_q, c.block), lambda *a: (a[0], a[2], clipped(*a[:4]) // c.shared)),
+        ),
+        "k": (rows_of_lanes(k, c.block), pl.BlockSpec(memory_space=pltpu.HBM)),
+        "v": (rows_of_lanes(v, c.value_block), pl.BlockSpec(memory_space=pltpu.HBM)),
+    }
+    inputs |= optional_inputs(c, extras)
+    outputs = {
+        "o": (
+            jax.ShapeDtypeStruct((c.batch, c.length, c.heads * c.value_dim), q.dtype),
+            pl.BlockSpec((1, c.block_q, c.value_block), lambda *a: (a[0], a[2], clipped(*a[:4]) // c.value_shared)),
+        ),
+        "lse": (
+            jax.ShapeDtypeStruct((c.batch, c.heads, 1, c.length), jnp.float32),
+            pl.BlockSpec((1, 1, 1, c.block_q), lambda *a: (a[0], clipped(*a[:4]), 0, a[2])),
+        ),
+    }
+    scratch = {
+        "scaled": pltpu.VMEM((c.block_q, c.block), q.dtype),
+        "total": pltpu.VMEM((c.block_q, c.value_block), jnp.float32),
+        "top": pltpu.VMEM((c.block_q, LANES), jnp.float32),
+        "mass": pltpu.VMEM((c.block_q, LANES), jnp.float32),
+        **key_scratch(c, k.dtype),
+    }
+    grid = (c.batch, -(-c.heads // c.together), c.tiles_q, c.together)
+    o, lse = launch(_forward_kernel, c, grid, extras["heads"], inputs, outputs, scratch, "block_sparse_attention_fwd")
+    return o.reshape(c.batch, c.length, c.heads, c.value_dim), lse[:, :, 0]
+
+
+def optional_inputs(c: Config, extras) -> dict:
+    """What only some masks need. Query ids come by tile; key ids, limits and packed runs stay in HBM and are copied."""
+    found = {}
+    if c.segments:
+        found["q_ids"] = (extras["q_ids"], pl.BlockSpec((1, 1, c.block_q), lambda *a: (a[0], 0, a[2])))
+        found["k_ids"] = (extras["k_ids"], pl.BlockSpec(memory_space=pltpu.HBM))
+    for name in ("packed", "limits"):
+        if getattr(c, name):
+            found[name] = (extras[name], pl.BlockSpec(memory_space=pltpu.HBM))
+    return found
+
+
+def key_scratch(c: Config, dtype) -> dict:
+    """Two slots of everything that comes with a tile of keys."""
+    found = {
+        "k_tile": pltpu.VMEM((2, c.block_k, c.block), dtype),
+        "v_tile": pltpu.VMEM((2, c.block_k, c.value_block), dtype),
+        "sems": pltpu.SemaphoreType.DMA((4, 2)),
+    }
+    if c.segments:
+        found["k_ids_tile"] = pltpu.VMEM((2, 1, c.block_k), jnp.int32)
+        found["q_ids_column"] = pltpu.VMEM((c.block_q, LANES), jnp.int32)
+    if c.limits:
+        found["limits_tile"] = pltpu.VMEM((2, 8, c.block_k), jnp.int32)
+    if c.packed:
+        found["chunk"] = pltpu.SMEM((1, tt.CHUNK), jnp.int32)
+        found["chunk_sem"] = pltpu.SemaphoreType.DMA(())
+    return found
+
+
+def launch(kernel, c: Config, grid, heads, inputs: dict, outputs: dict, scratch: dict, name: str):
+    """`pallas_call` with operands, results and scratch by name; `heads` is the pattern of each head."""
+    names = ["heads", *inputs, *outputs, *scratch]
+    mode = interpreter()
+
+    def body(*refs):
+        r = named(names, refs)
+        kernel(c, r)
+
+    # Tiles of different batch rows and heads are independent; inside a head, scratch carries from step to step.
+    semantics = ("parallel", "parallel", *("arbitrary",) * (len(grid) - 2))
+    call = pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[spec for _, spec in inputs.values()],
+            out_specs=[spec for _, spec in outputs.values()],
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=[shape for shape, _ in outputs.values()],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=c.vmem_bytes),
+        interpret=mode if mode is not None else False,
+        name=name,
+    )
+    return call(heads, *(x for x, _ in inputs.values()))
+
+
+def key_copies(c: Config, r, batch, head) -> list:
+    """(HBM slice, VMEM slot) of everything that comes with a tile of keys."""
+    kv_head = head // c.groups
+    lanes = lambda width, shared: pl.ds(pl.multiple_of(kv_head // shared * width, LANES), width)
+    source = lambda ref, at: lambda start, size: ref.at[batch, pl.ds(start, size), at]
+    target = lambda ref: lambda slot, size: ref.at[slot, pl.ds(0, size)]
+    row = lambda ref: lambda slot, size: ref.at[slot, :, pl.ds(0, size)]
+    found = [
+        (source(r.k, lanes(c.block, c.shared)), target(r.k_tile)),
+        (source(r.v, lanes(c.value_block, c.value_shared)), target(r.v_tile)),
+    ]
+    if c.segments:
+        found.append((lambda start, size: r.k_ids.at[batch, :, pl.ds(start, size)], row(r.k_ids_tile)))
+    if c.limits:
+        pattern = r.heads[head]
+        found.append((lambda start, size: r.limits.at[pattern, :, pl.ds(start, size)], row(r.limits_tile)))
+    return found
+
+
+def visit_keys(c: Config, r, batch, head, row_of, work) -> None:
+    """Loop over a row's key tiles with the next one in flight; `work(tile, slot, full)`: is it wholly visible."""
+    sinks, middle = row_of(tt.SINKS), row_of(tt.MIDDLE)
+    count = sinks + middle + row_of(tt.NEAR)
+    copies, sizes = key_copies(c, r, batch, head), (c.block_k, c.padded_keys)
+
+    def nth(n):
+        tile = jnp.where(n < sinks, row_of(tt.SINK0) + n, row_of(tt.BEGIN) + n - sinks - middle)
+        if not c.packed:
+            return tile, jnp.int32(0)
+        inside = (n >= sinks) & (n < sinks + middle)
+        entry = jnp.where(inside, row_of(tt.LOW) + n - sinks, 0)
+        place = lax.rem(entry, tt.CHUNK)
+
+        @pl.when(inside & ((place == 0) | (n == sinks)))
+        def _():
+            copy = pltpu.make_async_copy(r.packed.at[r.heads[head], entry // tt.CHUNK], r.chunk, r.chunk_sem)
+            copy.start()
+            copy.wait()
+
+        found = r.chunk[0, place]
+        return jnp.where(inside, found // 2, tile), jnp.where(inside, lax.rem(found, 2), 0)
+
+    def body(n, current):
+        tile, forever = current
+        slot = lax.rem(n, 2)
+        transfer(copies, r.sems, tile, slot, sizes, "wait")
+        following = nth(jnp.minimum(n + 1, count - 1))
+
+        @pl.when(n + 1 < count)
+        def _():
+            transfer(copies, r.sems, following[0], 1 - slot, sizes, "start")
+
+        work(tile, slot, _whole(c, row_of, tile, forever))
+        return following
+
+    @pl.when(count > 0)
+    def _():
+        first = nth(jnp.int32(0))
+        transfer(copies, r.sems, first[0], jnp.int32(0), sizes, "start")
+        lax.fori_loop(0, count, body, first)
+
+
+def _whole(c: Config, row_of, tile, forever):
+    """Whether every row of the tile of queries reads every key of the tile."""
+    if c.segments:
+        return jnp.bool_(False)
+    row, key = row_of(tt.ROW), tile * c.block_k
+    whole = key + c.block_k <= row_of(tt.KEYS)
+    if c.causal:
+        whole &= row >= key + c.block_k - 1
+    if c.dense:
+        return whole
+    seen = (key + c.block_k <= row_of(tt.SINK)) | (row + c.block_q - 1 - key < row_of(tt.WINDOW))
+    return whole & (seen | (forever == 1))
+
+
+def tile_mask(c: Config, r, row_of, tile, slot, at: int):
+    """Token mask [block_q, compute_k] of the keys from `at` on in a tile."""
+    span = pl.ds(at, c.compute_k)
+    limits = [r.limits_tile[slot, n : n + 1, span] for n in range(3)] if c.limits else None
+    ids = (wide(r.q_ids_column[...], c.compute_k), r.k_ids_tile[slot, :, span]) if c.segments else None
+    numbers = Numbers(row_of(tt.KEYS), row_of(tt.SINK), row_of(tt.WINDOW))
+    origin = (row_of(tt.ROW), tile * c.block_k + at)
+    return token_mask(c, (c.block_q, c.compute_k), 0, origin, numbers, limits, ids)
+
+
+def _forward_kernel(c: Config, r) -> None:
+    batch, head = pl.program_id(0), pl.program_id(1) * c.together + pl.program_id(3)
+    row_of = lambda field: r.rows[0, 0, 0, 0, field]
+    kv_head = head // c.groups
+
+    def begin():
+        q = r.q[0].astype(jnp.float32) * prescale(c)
+        home = lane_home(q, c.dim, lax.rem(head, c.shared), lax.rem(kv_head, c.shared))
+        r.scaled[...] = home.astype(r.scaled.dtype)
+        r.total[...] = jnp.zeros_like(r.total)
+        r.top[...] = jnp.full_like(r.top, LOWEST)
+        r.mass[...] = jnp.zeros_like(r.mass)
+        if c.segments:
+            r.q_ids_column[...] = as_column(r.q_ids[0])
+
+    def step(tile, slot, at: int, masked: bool):
+        k, v = r.k_tile[slot, pl.ds(at, c.compute_k)], r.v_tile[slot, pl.ds(at, c.compute_k)]
+        score, _ = scores(c, r.scaled[...], k)
+        if masked:
+            score, v = jnp.where(tile_mask(c, r, row_of, tile, slot, at), score, HIDDEN), finite(v)
+        old = r.top[...]
+        new = jnp.maximum(old, score.max(1, keepdims=True))
+        weight = jnp.exp2(score - wide(new, c.compute_k))
+        keep = jnp.exp2(old - new)
+        r.mass[...] = r.mass[...] * keep + weight.sum(1, keepdims=True)
+        r.total[...] = r.total[...] * wide(keep, c.value_block) + product(weight.astype(v.dtype), v, "nn")
+        r.top[...] = new
+
+    def work(tile, slot, full):
+        @pl.when(full)
+        def _():
+            for at in range(0, c.block_k, c.compute_k):
+                step(tile, slot, at, masked=False)
+
+        @pl.when(jnp.logical_not(full))
+        def _():
+            for at in range(0, c.block_k, c.compute_k):
+                step(tile, slot, at, masked=True)
+
+    def end():
+        mass = r.mass[...]
+        empty = mass == 0.0
+        o = r.total[...] * wide(jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, mass)), c.value_block)
+        store_lanes(c, r.o, o, head, kv_head, c.value_dim, c.value_shared)
+        lse = jnp.where(empty, -jnp.inf, r.top[...] * LN2 + jnp.log(jnp.where(empty, 1.0, mass)))
+        r.lse[0, 0] = jnp.transpose(lse)[:1]
+
+    @pl.when(head < c.heads)
+    def _():
+        begin()
+        visit_keys(c, r, batch, head, row_of, work)
+        end()
+
+
+def store_lanes(c: Config, ref, x, head, kv_head, dim: int, shared: int) -> None:
+    """Write a head's rows into its lanes of the block that it may share with its neighbours."""
+    if shared == 1:
+        ref[0] = x.astype(ref.dtype)
+        return
+    own = lax.rem(head, shared)
+    x = lane_home(x, dim, lax.rem(kv_head, shared), own)
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1) // dim
+    ref[0] = jnp.where(lane == own, x, ref[0].astype(jnp.float32)).astype(ref.dtype)

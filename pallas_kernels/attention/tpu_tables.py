@@ -1,0 +1,141 @@
+"""What TPU kernels visit, as a few integers per tile that stream through scalar memory.
+
+A row of the forward table holds all that is scalar about one tile of queries: where it starts, which tiles it visits.
+A row of the column table says which query tiles read one tile of keys. XLA makes both from the plan, so that traced
+masks, offsets, cache lengths and segments need no other path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from pallas_kernels.attention.call import Call
+from pallas_kernels.plan import INF, Plan
+
+FIELDS = 16
+CHUNK = 128  # entries of a packed run that one copy brings to scalar memory
+ROW, SINK0, SINKS, LOW, MIDDLE, BEGIN, NEAR, KEYS, SINK, WINDOW = range(10)
+COLUMN, FIRST0, FIRSTS, SECOND0, SECONDS, FULL_END, SPAN0, SPAN1, KEYS_C, SINK_C, WINDOW_C, OFFSET = range(12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """`rows` [Bt,P,nQ,1,FIELDS]; `columns` [Bt,P,nK,1,FIELDS]; `packed` [P,chunks,1,CHUNK]; `limits` [P,8,S]."""
+
+    rows: Int[Array, "Bt P nQ 1 F"]
+    columns: Int[Array, "Bt P nK 1 F"]
+    packed: Int[Array, "P C 1 N"] | None
+    limits: Int[Array, "P 8 S"] | None
+
+
+def tables(call: Call, plan: Plan, block_q: int, block_k: int) -> Tables:
+    """The tables of a call in tiles of these sizes."""
+    length, keys = call.q.shape[1], call.k.shape[1]
+    fixed = isinstance(call.q_offset, int)
+    offset = jnp.reshape(jnp.asarray(call.q_offset, jnp.int32), (-1,))
+    sizes = keys if call.kv_length is None else call.kv_length
+    size = jnp.reshape(jnp.asarray(sizes, jnp.int32), (-1,))
+    runs = plan.row_runs(length + call.q_offset if fixed else max(length, keys), keys, block_q, block_k)
+    hulls = _segment_hulls(call, block_q, block_k)
+    rows = _rows(plan, runs, offset, size, None if hulls is None else hulls[:2], length, block_q, block_k)
+    columns = _columns(plan, offset, size, None if hulls is None else hulls[2:], length, keys, block_q, block_k)
+    packed = None
+    if runs.packed is not None:
+        forever = jnp.asarray(plan.columns(keys, block_k).full_end) == INF
+        tile = jnp.asarray(runs.packed)
+        full = jnp.take_along_axis(forever, jnp.minimum(tile, forever.shape[1] - 1), 1)
+        entries = jnp.pad(tile * 2 + full, ((0, 0), (0, -tile.shape[1] % CHUNK)))
+        packed = entries.astype(jnp.int32).reshape(plan.num_patterns, -1, 1, CHUNK)
+    return Tables(rows, columns, packed, _limits(plan, keys))
+
+
+def _rows(plan, runs, offset, size, hull, length, block_q, block_k):
+    pattern = jnp.arange(plan.num_patterns)[None, :, None]
+    start = jnp.arange(-(-length // block_q), dtype=jnp.int32) * block_q
+    row = offset[:, None, None] + start
+    last = offset[:, None, None] + jnp.minimum(start + block_q, length) - 1
+    sinks, low, middle, begin, near = runs.run(pattern, row, last)
+    tiles = -(-size[:, None, None] // block_k)
+    least, most = (0, tiles) if hull is None else (hull[0][:, None], jnp.minimum(hull[1][:, None], tiles))
+    sink0 = jnp.minimum(sinks, least)
+    if runs.packed is not None:
+        rank = jnp.asarray(runs.rank)
+        inside = lambda tile: rank[pattern, jnp.clip(tile, 0, rank.shape[1] - 1)]
+        stop = jnp.minimum(low + middle, inside(most))
+        low = jnp.maximum(low, inside(least))
+        middle = jnp.maximum(stop - low, 0)
+    low = jnp.where(middle > 0, low, 0)
+    window0 = jnp.maximum(begin, least)
+    near = jnp.maximum(jnp.minimum(begin + near, most) - window0, 0)
+    sinks = jnp.maximum(jnp.minimum(sinks, most) - sink0, 0)
+    sink, window = (jnp.asarray(x)[None, :, None] for x in (plan.sink, plan.window))
+    return _stack([row, sink0, sinks, low, middle, window0, near, size[:, None, None], sink, window])
+
+
+def _columns(plan, offset, size, hull, length, keys, block_q, block_k):
+    found = plan.columns(keys, block_k)
+    first_key = jnp.arange(found.end.shape[1], dtype=jnp.int32) * block_k
+    offset, size = offset[:, None, None], size[:, None, None]
+    tiles = -(-length // block_q)
+    tile_of = lambda row: (row - offset) // block_q  # rows are absolute
+    after = lambda row: jnp.where(row >= INF - block_q, tiles, -(-(row - offset) // block_q))
+    least, most = (0, tiles) if hull is None else (hull[0][:, None], hull[1][:, None])
+    most = jnp.where(first_key < size, most, 0)
+    oldest = first_key if plan.causal else jnp.int32(0)
+    begin = jnp.clip(tile_of(oldest), least, tiles)
+    some = jnp.asarray(found.end)[None] > oldest
+    stop = jnp.where(some, jnp.clip(after(jnp.asarray(found.end)[None]), 0, most), 0)
+    first_count = jnp.maximum(stop - begin, 0)
+    if found.second is None:
+        second0, second_count, span = jnp.int32(0), jnp.int32(0), (jnp.int32(0), jnp.int32(0))
+    else:
+        low, high = (jnp.asarray(found.second)[None, ..., n] for n in (0, 1))
+        second0 = jnp.maximum(jnp.clip(tile_of(jnp.maximum(low, oldest)), least, tiles), begin + first_count)
+        stop = jnp.where(high > jnp.maximum(low, oldest), jnp.clip(after(high), 0, most), 0)
+        second_count = jnp.maximum(stop - second0, 0)
+        span = tuple(jnp.asarray(found.full_second)[None, ..., n] for n in (0, 1))
+    sink, window = (jnp.asarray(x)[None, :, None] for x in (plan.sink, plan.window))
+    full = jnp.asarray(found.full_end)[None]
+    place = jnp.broadcast_to(first_key, full.shape)
+    return _stack([place, begin, first_count, second0, second_count, full, *span, size, sink, window, offset])
+
+
+def _stack(fields: list) -> Array:
+    fields = jnp.broadcast_arrays(*fields)
+    table = jnp.stack([x.astype(jnp.int32) for x in fields], -1)[..., None, :]
+    return jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, FIELDS - len(fields))])
+
+
+def _segment_hulls(call: Call, block_q: int, block_k: int) -> tuple[Array, Array, Array, Array] | None:
+    """(first, stop) key tile per query tile and (first, stop) query tile per key tile sharing a segment; each [B,n]."""
+    if call.segment_ids is None:
+        return None
+    (q_low, q_high), (k_low, k_high) = (
+        _extremes(ids, n) for ids, n in zip(call.segment_ids, (block_q, block_k), strict=True)
+    )
+    meet = (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
+    ends = lambda m: (jnp.argmax(m, -1), jnp.where(m.any(-1), m.shape[-1] - jnp.argmax(m[..., ::-1], -1), 0))
+    return (*ends(meet), *ends(jnp.swapaxes(meet, 1, 2)))
+
+
+def _extremes(ids: Array, block: int) -> tuple[Array, Array]:
+    pad = -ids.shape[1] % block
+    tiles = jnp.pad(ids, ((0, 0), (0, pad)), mode="edge").reshape(ids.shape[0], -1, block)
+    return tiles.min(-1), tiles.max(-1)
+
+
+def _limits(plan: Plan, keys: int) -> Any:
+    """Expiry and second interval of every key, int32 [P,8,S]: what a tile's token mask compares rows with."""
+    if plan.expiry is None and plan.second is None:
+        return None
+    zero = np.zeros((plan.num_patterns, -(-keys // plan.block_k)), np.int32)
+    expiry = zero if plan.expiry is None else plan.expiry
+    second = (zero, zero) if plan.second is None else (plan.second[..., 0], plan.second[..., 1])
+    rows = jnp.stack([jnp.asarray(x) for x in (expiry, *second)], 1)
+    rows = jnp.repeat(rows, plan.block_k, axis=2)[..., :keys]
+    return jnp.pad(rows, ((0, 0), (0, 5), (0, -keys % 128)))
