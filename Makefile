@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
+.DEFAULT_GOAL := help
 .PHONY: help setup train test test-slow lint format types lock clean
 
 help:  ## list the targets
@@ -19,14 +20,16 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
+include mk/models.mk
+
 train: setup  ## prepare a corpus, train the quickstart model, decode a sample
 	$(BIN)/python train.py --gin_file=configs/run/quickstart.gin --output=runs/quickstart
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup  ## run the long sweeps too
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup  ## ruff, lint rules
 	$(BIN)/ruff check .

@@ -49,11 +49,9 @@ def main() -> None:
     model = _model(args)
     gate(model)
     rows: dict[str, Any] = {"copy": copy_bandwidth(args.copy_bytes, args.repeats)}
-    rows["prefill"] = measure_prefill(model, args)
-    rows["decode"] = [measure_decode(model, batch, rows["copy"]["bytes_per_second"], args) for batch in args.batches]
+    rows["runs"] = [measure(model, batch, rows["copy"]["bytes_per_second"], args) for batch in args.batches]
     rows["convention"] = __doc__
     text = json.dumps({**rows, "_run": describe_run(json.dumps(vars(args), default=str))}, indent=2)
-    print(text)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text + "\n")
@@ -137,43 +135,43 @@ def gate(model: Loaded) -> None:
         raise SystemExit(f"gate: cached decoding differs from the full pass by {error:.3g} of the largest logit")
 
 
-def measure_prefill(model: Loaded, args: argparse.Namespace) -> dict[str, float]:
-    """One prompt in one chunk, first token included, after compilation."""
-    run = Run(model, 1, args.context, args.steps, args.steps)
-    seconds = timed(run.begin, args.repeats)
-    return {"tokens": args.context, "milliseconds": 1e3 * seconds, "tokens_per_second": args.context / seconds}
-
-
-def measure_decode(model: Loaded, batch: int, bandwidth: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a step at full context, the byte limit, and the parts of a step."""
-    full, milliseconds = decode_steps(model, batch, args.context, args)
-    _, without = decode_steps(model, batch, min(16, args.context), args)
+def measure(model: Loaded, batch: int, bandwidth: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Prefill in one chunk, a decode step at full context against the byte limit, and the parts of a step."""
+    began = time.perf_counter()
+    run = Run(model, batch, args.context, args.steps * (args.repeats + 1), args.steps)
+    compiling = time.perf_counter() - began
+    prefill = timed(run.begin, args.repeats)
+    state, step = decode_steps(run, args)
     weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
-    held = sum(cache.bytes * args.context / cache.k.shape[1] for cache in full.caches)
-    limit = 1e3 * (weights + held) / bandwidth
-    attention = attention_alone(model, full.caches, args)
-    return {
+    capacity = state.caches[0].k.shape[1]
+    context = cache_bytes(state.caches) * args.context / capacity
+    limit = (weights + context) / bandwidth
+    attention = attention_alone(model, state.caches, args)
+    found = {
         "batch": batch,
         "context": args.context,
+        "compile_seconds": compiling,
+        "prefill_milliseconds": 1e3 * prefill,
+        "prefill_tokens_per_second": batch * args.context / prefill,
         "steps_a_dispatch": args.steps,
-        "milliseconds_a_step": milliseconds,
-        "tokens_per_second": 1e3 * batch / milliseconds,
-        "byte_limit_milliseconds": limit,
-        "share_of_byte_limit": limit / milliseconds,
-        "weight_bytes": weights,
-        "context_bytes": held,
-        "cache_bytes": cache_bytes(full.caches),
+        "decode_milliseconds_a_step": 1e3 * step,
+        "decode_tokens_per_second": batch / step,
+        "byte_limit_milliseconds": 1e3 * limit,
+        "share_of_byte_limit": limit / step,
+        "bytes": {"weights": weights, "keys and values of the context": context, "cache": cache_bytes(state.caches)},
         "parts_milliseconds": {
-            "attention over the cache (all layers, alone)": attention,
-            "everything else (a step with a nearly empty cache)": without,
-            "of which logits and sampling (alone)": logits_alone(model, batch, args),
+            "attention over the cache, all layers, alone": attention,
+            "logits and greedy choice, alone": logits_alone(model, batch, args),
+            "the rest (projections, MLP, norms, rotary, cache writes, logits, launches)": 1e3 * step
+            - attention["ours"],
         },
     }
+    print(json.dumps(found, indent=2), flush=True)
+    return found
 
 
-def decode_steps(model: Loaded, batch: int, context: int, args: argparse.Namespace) -> tuple[DecodeState, float]:
-    """(state after the runs, milliseconds a step), several steps a dispatch."""
-    run = Run(model, batch, context, args.steps * (args.repeats + 1), args.steps)
+def decode_steps(run: Run, args: argparse.Namespace) -> tuple[DecodeState, float]:
+    """(state after the runs, seconds a step), several steps a dispatch."""
     state = run.begin()
     seconds = []
     for _ in range(args.repeats + 1):
@@ -182,7 +180,7 @@ def decode_steps(model: Loaded, batch: int, context: int, args: argparse.Namespa
         state, written = run.programs.decode(state, *run.settings)
         jax.block_until_ready(written)
         seconds.append(time.perf_counter() - began)
-    return state, 1e3 * statistics.median(seconds[1:]) / args.steps
+    return state, statistics.median(seconds[1:]) / args.steps
 
 
 def attention_alone(model: Loaded, caches: tuple[Any, ...], args: argparse.Namespace) -> dict[str, Any]:

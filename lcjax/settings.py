@@ -40,7 +40,6 @@ CONFIGURABLES = {
     "Reports": "lcjax.train.job:Reports",
     "Sample": "lcjax.train.job:Sample",
     "StepOptions": "lcjax.train.step:StepOptions",
-    "Sampling": "lcjax.serve.sampling:Sampling",
     "Mesh": "lcjax.train.job:MeshSpec",
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
@@ -60,6 +59,32 @@ CONFIGURABLES = {
     "JsonLines": "lcjax.data.sources:JsonLines",
     "SourceTree": "lcjax.data.sources:SourceTree",
     "TFDSText": "lcjax.data.sources:TFDSText",
+    "pretrained": "lcjax.serve.source:Pretrained",
+    # decoding
+    "generate": "lcjax.serve.job:Generate",
+    "Engine": "lcjax.serve.engine:Engine",
+    "Sampling": "lcjax.serve.sampling:Sampling",
+    # evaluation
+    "evaluate": "lcjax.eval.job:Evaluate",
+    "perplexity": "lcjax.eval.perplexity:Perplexity",
+    "passkey": "lcjax.eval.passkey:Passkey",
+    "copy_recall": "lcjax.eval.copy_recall:CopyRecallProbe",
+    "suite": "lcjax.eval.runner:Suite",
+    "compare": "lcjax.eval.compare:Compare",
+    "Variant": "lcjax.eval.compare:Variant",
+    "ruler": "lcjax.eval.tasks.ruler:ruler",
+    "needle_threading": "lcjax.eval.tasks.needle_threading:needle_threading",
+    "babilong": "lcjax.eval.tasks.babilong:babilong",
+    "giraffe": "lcjax.eval.tasks.giraffe:giraffe",
+    "reasoning": "lcjax.eval.tasks.reasoning:reasoning",
+    "leval": "lcjax.eval.tasks.leval:leval",
+    "longbench": "lcjax.eval.tasks.longbench:longbench",
+    "helmet": "lcjax.eval.tasks.helmet_documents:helmet",
+    "longbench_write": "lcjax.eval.tasks.longwriter:LongWrite",
+    "mmlongbench": "lcjax.eval.tasks.mmlongbench:MmLongBenchText",
+    "json_task": "lcjax.eval.tasks.custom:JsonTask",
+    "http_judge": "lcjax.eval.metrics.judge:HttpJudge",
+    "model_judge": "lcjax.eval.model_judge:ModelJudge",
 }
 """Short gin name -> `module:object`, imported when a configuration uses it. A dotted name that is not in the table
 (`my_package.my_module.MyOptimizer`) is imported as it stands: a study needs no edit here."""
@@ -167,7 +192,7 @@ def load(job_name: str, gin_files: Sequence[str | Path], bindings: Sequence[str]
     try:
         gin.parse_config_files_and_bindings([str(path) for path in gin_files], list(bindings), finalize_config=False)
         job = gin.get_configurable(job_name)()
-        config = _resolved(build.names())
+        config = _resolved(build)
     except Exception as error:
         # Gin wraps what a factory raises in a new type with a trace of its own: report the first cause instead.
         raise build.error or error from None
@@ -178,13 +203,14 @@ def load(job_name: str, gin_files: Sequence[str | Path], bindings: Sequence[str]
     return job, config
 
 
-def _resolved(names: set[str]) -> str:
-    """Gin's record of every value in use. Gin shortens dotted names; write them out, so that the text loads again."""
+def _resolved(build: "_Build") -> str:
+    """Gin's record of every value in use, and as comments the defaults that are records themselves."""
     text = gin.operative_config_str(max_line_length=100)
-    for package, _, short in (name.rpartition(".") for name in names):
-        if package:
+    for package, _, short in (name.rpartition(".") for name in build.names()):
+        if package:  # gin shortens dotted names; written out, the text loads again
             text = re.sub(rf"(^|[@/ ]){short}(?=[.(:])", rf"\1{package}.{short}", text, flags=re.MULTILINE)
-    return text
+    rest = [f"# {line}\n" for line in sorted(build.unwritten)]
+    return text.rstrip("\n") + "\n" + "".join(["\n# Defaults without a gin literal:\n", *rest] if rest else [])
 
 
 def _read_files(paths: Sequence[str | Path], included_from: str = "") -> list[Binding]:
@@ -223,14 +249,16 @@ class _Build:
     """One configuration while its job is built: the bindings, which of them were read, and the first error."""
 
     def __init__(self, statements: list[Binding]):
+        self.statements = statements
         self.bindings = {(b.scope, b.name, b.parameter): b for b in statements}  # a later line replaces an earlier
         self.read: set[tuple[str, str, str]] = set()
+        self.unwritten: set[str] = set()  # defaults in use that gin has no literal for
         self.error: SettingsError | None = None
 
     def names(self) -> set[str]:
-        """Every configurable that a binding or a reference names."""
-        used = {b.name for b in self.bindings.values() if b.parameter}
-        return used | {r.name for b in self.bindings.values() for r in _leaves(b.value) if isinstance(r, _Reference)}
+        """Every configurable that a line names, replaced lines included: gin parses them all."""
+        used = {b.name for b in self.statements if b.parameter}
+        return used | {r.name for b in self.statements for r in _leaves(b.value) if isinstance(r, _Reference)}
 
     def macros(self) -> dict[str, Binding]:
         return {b.key: b for b in self.bindings.values() if not b.parameter}
@@ -267,7 +295,12 @@ class _Build:
             if missing:
                 where = self._where(name)
                 raise SettingsError(f"{where}{name}.{missing[0]} has no value: bind it to {_say(hints, missing[0])}")
-            return target(**values)
+            built = target(**values)
+            for parameter in _parameters(target):
+                value = getattr(built, parameter, None)
+                if parameter not in values and not _is_literal(value):
+                    self.unwritten.add(f"{'/'.join([*gin.current_scope(), name])}.{parameter} = {value!r}")
+            return built
         except SettingsError as error:
             self.error = self.error or error
             raise
@@ -339,6 +372,12 @@ def _register(name: str, place: str) -> Callable:
     package, _, short = name.rpartition(".")
     gin.external_configurable(factory, name=short, module=package or None)
     return _registered.setdefault(name, target)
+
+
+def _is_literal(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_literal, value))
+    return value is None or isinstance(value, bool | int | float | str | dict)
 
 
 def _parameters(target: Callable) -> dict[str, inspect.Parameter]:

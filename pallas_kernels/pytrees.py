@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 
 import jax
 
 
+@typing.dataclass_transform(frozen_default=True, eq_default=False)
 def record[T](*static: str, eq: bool = False) -> Callable[[type[T]], type[T]]:
     """A frozen dataclass registered as a pytree whose fields are children, except those named.
 

@@ -1,7 +1,7 @@
 """Running TPU kernels on a CPU, with memory poisoned and races looked for.
 
-    with testing.interpret_tpu(races=True):
-        o = block_sparse_attention(q, k, v, mask, implementation="mosaic_tpu")
+with testing.interpret_tpu(races=True):
+    o = block_sparse_attention(q, k, v, mask, implementation="mosaic_tpu")
 """
 
 from __future__ import annotations

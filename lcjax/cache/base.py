@@ -120,7 +120,9 @@ def write_slots(
         # Distinct slots past the end: the scatter drops them and stays free of duplicates.
         slot = jnp.where(keep, slot, buffer.shape[1] + jnp.arange(tokens, dtype=slot.dtype))
     rows = jnp.arange(batch)[:, None]
-    return buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
+    written = buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
+    # Fused into its reader, the write would be done twice, and the second time on a copy of the cache.
+    return jax.lax.optimization_barrier(written)
 
 
 def traced(x: Any) -> bool:

@@ -1,5 +1,6 @@
 """Every token keeps its slot: the cache of a layer that may look anywhere."""
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+import pallas_kernels as pk
 from lcjax.cache.base import (
     Options,
     appended,
@@ -20,6 +22,7 @@ from lcjax.cache.base import (
 from lcjax.cache.direct import attend_direct, few
 from lcjax.cache.visible import visible
 from pallas_kernels.masks import Mask
+from pallas_kernels.op import platform
 
 PLAN_BLOCK = 128
 
@@ -78,6 +81,12 @@ class DenseCache:
             return through_op(q, self.k[:, :tokens], self.v[:, :tokens], mask, **options)
         if not few(tokens):
             return through_op(q, self.k, self.v, mask, q_offset=self.start, kv_length=self.length, **options)
+        if platform() == "gpu":
+            held = pk.KVCache(self.k, self.v, jnp.minimum(self.start + tokens, self.capacity))
+            with contextlib.suppress(pk.Unsupported):
+                options_with_lse: Options = {**options, "return_lse": True}
+                o, lse = pk.decode_attention(q, held, mask, implementation="mosaic_gpu", **options_with_lse)
+                return o, lse
         plan = mask.plan(heads, tokens, self.capacity, PLAN_BLOCK, PLAN_BLOCK)
         slots = jnp.arange(self.capacity, dtype=jnp.int32)
         columns = jnp.where(slots < jnp.asarray(self.length)[:, None], slots, -1)

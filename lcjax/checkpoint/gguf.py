@@ -129,11 +129,32 @@ class _Cursor:
         if kind in _SCALARS:
             dtype = np.dtype(_SCALARS[kind])
             return np.frombuffer(self.data, dtype, count, self.take(count * dtype.itemsize)).tolist()
-        if kind not in (_STRING, _ARRAY):
-            raise self.fail(f"unknown array type {kind} was met")
         if count > len(self.data):
             raise self.fail(f"an array of {count} values does not fit in a file of {len(self.data)} bytes")
-        return [self.value(kind) for _ in range(count)]
+        if kind == _STRING:
+            return self.texts(count)
+        if kind != _ARRAY:
+            raise self.fail(f"unknown array type {kind} was met")
+        return [self.array() for _ in range(count)]
+
+    def texts(self, count: int) -> list[str]:
+        """Many strings in one tight loop: a vocabulary has hundreds of thousands."""
+        data, size, length_at = self.data, len(self.data), struct.Struct("<Q").unpack_from
+        found: list[str] = []
+        at = self.at
+        try:
+            for _ in range(count):
+                start = at + 8
+                at = start + length_at(data, at)[0]
+                if at > size:
+                    raise self.fail(f"a string that ends at byte {at} of a file of {size} bytes was met")
+                found.append(data[start:at].decode())
+        except struct.error as error:
+            raise self.fail(f"a string at byte {at} of a file of {size} bytes was met") from error
+        except UnicodeDecodeError as error:
+            raise self.fail("a string that is not UTF-8 was met") from error
+        self.at = at
+        return found
 
 
 def open_file(path: str | Path, *, sha256: str | None = None) -> GGUFFile:

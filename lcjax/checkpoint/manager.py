@@ -54,6 +54,7 @@ class CheckpointManager:
         self._error: Exception | None = None
         # All processes must agree on the hidden folder; no other run may have used it.
         self._token = _agree(time.time_ns() % 10**9)
+        self._attempts = 0
 
     # Saving
 
@@ -61,7 +62,8 @@ class CheckpointManager:
         """Start writing a step; returns when `state` may be donated. Raises what an earlier save failed with."""
         self.wait()
         self.folder.mkdir(parents=True, exist_ok=True)
-        hidden = self.folder / f".saving-{step:08d}-{self._token}"
+        self._attempts += 1
+        hidden = self.folder / f".saving-{step:08d}-{self._token}-{self._attempts}"
         try:
             if jax.process_index() == 0:
                 hidden.mkdir(exist_ok=True)
@@ -82,7 +84,7 @@ class CheckpointManager:
                 _flush(self.folder)
                 self._retire()
         # Whatever stopped the background save has to reach the training loop, which raises it from wait().
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             self._error = self._failure(step, error)
 
     def wait(self) -> None:
@@ -165,8 +167,8 @@ class CheckpointManager:
                 "checkpoint %s was written on mesh %s; resharding to %s", path, saved.get("mesh"), wanted["mesh"]
             )
         ignored = {"mesh", *accept}
-        compared = [{k: v for k, v in s.items() if k not in ignored} for s in (saved, wanted)]
-        if lines := manifests.differences(*compared):
+        saved, wanted = ({k: v for k, v in s.items() if k not in ignored} for s in (saved, wanted))
+        if lines := manifests.differences(saved, wanted):
             more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
             raise CheckpointError(
                 f"checkpoint {path} was written by another run: {'; '.join(lines[:6])}{more}: restore these settings, "

@@ -85,9 +85,16 @@ def _alone(folder: Path) -> Generator[None]:
         yield
 
 
-def _prepare(builder: Any, folder: Path) -> None:
-    with _alone(folder):
-        builder.download_and_prepare(file_format=_FORMAT)
+def _prepare(builder: Any, folder: Path, what: str) -> None:
+    try:
+        with _alone(folder):
+            builder.download_and_prepare(file_format=_FORMAT)
+    except ImportError as error:
+        raise DataError(f"preparing {what} needs the package {error.name!r}: install it once") from error
+    except OSError as error:
+        raise DataError(
+            f"{what} could not be prepared under {folder} ({error}): check free space, permissions and the network"
+        ) from error
 
 
 def open_local(source: LocalSource, data_dir: str | Path) -> Corpus:
@@ -96,7 +103,7 @@ def open_local(source: LocalSource, data_dir: str | Path) -> Corpus:
         raise DataError(f"{source.kind}: validation={source.validation} must be a share of at least 0 and below 1")
     folder = Path(data_dir)
     builder = _builder(source, folder)
-    _prepare(builder, folder)
+    _prepare(builder, folder, str(source))
     corpus = _PreparedCorpus(builder, source.split, "text", str(source))
     digests = dict(builder.info.metadata or {})
     corpus.fingerprint = hashlib.sha256(f"{source.split}|{sorted(digests.items())}".encode()).hexdigest()
@@ -110,7 +117,7 @@ def open_named(name: str, split: str, field: str, data_dir: str | Path) -> Corpu
         builder = tfds.builder(name, data_dir=folder, file_format=_FORMAT)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise DataError(f"TFDS has no set {name!r} ({str(error).splitlines()[0]}): check the name") from error
-    _prepare(builder, folder)
+    _prepare(builder, folder, f"TFDS set {name!r}")
     return _PreparedCorpus(builder, split, field, f"TFDS set {name!r}")
 
 

@@ -4,6 +4,7 @@ The state is where the current window of rows began and how many of its rows are
 window again.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import grain
 import numpy as np
 
 from lcjax.data import packing
+from lcjax.data.documents import Document
 from lcjax.data.sources import DataError
 from lcjax.data.spec import DataSpec
+from lcjax.data.tokenizers.base import Tokenizer
 
 Batch = dict[str, np.ndarray]
 """`inputs`, `targets`, `positions`, `segment_ids` int32[B,T] and `loss_weights` float32[B,T]; a row has no B."""
@@ -28,7 +31,7 @@ def seed_of(*parts: Any) -> int:
 
 @dataclass(frozen=True)
 class Stream:
-    """Endless documents of one source and bucket in one shard: ids of the n-th, and its share of the tokens."""
+    """Endless documents of one source and bucket in one shard: the n-th text, and the share of the tokens."""
 
     documents: Any
     count: int
@@ -39,24 +42,32 @@ class Stream:
 class ShardRows(grain.IterDataset):
     """The rows of one logical shard, without end."""
 
-    def __init__(self, streams: Sequence[Stream], spec: DataSpec, length: int, shard: int, pad_id: int):
+    def __init__(self, streams: Sequence[Stream], spec: DataSpec, tokenizer: Tokenizer, length: int, shard: int):
         super().__init__()
         self.streams = streams
         self.spec = spec
         self.length = length
         self.shard = shard
-        self.pad_id = pad_id
+        self.pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
+        add_bos = tokenizer.adds_bos if spec.add_bos is None else spec.add_bos
+        first = tokenizer.encode("", add_bos=add_bos)
+        last = [tokenizer.eos_id] if spec.add_eos and tokenizer.eos_id is not None else []
+        encode = functools.partial(tokenizer.encode, special=spec.parse_special)
+        self.tokenize = lambda text: Document(text, encode, first, last)
 
     def __iter__(self) -> "ShardIterator":
         return ShardIterator(self)
 
 
 class _Cursor:
-    """Where each stream of a shard stands: `[document, offset, tokens taken]`; takes pieces by token share."""
+    """Where each stream of a shard stands; takes pieces by token share.
 
-    def __init__(self, rows: ShardRows, at: list[list[int]], cache: dict[int, tuple[int, np.ndarray]]):
+    An entry is `[document, part, offset, pairs taken of the document, pairs taken in all]`.
+    """
+
+    def __init__(self, rows: ShardRows, at: list[list[int]], open_documents: dict[int, tuple[int, Document]]):
         self._rows = rows
-        self._cache = cache
+        self._open = open_documents
         self.at = [list(entry) for entry in at]
         # Shards start at different phases, or the first rows of all of them would come from one source.
         phase = np.random.default_rng(seed_of(rows.spec.seed, rows.shard, "phase")).random(len(rows.streams))
@@ -65,33 +76,40 @@ class _Cursor:
     def take(self, room: int) -> np.ndarray:
         """The next piece, of at most `room` pairs, from the stream that is furthest behind its share."""
         streams = self._rows.streams
-        behind = [(at[2] + phase) / s.share for at, phase, s in zip(self.at, self._phase, streams, strict=True)]
+        behind = [(at[4] + phase) / s.share for at, phase, s in zip(self.at, self._phase, streams, strict=True)]
         chosen = int(np.argmin(behind))
-        at = self.at[chosen]
-        ids = self._document(chosen)
-        limit = packing.pairs(ids)
-        piece = ids[at[1] : at[1] + room + 1]
-        at[1] += packing.pairs(piece)
-        at[2] += packing.pairs(piece)
-        if at[1] >= limit:
-            at[0], at[1] = at[0] + 1, 0
-        return piece
-
-    def _document(self, stream: int) -> np.ndarray:
-        """The ids of the stream's current document, passing over those that the policy leaves out."""
-        at = self.at[stream]
-        source = self._rows.streams[stream]
-        policy, length = self._rows.spec.long_documents, self._rows.length
+        at, source = self.at[chosen], streams[chosen]
         for _ in range(source.count + 1):
-            if self._cache.get(stream, (-1,))[0] != at[0]:
-                self._cache[stream] = (at[0], source.documents[at[0]])
-            ids = self._cache[stream][1]
-            if policy == "truncate":
-                ids = ids[: length + 1]
-            if len(ids) >= 2 and not (policy == "skip" and packing.pairs(ids) > length):
-                return ids
-            at[0] += 1
-        raise DataError(f"{source.name} has no document that makes a row of {length} (long_documents={policy!r})")
+            document = self._document(chosen)
+            piece = self._piece(document, at, room)
+            got = packing.pairs(piece)
+            if got > 0:
+                at[1:] = [*document.move(at[1], at[2], got), at[3] + got, at[4] + got]
+            if got < room:
+                at[:4] = [at[0] + 1, 0, 0, 0]
+            if got > 0:
+                return piece
+        policy = self._rows.spec.long_documents
+        raise DataError(
+            f"{source.name} has no document that makes a row of {self._rows.length} (long_documents={policy!r})"
+        )
+
+    def _document(self, stream: int) -> Document:
+        number = self.at[stream][0]
+        if stream not in self._open or self._open[stream][0] != number:
+            text = self._rows.streams[stream].documents[number]
+            self._open[stream] = (number, self._rows.tokenize(text))
+        return self._open[stream][1]
+
+    def _piece(self, document: Document, at: list[int], room: int) -> np.ndarray:
+        """The ids from the stream's place on; none where the policy for long documents says so."""
+        _, part, offset, taken, _ = at
+        length = self._rows.length
+        if self._rows.spec.long_documents == "truncate":
+            room = min(room, length - taken)
+        if self._rows.spec.long_documents == "skip" and taken == 0:
+            room = 0 if packing.pairs(document.ids(0, 0, length + 2)) > length else room
+        return document.ids(part, offset, room + 1)
 
 
 class ShardState(TypedDict):
@@ -108,8 +126,8 @@ class ShardIterator(grain.DatasetIterator):
     def __init__(self, rows: ShardRows):
         super().__init__()
         self._set = rows
-        self._state: ShardState = {"window": 0, "row": 0, "at": [[0, 0, 0] for _ in rows.streams]}
-        self._cache: dict[int, tuple[int, np.ndarray]] = {}  # the document that each stream is in
+        self._state: ShardState = {"window": 0, "row": 0, "at": [[0] * 5 for _ in rows.streams]}
+        self._open: dict[int, tuple[int, Document]] = {}  # the document that each stream is in
         self._made: list[packing.Row] | None = None
         self._next: list[list[int]] = []
 
@@ -127,7 +145,7 @@ class ShardIterator(grain.DatasetIterator):
     def _make(self) -> None:
         """The rows of the current window, in their order of output."""
         spec, length = self._set.spec, self._set.length
-        cursor = _Cursor(self._set, self._state["at"], self._cache)
+        cursor = _Cursor(self._set, self._state["at"], self._open)
         rows: list[packing.Row] = []
         if spec.packing == "pad":
             rows = [[cursor.take(length)] for _ in range(spec.window)]
@@ -151,6 +169,7 @@ class ShardIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         self._state = {"window": state["window"], "row": state["row"], "at": [list(entry) for entry in state["at"]]}
         self._made = None
+        self._open = {}
 
 
 def _full_row(cursor: _Cursor, length: int) -> packing.Row:

@@ -31,6 +31,7 @@ class Document(NamedTuple):
     text: str
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """A prepared split: random access to texts, their sizes, and a hash of what it holds."""
 
@@ -294,7 +295,7 @@ class SourceTree(LocalSource):
 
 @dataclass(frozen=True)
 class TFDSText:
-    """A text set of the TensorFlow Datasets catalogue, such as `TFDSText("wiki40b/en", field="text")`.
+    """A text set of the TensorFlow Datasets catalogue, such as `TFDSText("lm1b")`, read from the text under `field`.
 
     It is downloaded and prepared as array_record under `data_dir`; older sets may need TensorFlow for that step.
     """

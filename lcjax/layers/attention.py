@@ -1,6 +1,6 @@
 """The softmax attention mixer: project, normalise, rotate, attend (op or cache), project back."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from flax import nnx
@@ -40,7 +40,12 @@ class AttentionLayer(nnx.Module):
         self.key = Linear(key, bias=spec.qkv_bias, rngs=rngs, param_dtype=param_dtype)
         self.value = Linear(key, bias=spec.qkv_bias, rngs=rngs, param_dtype=param_dtype)
         self.out = Linear(out, inputs=2, bias=spec.out_bias, rngs=rngs, param_dtype=param_dtype)
-        norm = {"eps": spec.norm_eps, "offset": spec.norm_offset, "rngs": rngs, "param_dtype": param_dtype}
+        norm: dict[str, Any] = {
+            "eps": spec.norm_eps,
+            "offset": spec.norm_offset,
+            "rngs": rngs,
+            "param_dtype": param_dtype,
+        }
         self.query_norm = RMSNorm(dim, "head_dim", **norm) if spec.qk_norm else None
         self.key_norm = RMSNorm(dim, "head_dim", **norm) if spec.qk_norm else None
         self.sink_logits = Weight((heads,), ("heads",)).param(rngs, param_dtype) if mixer.sink_logits else None
@@ -54,13 +59,14 @@ class AttentionLayer(nnx.Module):
         if self.mixer.rope is not None:
             table = context.tables[self.mixer.rope]
             q, k = apply_rope(q, table), apply_rope(k, table)
-        options = {
+        options: dict[str, Any] = {
             "scale": self.mixer.scale,
             "soft_cap": self.mixer.soft_cap,
             "sink_logits": None if self.sink_logits is None else self.sink_logits[...],
         }
         if cache is None:
             o = block_sparse_attention(q, k, v, self.mixer.mask(), segment_ids=context.segment_ids, **options)
+            o = cast(jax.Array, o)
         else:
             cache = cache.append(k, v, context.valid)
             o, _ = cache.attend(q, self.mixer.mask(), return_lse=False, **options)

@@ -17,11 +17,11 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); `post_norm` norms each sublayer's output too."""
 
     def __init__(self, spec: ModelSpec, mixer: Mixer, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
-        init = {"rngs": rngs, "param_dtype": param_dtype}
-        layer = AttentionLayer if isinstance(mixer, Attention) else GatedLinearLayer
-        self.mixer = layer(spec, mixer, **init)
+        init: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
+        attends = isinstance(mixer, Attention)
+        self.mixer = AttentionLayer(spec, mixer, **init) if attends else GatedLinearLayer(spec, mixer, **init)
         self.mlp = MLP(spec, **init)
-        norm = {"eps": spec.norm_eps, "offset": spec.norm_offset, **init}
+        norm: dict[str, Any] = {"eps": spec.norm_eps, "offset": spec.norm_offset, **init}
         self.mixer_norm = RMSNorm(spec.width, "embed", **norm)
         self.mlp_norm = RMSNorm(spec.width, "embed", **norm)
         self.post_mixer_norm = RMSNorm(spec.width, "embed", **norm) if spec.post_norm else None

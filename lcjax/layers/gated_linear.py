@@ -1,5 +1,7 @@
 """The gated linear attention mixer (Yang et al., arXiv 2312.06635), with optional short convolutions and normaliser."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,7 +32,8 @@ class GatedLinearLayer(nnx.Module):
     def __init__(self, spec: ModelSpec, mixer: GatedLinear, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         self.mixer = mixer
         heads, keys, values = mixer.sizes(spec)
-        width, init = spec.width, {"rngs": rngs, "param_dtype": param_dtype}
+        width = spec.width
+        init: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
         key = Weight((width, heads, keys), ("embed", "heads", "head_dim"), std=width**-0.5)
         value = Weight((width, heads, values), ("embed", "heads", "head_dim"), std=width**-0.5)
         out = Weight(
@@ -85,8 +88,8 @@ class GatedLinearLayer(nnx.Module):
             if decay is not None:
                 decay = jnp.where(real.reshape(real.shape[: decay.ndim]), decay, 0)
         if cache is not None and x.shape[1] == 1:
-            step = (None if a is None else a[:, 0] for a in (q, k, v, decay))
-            o, state = recurrent_step(*step, cache.state, normalise=self.mixer.normalise)
+            now = None if decay is None else decay[:, 0]
+            o, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], now, cache.state, normalise=self.mixer.normalise)
             o = o[:, None]
         else:
             o, state = gated_linear_attention(

@@ -29,7 +29,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
         self.spec = spec
-        init = {"rngs": rngs, "param_dtype": param_dtype}
+        init: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
         std = 0.02 if spec.embed_scale == 1 else 1 / spec.embed_scale
         self.embed = Embed(Weight((spec.vocab_size, spec.width), ("vocab", "embed"), std=std), **init)
         self.layers = nnx.List([Block(spec, mixer, **init) for mixer in spec.layers])
@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
         return self.logits(self.hidden(tokens, **options)[0])
 
 
-def abstract(spec: ModelSpec, param_dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract(spec: ModelSpec, param_dtype: DTypeLike = jnp.float32) -> tuple[Any, nnx.State]:
     """(graphdef, params) with `jax.ShapeDtypeStruct` leaves: the model's shape without its memory."""
     model = nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0), param_dtype=param_dtype))
     return nnx.split(model, nnx.Param)

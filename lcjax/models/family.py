@@ -64,6 +64,11 @@ class Fields:
                 )
 
 
+def number(value: Any) -> float | None:
+    """A JSON number (which may be an integer) as a float; null stays None."""
+    return None if value is None else float(value)
+
+
 def shared_fields(fields: Fields) -> dict[str, Any]:
     """The ModelSpec fields that every family spells the same way."""
     activation = fields.take("hidden_activation") or fields.need("hidden_act")
@@ -81,7 +86,7 @@ def shared_fields(fields: Fields) -> dict[str, Any]:
         "num_kv_heads": fields.take("num_key_value_heads", heads),
         "head_dim": fields.take("head_dim", width // heads),
         "max_length": fields.need("max_position_embeddings"),
-        "norm_eps": fields.need("rms_norm_eps"),
+        "norm_eps": float(fields.need("rms_norm_eps")),
         "tie_embeddings": fields.take("tie_word_embeddings"),
         "activation": ACTIVATIONS[activation],
     }
@@ -89,14 +94,15 @@ def shared_fields(fields: Fields) -> dict[str, Any]:
 
 def rope_law(fields: Fields, max_length: int) -> Rope:
     """The one law of a family whose layers all rotate alike, from either spelling."""
-    parameters = fields.take("rope_parameters") or fields.take("rope_scaling")
-    fields.left.pop("rope_scaling", None)
+    parameters, scaling = fields.take("rope_parameters"), fields.take("rope_scaling")
+    if parameters and scaling:
+        raise ValueError(f"the {fields.family} config has both rope_parameters and rope_scaling; keep one")
     return law_from_hf(
-        parameters,
-        theta=fields.take("rope_theta", 10_000.0),
+        parameters or scaling,
+        theta=float(fields.take("rope_theta", 10_000.0)),
         max_length=max_length,
         original_length=fields.take("original_max_position_embeddings"),
-        partial=fields.take("partial_rotary_factor", 1.0),
+        partial=float(fields.take("partial_rotary_factor", 1.0)),
     )
 
 
@@ -131,7 +137,7 @@ def rope_config(law: Rope | None, max_length: int) -> dict[str, Any]:
     return config
 
 
-def period(layers: tuple[Mixer, ...]) -> tuple[Mixer, ...]:
+def period[M: Mixer](layers: tuple[M, ...]) -> tuple[M, ...]:
     """The shortest pattern that, repeated, gives these layers."""
     for size in range(1, len(layers) + 1):
         if all(mixer == layers[i % size] for i, mixer in enumerate(layers)):

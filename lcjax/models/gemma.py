@@ -9,6 +9,7 @@ from lcjax.models.family import (
     Family,
     Fields,
     attention_layers,
+    number,
     only,
     rope_config,
     rope_law,
@@ -50,9 +51,9 @@ def _spec_from_gemma2(config: Mapping[str, Any]) -> ModelSpec:
     full = Attention(
         rope=rope_law(fields, shared["max_length"]),
         scale=fields.take("query_pre_attn_scalar", 256) ** -0.5,
-        soft_cap=fields.left.pop("attn_logit_softcapping", 50.0),
+        soft_cap=number(fields.left.pop("attn_logit_softcapping", 50.0)),
     )
-    cap, window = fields.left.pop("final_logit_softcapping", 30.0), fields.take("sliding_window", 4096)
+    cap, window = number(fields.left.pop("final_logit_softcapping", 30.0)), fields.take("sliding_window", 4096)
     fields.finish()
     return ModelSpec(**shared, pattern=layer_pattern(types, full, window), logit_soft_cap=cap)
 
@@ -63,8 +64,8 @@ def _gemma3_laws(fields: Fields, max_length: int) -> tuple[Any, Any]:
     unknown = sorted(set(nested) - set(LAYER_TYPES))
     if unknown:
         raise ValueError(f"rope_parameters of Gemma 3 hold {unknown[0]!r}; its keys are {', '.join(LAYER_TYPES)}")
-    scaling, theta = fields.take("rope_scaling"), fields.take("rope_theta", 1_000_000.0)
-    local_theta = fields.take("rope_local_base_freq", 10_000.0)
+    scaling, theta = fields.take("rope_scaling"), float(fields.take("rope_theta", 1_000_000.0))
+    local_theta = float(fields.take("rope_local_base_freq", 10_000.0))
     full = dict(nested.get("full_attention") or {}) | dict(scaling or {})
     return (
         law_from_hf(full, theta=theta, max_length=max_length),
@@ -83,9 +84,9 @@ def _spec_from_gemma3(config: Mapping[str, Any]) -> ModelSpec:
     full = Attention(
         rope=rope,
         scale=fields.take("query_pre_attn_scalar", 256) ** -0.5,
-        soft_cap=fields.take("attn_logit_softcapping"),
+        soft_cap=number(fields.take("attn_logit_softcapping")),
     )
-    cap, window = fields.take("final_logit_softcapping"), fields.take("sliding_window", 4096)
+    cap, window = number(fields.take("final_logit_softcapping")), fields.take("sliding_window", 4096)
     fields.finish()
     pattern = tuple(
         mixer if mixer.window is None else replace(mixer, rope=local_rope)

@@ -43,7 +43,7 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
 def spec_to_hf(spec: ModelSpec) -> dict[str, Any]:
     """The `LlamaConfig` dictionary of a spec."""
     rope = only({layer.rope for layer in attention_layers(spec)}, "rope")
-    extra = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    extra: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     extra |= {"attention_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias}
     return extra | shared_config(spec) | rope_config(rope, spec.max_length)
 

@@ -30,7 +30,10 @@ def _positive(record: object, *fields: str) -> None:
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal softmax attention: full, or the last `window` tokens (own included), plus the first `sink` tokens."""
+    """Causal softmax attention: full, or the last `window` tokens (own included), plus the first `sink` tokens.
+
+    Sinks count from the start of the row: of packed documents, only the first sees its own.
+    """
 
     window: int | None = None
     sink: int = 0

@@ -1,5 +1,6 @@
 """The one table from logical axes to mesh axes, and the shardings that follow from it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,9 +42,7 @@ def partition(axes: Sequence[str], sizes: dict[str, int], shape: Sequence[int] |
                     f"mesh axis {name!r} would split both {used[name]!r} and {axis!r} of an array with axes {axes}"
                 )
             used[name] = axis
-        ways = 1
-        for name in names:
-            ways *= sizes[name]
+        ways = math.prod(sizes[name] for name in names)
         if shape is not None and shape[i] % ways:
             raise ValueError(
                 f"axis {axis!r} of size {shape[i]} does not split {ways} ways over mesh axes {', '.join(names)}"
@@ -76,11 +75,8 @@ def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     if mesh.empty:
         return x
     sizes = dict(mesh.shape)
-    spec = partition(axes, sizes)
     entries = []
-    for size, names in zip(x.shape, spec, strict=True):
-        ways = 1
-        for name in names or ():
-            ways *= sizes[name]
+    for size, names in zip(x.shape, partition(axes, sizes), strict=True):
+        ways = math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names or ()))
         entries.append(names if size % ways == 0 else PartitionSpec.UNCONSTRAINED)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))

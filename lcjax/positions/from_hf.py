@@ -38,7 +38,7 @@ def _number(parameters: Mapping[str, Any], kind: str, key: str) -> float:
     value = parameters.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"rope type {kind!r} needs a number {key!r}, got {value!r}")
-    return value
+    return float(value)
 
 
 def law_from_hf(
@@ -57,7 +57,7 @@ def law_from_hf(
     """
     given = {key: value for key, value in (parameters or {}).items() if value is not None}
     kind = _kind(given)
-    shared = {
+    shared: dict[str, Any] = {
         "base": float(given.get("rope_theta", theta)),
         "partial": float(given.get("partial_rotary_factor", partial)),
     }
@@ -65,7 +65,7 @@ def law_from_hf(
     if kind == "default":
         return Rope(**shared)
     if kind in ("linear", "dynamic", "llama3"):
-        shared["factor"] = float(_number(given, kind, "factor"))
+        shared["factor"] = _number(given, kind, "factor")
     if kind == "linear":
         return Linear(**shared)
     if kind == "dynamic":
@@ -73,7 +73,7 @@ def law_from_hf(
     if kind == "proportional":
         return Proportional(**shared, factor=float(given.get("factor", 1.0)))
     if kind == "llama3":
-        low, high = (float(_number(given, kind, f"{end}_freq_factor")) for end in ("low", "high"))
+        low, high = (_number(given, kind, f"{end}_freq_factor") for end in ("low", "high"))
         return Llama3(**shared, original_length=trained, low_turns=low, high_turns=high)
     shared |= {"factor": float(given.get("factor") or max_length / trained), "original_length": trained}
     shared["attention_factor"] = given.get("attention_factor")

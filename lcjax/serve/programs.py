@@ -43,6 +43,10 @@ class Programs:
         """Names of the programs compiled so far."""
         return tuple(self._compiled)
 
+    def memory(self, name: str) -> Any:
+        """The compiler's account of a compiled program: argument, aliased, temporary bytes."""
+        return self._compiled[name].memory_analysis()
+
     def prepare(self, sampling: SamplingArrays, limits: Limits, extend: bool) -> None:
         """Compile what a generation needs and is not there yet."""
         began = time.perf_counter()

@@ -1,7 +1,7 @@
 """The training job as a record: what `configs/run/*.gin` fills in."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 from jax.sharding import Mesh
@@ -65,7 +65,7 @@ class Sample:
 
     prompts: tuple[str, ...]
     max_new_tokens: int = 128
-    sampling: Sampling = Sampling(temperature=0.7)
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Train:
     batch: int
     length: int
     tokenizer: str = "bytes"
-    loss: CrossEntropy = CrossEntropy()
-    options: StepOptions = StepOptions()
+    loss: CrossEntropy = field(default_factory=CrossEntropy)
+    options: StepOptions = field(default_factory=StepOptions)
     mesh: MeshSpec = MeshSpec()
     checkpoints: Checkpoints = Checkpoints()
     reports: Reports = Reports()
@@ -98,23 +98,28 @@ class Train:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.length > self.model.max_length:
             raise ValueError(
-                f"length {self.length} is more than ModelSpec.max_length {self.model.max_length}; raise max_length to train longer"
+                f"length {self.length} is more than ModelSpec.max_length {self.model.max_length}; "
+                "raise max_length to train longer"
             )
         if self.batch % self.options.accumulate:
-            raise ValueError(f"batch {self.batch} does not divide into {self.options.accumulate} micro-batches (StepOptions.accumulate)")
+            raise ValueError(
+                f"batch {self.batch} does not divide into {self.options.accumulate} micro-batches "
+                "(StepOptions.accumulate)"
+            )
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raise ValueError when rows or tokens don't divide over the mesh."""
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        if self.batch % (rows * self.options.accumulate):
+        data, fsdp, context = (mesh.shape[axis] for axis in ("data", "fsdp", "context"))
+        parts = data * fsdp * self.options.accumulate
+        if self.batch % parts:
             raise ValueError(
-                f"batch {self.batch} does not divide over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices "
-                f"and {self.options.accumulate} micro-batches: make it a multiple of {rows * self.options.accumulate}"
+                f"batch {self.batch} does not divide over data={data} x fsdp={fsdp} devices "
+                f"and {self.options.accumulate} micro-batches: make it a multiple of {parts}"
             )
-        if self.length % mesh.shape["context"]:
+        if self.length % context:
             raise ValueError(
-                f"length {self.length} does not divide over the mesh axis context={mesh.shape['context']}: use a multiple, "
-                f"such as {math.ceil(self.length / mesh.shape['context']) * mesh.shape['context']}"
+                f"length {self.length} does not divide over the mesh axis context={context}: use a multiple, "
+                f"such as {math.ceil(self.length / context) * context}"
             )
         if self.batch % jax.process_count():
             raise ValueError(f"batch {self.batch} does not divide over {jax.process_count()} processes")

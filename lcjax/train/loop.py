@@ -4,7 +4,7 @@ import collections
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lcjax.observe.flops import CONVENTION, flops_per_token
 from lcjax.observe.hardware import peak_flops, peak_memory_bytes
 from lcjax.observe.metrics import MetricsLog, plot_loss
 from lcjax.parallel.rules import batch_sharding
-from lcjax.serve import Engine, Generator, Request
+from lcjax.serve import engine as serving
 from lcjax.train import state as states
 from lcjax.train.job import Train
 from lcjax.train.preempt import Preemption
@@ -118,6 +118,7 @@ def train(run: Run, stop: Preemption) -> int:
         stack.callback(run.batches.close)
         describe(run, progress)
         if run.step < job.steps:
+            progress.say("compiling the step")
             started = time.perf_counter()
             compiled = stop.interruptible("compilation", lambda: compile_step(run))
             progress.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
@@ -163,7 +164,9 @@ def next_rows(run: Run) -> dict[str, np.ndarray]:
     try:
         return next(run.batches)
     except StopIteration:
-        raise TrainingStopped(f"the data ended after {run.step} batches: lower train.steps or let the data repeat") from None
+        raise TrainingStopped(
+            f"the data ended after {run.step} batches: lower train.steps or let the data repeat"
+        ) from None
 
 
 def place(run: Run, rows: dict[str, np.ndarray]) -> Batch:
@@ -211,7 +214,7 @@ class Reporter:
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
+    def waiting_for_data(self) -> Generator[None]:
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
@@ -227,7 +230,10 @@ class Reporter:
         seconds = time.perf_counter() - self._since
         rate = run.job.batch * run.job.length * self._steps / seconds
         values |= {"tokens_per_second": rate, "step_seconds": seconds / self._steps}
-        values |= {"data_share": self._waited / seconds, "memory_gib": peak_memory_bytes(jax.local_devices()[0]) / 2**30}
+        values |= {
+            "data_share": self._waited / seconds,
+            "memory_gib": peak_memory_bytes(jax.local_devices()[0]) / 2**30,
+        }
         utilisation = self._utilisation_per_rate and rate * self._utilisation_per_rate
         if utilisation is not None:
             values["mfu"] = utilisation
@@ -237,8 +243,8 @@ class Reporter:
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
         if values["skipped_in_row"] >= run.job.abort_after:
             raise TrainingStopped(
-                f"{values['skipped_in_row']:.0f} steps in a row up to step {run.step} were not finite and were skipped: "
-                "lower the learning rate or look at the data; parameters are those of the last finite step"
+                f"{values['skipped_in_row']:.0f} steps in a row up to step {run.step} were not finite and were "
+                "skipped: lower the learning rate or look at the data; parameters are those of the last finite step"
             )
 
     def close(self) -> None:
@@ -295,7 +301,7 @@ def sample(run: Run, progress: Progress) -> None:
     wanted = run.job.sample
     assert wanted is not None
     graphdef, _ = abstract(run.job.model)
-    generator = Generator(graphdef, run.state.params, run.job.model, run.tokenizer, Engine())
-    requests = [Request(prompt, wanted.max_new_tokens, sampling=wanted.sampling) for prompt in wanted.prompts]
+    generator = serving.Generator(graphdef, run.state.params, run.job.model, run.tokenizer)
+    requests = [serving.Request(prompt, wanted.max_new_tokens, sampling=wanted.sampling) for prompt in wanted.prompts]
     for request, answer in zip(requests, generator.generate(requests), strict=True):
         progress.say(f"--- {request.prompt}{answer.text}")

@@ -2,13 +2,14 @@
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@runtime_checkable
 class Unembedding(Protocol):
     """The part of a decoder that the loss needs."""
 
@@ -88,7 +89,7 @@ def chunked(
     chunk_tokens: int,
 ) -> LossSums:
     """Scan over slices of T; logits are recomputed in the backward pass, one slice at a time."""
-    batch, length, width = hidden.shape
+    batch, length, _ = hidden.shape
     # Slices are cut inside each shard of the length, so that a context-parallel mesh keeps all its devices busy.
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape.get("context", 1)
@@ -131,7 +132,7 @@ def fused(
     A zero row has logits 0, so it adds exactly log(V) to the sum and nothing to any gradient: masked rows are zeroed
     and their log(V) taken off again.
     """
-    import tokamax  # ty: ignore[unresolved-import]
+    import tokamax  # ty: ignore[import-not-found]
 
     real = weights.reshape(-1) > 0
     x = jnp.where(real[:, None], hidden.reshape(-1, hidden.shape[-1]), 0)

@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import optax
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """Learning rate over optimiser updates; `steps` is the length of the run."""
 
@@ -52,6 +53,7 @@ def _check_phases(name: str, steps: int, **phases: int) -> None:
         raise ValueError(f"{name}: {said} do not fit a run of {steps} steps")
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """What the training step needs of an optimiser record."""
 

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -35,7 +35,7 @@ class Preemption:
         self._arrived = threading.Event()
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
@@ -77,7 +77,7 @@ class Preemption:
             try:
                 outcome.append(call())
             # Every failure, a KeyboardInterrupt in a library included, belongs to the caller's thread.
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:
                 failure.append(error)
             finally:
                 done.set()

@@ -2,14 +2,13 @@
 
 import math
 from types import TracebackType
-from typing import Self
 
 import rich.console
 import rich.progress
 
 
 class Progress:
-    """A bar over `total` steps, starting at `done`; silent where `visible` is False (other processes than the first)."""
+    """A bar over `total` steps, starting at `done`; silent where `visible` is False (all processes but one)."""
 
     def __init__(self, total: int, done: int, *, visible: bool = True):
         self._console = rich.console.Console(quiet=not visible, highlight=False)
@@ -27,11 +26,13 @@ class Progress:
         self._task = self._bar.add_task("train", total=total, completed=done, loss="-", rate="-")
         self._total = total
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def advance(self) -> None:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Key
 
 from lcjax.models.decoder import Decoder
 from lcjax.models.spec import ModelSpec
@@ -18,14 +17,17 @@ from lcjax.parallel.rules import partition
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step` counts batches seen; `skipped` those whose update was not finite and had no effect."""
+    """`step` counts batches seen; `skipped` those whose update was not finite and had no effect.
 
-    step: Int[Array, ""]
-    params: Any
+    Leaves are arrays, or in an abstract state shapes with shardings, or shardings alone.
+    """
+
+    step: Any  # int32 scalar
+    params: Any  # nnx.State of float32 master weights
     opt_state: Any
-    key: Key[Array, ""]
-    skipped: Int[Array, ""]
-    skipped_in_row: Int[Array, ""]
+    key: Any  # typed PRNG key
+    skipped: Any  # int32 scalar
+    skipped_in_row: Any  # int32 scalar
 
 
 def initialise(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -54,14 +56,17 @@ def abstract_state(spec: ModelSpec, optimizer: optax.GradientTransformation, mes
     """The state's shapes with their shardings on `mesh`: nothing is allocated."""
     sizes = dict(mesh.shape)
 
-    def place(leaf: Any) -> Any:
+    def place(path: Any, leaf: Any) -> Any:
         axes = leaf.axes if isinstance(leaf, nnx.Variable) else ()
-        spec = partition(axes, sizes, leaf.shape) if axes else PartitionSpec()
+        try:
+            spec = partition(axes, sizes, leaf.shape) if axes else PartitionSpec()
+        except ValueError as error:
+            raise ValueError(f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {error}") from None
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
         return leaf.replace(shape) if isinstance(leaf, nnx.Variable) else shape
 
     shapes = jax.eval_shape(lambda: initialise(spec, optimizer, seed=0))
-    return jax.tree.map(place, shapes, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(place, shapes, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def shardings(abstract: TrainState) -> TrainState:

@@ -1,7 +1,7 @@
 """Pieces that the Hopper kernels of gated linear attention share.
 
 Every decay factor of a 64-token chunk is `exp` of a signed sum of log-decays, and every such sum is one product of a
-constant 0/1 matrix with the chunk's `[64, Dk]` log-decays: exact in float32, on the tensor cores, with nothing subtracted.
+constant matrix of 0 and 1 with the chunk's `[64, Dk]` log-decays, on the tensor cores, accumulated in float32.
 """
 
 from typing import NamedTuple
@@ -40,32 +40,62 @@ def sum_matrices() -> np.ndarray:
 
 
 class Split(NamedTuple):
-    """How the work is cut: a unit is one head over `chunks` consecutive chunks of a row, run by one warpgroup."""
+    """How the work is cut. A unit, run by one warpgroup, is a 64 x 64 tile of a head's state over `chunks` chunks.
+
+    Tiles are independent: outputs and value gradients add up over key tiles, the other gradients over value tiles.
+    """
 
     batch: int
     heads: int
+    key_tiles: int
+    value_tiles: int
     segments: int
     chunks: int  # per segment
     total_chunks: int
 
     @property
-    def units(self) -> int:
-        return self.batch * self.segments * self.heads
+    def lanes(self) -> int:
+        return self.heads * self.key_tiles * self.value_tiles
 
-    def place(self, unit):
-        """Batch row, head, first chunk and number of chunks of a unit; heads are neighbours, as they are in memory."""
-        h = jax.lax.rem(unit, self.heads)
-        rest = jax.lax.div(unit, self.heads)
+    @property
+    def units(self) -> int:
+        return self.batch * self.segments * self.lanes
+
+    def place(self, unit) -> "Place":
+        lane, rest = jax.lax.rem(unit, self.lanes), jax.lax.div(unit, self.lanes)
+        value_tile, lane = jax.lax.rem(lane, self.value_tiles), jax.lax.div(lane, self.value_tiles)
+        key_tile, head = jax.lax.rem(lane, self.key_tiles), jax.lax.div(lane, self.key_tiles)
         first = jax.lax.rem(rest, self.segments) * self.chunks
         count = jnp.minimum(self.chunks, self.total_chunks - first)
-        return jax.lax.div(rest, self.segments), h, first, count
+        return Place(jax.lax.div(rest, self.segments), head, key_tile, value_tile, first, count)
 
 
-def choose_split(batch: int, heads: int, total_chunks: int, slots: int = 396) -> Split:
-    """Enough segments to fill the chip about once (132 multiprocessors, 3 warpgroups each)."""
-    segments = max(1, min(total_chunks, slots // (batch * heads)))
-    chunks = -(-total_chunks // segments)
-    return Split(batch, heads, -(-total_chunks // chunks), chunks, total_chunks)
+class Place(NamedTuple):
+    """Where a unit works; neighbouring units take neighbouring tiles and heads, as memory does."""
+
+    row: jax.Array
+    head: jax.Array
+    key_tile: jax.Array
+    value_tile: jax.Array
+    first: jax.Array  # chunk
+    count: jax.Array  # of chunks
+
+    def tokens(self, chunk, tile_index):
+        """Index of a chunk's `[64, 64]` tile in `[B, T, H, features]`."""
+        return (self.row, pl.ds(chunk * CHUNK, CHUNK), self.head, pl.ds(tile_index * WIDTH, WIDTH))
+
+    def state(self, chunk):
+        """Index of a chunk's tile in `[B, N, H, Dk, Dv]`."""
+        return (self.row, chunk, self.head, pl.ds(self.key_tile * WIDTH, WIDTH), pl.ds(self.value_tile * WIDTH, WIDTH))
+
+
+def choose_split(batch: int, heads: int, tokens: int, widths: tuple[int, int], slots: int) -> Split:
+    """Enough segments to fill `slots` warpgroups about once."""
+    tiles = tuple(w // WIDTH for w in widths)
+    total = tokens // CHUNK
+    segments = max(1, min(total, slots // (batch * heads * tiles[0] * tiles[1])))
+    chunks = -(-total // segments)
+    return Split(batch, heads, *tiles, -(-total // chunks), chunks, total)
 
 
 def tile(*lead: int, rows: int = CHUNK, columns: int = WIDTH, dtype=jnp.bfloat16):
@@ -80,7 +110,9 @@ def products(pairs, init=None, *, interpret: bool):
     if interpret:
         out = 0.0 if init is None else init
         for a, b in pairs:
-            out = out + jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32), preferred_element_type=jnp.float32)
+            out = out + jnp.dot(
+                a[...].astype(jnp.float32), b[...].astype(jnp.float32), preferred_element_type=jnp.float32
+            )
         return out
 
     def run(acc):

@@ -305,9 +305,12 @@ def test_bad_numbers_are_named(build):
         (lambda: Mixture((SHORT, LONG), weights=(1.0, 0.0)), r"Mixture.weights\[1\] is 0.0"),
         (lambda: Mixture((SHORT, LONG), weights=(1.0,)), "Mixture.weights has 1 entries for 2 sources"),
         (lambda: Mixture((SHORT,), weights=(float("nan"),)), r"Mixture.weights\[0\] is nan"),
-        (lambda: Mixture((SHORT,), bucket_edges=(5, 2), bucket_weights=(1, 1, 1)), "must be positive and ascending"),
         (
-            lambda: Mixture((SHORT,), bucket_edges=(5,), bucket_weights=(1,)),
+            lambda: Mixture((SHORT,), bucket_edges=(5, 2), bucket_weights=(1.0, 1.0, 1.0)),
+            "must be positive and ascending",
+        ),
+        (
+            lambda: Mixture((SHORT,), bucket_edges=(5,), bucket_weights=(1.0,)),
             "bucket_weights has 1 entries",
         ),
     ],

@@ -118,7 +118,7 @@ def test_errors_name_the_thing(tmp_path, prepared):
     with pytest.raises(DataError, match=r"nothing/\*\.txt' matches no file"):
         TextFiles((str(tmp_path / "nothing/*.txt"),)).open(prepared)
     with pytest.raises(DataError, match="give a tuple"):
-        TextFiles("one.txt").open(prepared)  # ty: ignore[invalid-argument-type]
+        TextFiles(()).open(prepared)
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
     with pytest.raises(DataError, match=r"empty\.txt.* holds no text for split 'train'"):
@@ -137,6 +137,20 @@ def test_errors_name_the_thing(tmp_path, prepared):
         SourceTree(str(tmp_path), globs=("*.rs",)).open(prepared)
     with pytest.raises(DataError, match="TFDS has no set 'no_such_set'"):
         TFDSText("no_such_set").open(prepared)
+    with pytest.raises(DataError, match=r"could not be prepared under .*empty\.txt"):
+        TextFiles((str(empty),)).open(empty)
+
+
+def test_a_full_disk_leaves_no_corpus_that_looks_whole(books, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    source = TextFiles((str(books / "*.txt"),))
+    with monkeypatch.context() as patch:
+        patch.setattr(TextFiles, "read", full)
+        with pytest.raises(DataError, match=r"could not be prepared under .*No space left"):
+            source.open(tmp_path / "data")
+    assert len(source.open(tmp_path / "data")) == 6
 
 
 def test_a_named_set_is_read_from_its_prepared_copy(books, prepared):

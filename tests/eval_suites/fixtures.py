@@ -52,7 +52,10 @@ def leval(folder: Path) -> str:
 
 def passages(count: int) -> list[dict[str, str]]:
     """Distracting passages."""
-    return [{"title": f"River {i}", "text": f"River number {i} flows to the sea and freezes in winter."} for i in range(count)]
+    return [
+        {"title": f"River {i}", "text": f"River number {i} flows to the sea and freezes in winter."}
+        for i in range(count)
+    ]
 
 
 def rag(path: Path) -> str:
@@ -99,7 +102,8 @@ def rerank(path: Path) -> str:
 def shots(path: Path) -> str:
     """Three classes of five texts."""
     return write_rows(
-        path, [{"text": f"text {i} about {label}", "label": label} for label in ("tea", "ships", "snow") for i in range(5)]
+        path,
+        [{"text": f"text {i} about {label}", "label": label} for label in ("tea", "ships", "snow") for i in range(5)],
     )
 
 
@@ -109,7 +113,12 @@ def long_qa(path: Path) -> str:
         path,
         [
             {"document": TEXT, "question": "When was the mill built?", "answers": ["in 1823"]},
-            {"document": TEXT, "question": "When?", "answers": ["in 1823"], "options": ["in 1790", "in 1823", "in 1901"]},
+            {
+                "document": TEXT,
+                "question": "When?",
+                "answers": ["in 1823"],
+                "options": ["in 1790", "in 1823", "in 1901"],
+            },
         ],
     )
 

@@ -1,4 +1,4 @@
-"""What must hold for every task: a perfect answer scores 1, a blank one the stated chance, budgets are kept, seeds repeat."""
+"""What holds for every task: a perfect answer scores 1, a blank one 0, budgets are kept and filled, seeds repeat."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -24,7 +24,9 @@ BUDGET = 6000
 GENERATED: dict[str, Callable[[], list[Any]]] = {
     "ruler": lambda: ruler.ruler(num_examples=3),
     "needle_threading": lambda: needle_threading(num_examples=3, needles=(2, 5), thread_lengths=(2, 5)),
-    "needle_threading_short": lambda: needle_threading(num_examples=2, needles=(3,), thread_lengths=(4,), short_keys=True),
+    "needle_threading_short": lambda: needle_threading(
+        num_examples=2, needles=(3,), thread_lengths=(4,), short_keys=True
+    ),
     "babilong": lambda: babilong(num_examples=6),
     "giraffe": lambda: giraffe.giraffe(num_examples=6),
     "reasoning": lambda: [*reasoning(num_examples=3), HaystackReasoning(clustered=True, num_examples=2)],
@@ -123,9 +125,9 @@ def test_budgets_are_filled_to_one_percent_or_one_unit(suite, budget, kind, tmp_
     for task in GENERATED[suite]():
         try:
             items = list(task.examples(tokenizer, budget, seed=0))[:3]
-        except BudgetError as refusal:
-            assert budget == 1024, refusal
-            assert task.name in str(refusal)
+        except BudgetError:
+            if budget > 1024 or kind == "smollm2":
+                raise
             continue
         for item in items:
             used = len(prompt_ids(tokenizer, item.prompt)) + item.max_new_tokens

@@ -1,6 +1,7 @@
 """Gin files in, one checked job out; whatever is wrong is said in one sentence that names it and its place."""
 
 import dataclasses
+import importlib
 import sys
 from pathlib import Path
 
@@ -101,6 +102,13 @@ def test_missing_file(tmp_path):
         settings.load("toy.Job", ["nowhere.gin"])
 
 
+def test_a_replaced_line_may_name_what_nothing_else_names(gin_file):
+    job, _ = settings.load(
+        "toy.Job", [gin_file("toy.Job.layers = (@toy.Layer(),)\ntoy.Job.steps = 1")], ["toy.Job.layers = ()"]
+    )
+    assert job.layers == ()
+
+
 def test_an_error_leaves_no_trace_in_the_next_load(gin_file):
     with pytest.raises(settings.SettingsError):
         settings.load("toy.Job", [gin_file(BASE)], ["toy.Job.steps = 'x'"])
@@ -119,3 +127,9 @@ def test_main_gives_job_output_and_config(gin_file, tmp_path):
     assert launch.output == tmp_path
     assert dataclasses.is_dataclass(launch.job)
     assert "toy.Job.steps = 10" in launch.config
+
+
+@pytest.mark.parametrize("name", settings.CONFIGURABLES)
+def test_every_short_name_leads_to_something(name):
+    module, _, attribute = settings.CONFIGURABLES[name].partition(":")
+    assert callable(getattr(importlib.import_module(module), attribute))

@@ -23,7 +23,9 @@ class Head:
 
     def logits(self, x):
         y = (x @ self.kernel).astype(jnp.float32)
-        return y if self.spec.logit_soft_cap is None else self.spec.logit_soft_cap * jnp.tanh(y / self.spec.logit_soft_cap)
+        return (
+            y if self.spec.logit_soft_cap is None else self.spec.logit_soft_cap * jnp.tanh(y / self.spec.logit_soft_cap)
+        )
 
 
 @pytest.fixture
@@ -75,7 +77,10 @@ def test_logits_of_all_tokens_never_exist(arrays):
     loss = lambda h, k: chunked(Head(k), h, targets, weights, chunk_tokens=8).nll
     sizes = largest(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, kernel).jaxpr)
     assert sizes < B * T * V / 2
-    assert largest(jax.make_jaxpr(lambda h, k: plain(h, k, targets, weights, None, 0.0))(hidden, kernel).jaxpr) >= B * T * V
+    assert (
+        largest(jax.make_jaxpr(lambda h, k: plain(h, k, targets, weights, None, 0.0))(hidden, kernel).jaxpr)
+        >= B * T * V
+    )
 
 
 def largest(jaxpr):
@@ -86,7 +91,9 @@ def largest(jaxpr):
 
 def subjaxprs(jaxpr):
     for eqn in jaxpr.eqns:
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
             if hasattr(value, "jaxpr"):
                 yield value.jaxpr
             elif hasattr(value, "eqns"):

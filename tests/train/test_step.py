@@ -1,4 +1,4 @@
-"""The step: micro-batches add up, a step that is not finite changes nothing, schedules and decay act where they should."""
+"""The step: micro-batches add up, a step that is not finite changes nothing, schedules act where they should."""
 
 from types import SimpleNamespace
 
@@ -31,15 +31,25 @@ class Toy(nnx.Module):
     def logits(self, x):
         return x @ self.embed[...].T
 
+    def unembedding(self):
+        return self.embed[...].T
+
 
 def batch(seed=0):
     tokens = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, V)
     weights = (jax.random.uniform(jax.random.key(seed + 1), (B, T)) > 0.3).astype(jnp.float32)
     ones = jnp.ones((B, T), jnp.int32)
-    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "positions": ones, "segment_ids": ones, "loss_weights": weights}
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": ones,
+        "segment_ids": ones,
+        "loss_weights": weights,
+    }
 
 
-def setup(optimizer=AdamW(Cosine(0.01, warmup=2)), **options):
+def setup(optimizer=None, **options):
+    optimizer = optimizer or AdamW(Cosine(0.01, warmup=2))
     graphdef, params = nnx.split(Toy(), nnx.Param)
     chain = optimizer.build(100)
     zero = jnp.zeros((), jnp.int32)
@@ -108,7 +118,10 @@ def test_a_batch_without_targets_changes_no_direction():
 
 def test_decay_leaves_vectors_and_named_weights_alone():
     decayed = AdamW(Cosine(1e-3), no_decay=("embed",)).decayed(nnx.split(Toy(), nnx.Param)[1])
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed)}
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): flag
+        for path, flag in jax.tree_util.tree_leaves_with_path(decayed)
+    }
     assert [name for name, flag in named.items() if flag] == [name for name in named if name.startswith("mix")]
 
 
@@ -129,5 +142,3 @@ def test_schedules(schedule, expected):
 def test_phases_longer_than_the_run_are_refused(schedule):
     with pytest.raises(ValueError, match="do not fit a run of 10 steps"):
         schedule.build(10)
-
-

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsInt, runtime_checkable
 
 
 class TokenizerError(ValueError):
@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
         """Ids of a text. `special` reads special tokens written out in the text, as chat templates need."""
         ...
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsInt], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 

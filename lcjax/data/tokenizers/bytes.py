@@ -1,8 +1,8 @@
 """UTF-8 bytes as tokens: no file, no vocabulary to fit, every text exact."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 from lcjax.data.tokenizers import chat
 from lcjax.data.tokenizers.base import fingerprint, with_bos
@@ -29,10 +29,10 @@ class ByteTokenizer:
         del special
         return with_bos(list(text.encode("utf-8", "surrogatepass")), add_bos, self.bos_id)
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsInt], *, skip_special: bool = False) -> str:
         """Bytes read as UTF-8; special ids leave no text."""
         del skip_special
-        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
 
     def render_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The chat template given at construction, filled."""

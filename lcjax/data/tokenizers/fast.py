@@ -1,10 +1,10 @@
 """Tokenizers that the `tokenizers` library runs: `tokenizer.json`, and byte-level BPE rebuilt from GGUF."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import tokenizers
 
@@ -63,9 +63,9 @@ class FastTokenizer:
             self._plain.encode_special_tokens = True
         return self._plain
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsInt], *, skip_special: bool = False) -> str:
         """Text of ids."""
-        return self._core.decode(list(ids), skip_special_tokens=skip_special)
+        return self._core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def _names(self) -> dict[str, str]:
         """Special tokens by the names that templates and config files use."""

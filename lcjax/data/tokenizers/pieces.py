@@ -3,9 +3,9 @@
 import hashlib
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import sentencepiece
 
@@ -56,7 +56,7 @@ class SentencePieceTokenizer:
                 ids += self._core.EncodeAsIds(part)
         return with_bos(ids, add_bos, self.bos_id)
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsInt], *, skip_special: bool = False) -> str:
         """Text of ids; control pieces appear as written unless skipped."""
         text: list[str] = []
         run: list[int] = []

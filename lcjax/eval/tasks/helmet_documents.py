@@ -1,4 +1,4 @@
-"""HELMET's two categories over one long document: question answering and summaries.
+"""HELMET's two categories over one long document, question answering and summaries, and the list of all seven.
 
 The published scores come from a judge model; with `judge` set, so do these. Without one the scores are word-overlap
 proxies, carry `_proxy` in their names and are not comparable with published ones.
@@ -15,6 +15,9 @@ from lcjax.eval.metrics import ngram
 from lcjax.eval.metrics.citation import overlap_entails
 from lcjax.eval.metrics.judge import Judge, ask_scores
 from lcjax.eval.metrics.text import exact_match, normalised_substring
+from lcjax.eval.tasks import helmet as categories
+from lcjax.eval.tasks import needles
+from lcjax.eval.tasks.base import GeneratedTask
 from lcjax.eval.tasks.loaded import LoadedTask, Row
 from lcjax.eval.tasks.rows import read_rows
 
@@ -119,3 +122,26 @@ class Summary(LoadedTask):
 
 def _f(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def helmet(
+    *,
+    rag: str = "",
+    rerank: str = "",
+    cite: str = "",
+    longqa: str = "",
+    summ: str = "",
+    num_examples: int = 100,
+    judge: Judge | None = None,
+) -> list[GeneratedTask | LoadedTask]:
+    """The seven categories. Recall and many-shot learning are made offline; the others where their file is given."""
+    tasks: list[GeneratedTask | LoadedTask] = [kind(num_examples=num_examples) for kind in _RECALL]
+    tasks.append(categories.ManyShot(num_examples=num_examples))
+    tasks += [categories.Rag(source=rag, num_examples=num_examples)] if rag else []
+    tasks += [categories.Rerank(source=rerank, num_examples=num_examples)] if rerank else []
+    tasks += [categories.Cite(source=cite, num_examples=num_examples)] if cite else []
+    tasks += [LongQa(source=longqa, judge=judge, limit=num_examples)] if longqa else []
+    return tasks + ([Summary(source=summ, judge=judge, limit=num_examples)] if summ else [])
+
+
+_RECALL = (categories.JsonKv, needles.NiahMultikey2, needles.NiahMultikey3, needles.NiahMultivalue)

@@ -53,7 +53,7 @@ class ThreadTask(GeneratedTask):
     def ask(self, pairs: list[list[Any]], question: str, references: list[str], facts: dict[str, Any]) -> Draft:
         """The haystack and the question. The haystack text alone is as long as the paper's."""
         context = json.dumps(dict(pairs))
-        found = {"pairs": len(pairs), "characters": len(context), "prefix_group": None, **facts}
+        found = {"pairs": len(pairs), "characters": len(context), **facts}
         answer = references[0] if len(references) == 1 else "\n".join(references)
         return Draft(f"{_OPENING}{context}\n{question}", tuple(references), 48, "", answer, found)
 

@@ -4,7 +4,7 @@ TINY = {
     "vocab_size": 64,
     "hidden_size": 48,
     "intermediate_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -62,7 +62,7 @@ CASES = {
     "qwen2_window": _case("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
     **_scaled("qwen3", ("default", "dynamic", "yarn"), rope_theta=1e6),
     "qwen3_window_bias": _case(
-        "qwen3", attention_bias=True, use_sliding_window=True, sliding_window=8, max_window_layers=2
+        "qwen3", attention_bias=True, use_sliding_window=True, sliding_window=8, max_window_layers=1
     ),
     **_scaled(
         "gemma2", ("default", "linear", "dynamic", "yarn"), sliding_window=8, query_pre_attn_scalar=24,
@@ -73,7 +73,7 @@ CASES = {
         "gemma2", sliding_window=8, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True
     ),
     **_scaled(
-        "gemma3_text", ("default", "linear", "dynamic", "yarn", "llama3"), sliding_window=8, num_hidden_layers=4,
+        "gemma3_text", ("default", "linear", "dynamic", "yarn", "llama3"), sliding_window=8, num_hidden_layers=3,
         sliding_window_pattern=3, query_pre_attn_scalar=24, rope_theta=1e6, rope_local_base_freq=1e4,
         tie_word_embeddings=True,
     ),

@@ -5,6 +5,7 @@ Run it in an environment of its own (made with torch 2.13.0 on CPU and transform
     pip install torch transformers numpy && python tests/golden/hf/make.py
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ HERE = Path(__file__).parent
 
 def tiny_model(config: dict) -> torch.nn.Module:
     """The HF model of a 4.x-style config, its weights drawn by name."""
-    fields = {key: value for key, value in config.items() if key != "model_type"}
+    fields = {key: copy.deepcopy(value) for key, value in config.items() if key != "model_type"}  # HF writes into them
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(config["model_type"], **fields), attn_implementation="eager"
     )
@@ -51,7 +52,7 @@ def main() -> None:
         shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
         if config["tie_word_embeddings"]:
             shapes.pop("lm_head.weight")
-        saved = {key: value for key, value in model.config.to_dict().items() if value is not None or key not in config}
+        saved = json.loads(model.config.to_json_string())
         described[name] = {"config": saved, "shapes": shapes}
     np.savez_compressed(HERE / "logits.npz", **{key: value.astype(np.float32) for key, value in arrays.items()})
     (HERE / "models.json").write_text(json.dumps(described, indent=None) + "\n")

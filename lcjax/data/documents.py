@@ -1,0 +1,67 @@
+"""Documents tokenised as far as they are read, so that a book costs nothing before its pages are due."""
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+PART = 1 << 16
+"""Characters of a document that are tokenised together."""
+
+_SEARCH = 4096
+# The best places first. Between a word and the space of the next a cut changes no ids for the usual tokenizers.
+_BORDERS = (re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=\S)(?=\s)"))
+
+
+def cuts(text: str, size: int = PART) -> list[int]:
+    """Where a text is cut into parts of at most `size` characters, from 0 to its length."""
+    borders = [0]
+    while len(text) - borders[-1] > size:
+        end = borders[-1] + size
+        low = max(borders[-1] + 1, end - _SEARCH)
+        places = ([m.start() for m in pattern.finditer(text, low, end)] for pattern in _BORDERS)
+        borders.append(next((found[-1] for found in places if found), end))
+    return [*borders, len(text)]
+
+
+class Document:
+    """One text as ids, part by part; a place in it is `(part, offset)`.
+
+    Parts are tokenised apart, and `first` and `last` stand around the whole. A text of at most `PART` characters is
+    one part.
+    """
+
+    def __init__(self, text: str, encode: Callable[[str], Sequence[int]], first: list[int], last: list[int]):
+        borders = cuts(text)
+        self._texts = [text[low:high] for low, high in itertools.pairwise(borders)]
+        self._encode = encode
+        self._first, self._last = first, last
+        self._ids: dict[int, np.ndarray] = {}
+
+    def _part(self, part: int) -> np.ndarray:
+        if part not in self._ids:
+            ids = list(self._encode(self._texts[part]))
+            first = self._first if part == 0 else []
+            last = self._last if part == len(self._texts) - 1 else []
+            self._ids[part] = np.asarray([*first, *ids, *last], np.int32)
+        return self._ids[part]
+
+    def ids(self, part: int, offset: int, count: int) -> np.ndarray:
+        """Up to `count` ids from a place on; fewer only at the document's end."""
+        found: list[np.ndarray] = []
+        while count > 0 and part < len(self._texts):
+            found.append(self._part(part)[offset : offset + count])
+            count -= len(found[-1])
+            part, offset = part + 1, 0
+        return np.concatenate(found) if len(found) != 1 else found[0]
+
+    def move(self, part: int, offset: int, count: int) -> tuple[int, int]:
+        """The place `count` ids further on, which must lie in the document; what lies before it is let go."""
+        offset += count
+        while offset >= len(self._part(part)):
+            offset -= len(self._part(part))
+            part += 1
+        for done in [number for number in self._ids if number < part]:
+            del self._ids[done]
+        return part, offset

@@ -1,0 +1,85 @@
+"""One suite, several models or engines, one table of differences."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lcjax.eval.metrics.statistics import Interval, paired_difference
+from lcjax.eval.outcome import Outcome, Table
+from lcjax.eval.report import write_comparison
+from lcjax.eval.runner import Suite
+from lcjax.serve.engine import Engine
+from lcjax.serve.source import Loaded, Pretrained
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the first run: the model, the engine, or both (None: as there)."""
+
+    name: str
+    model: Pretrained | None = None
+    engine: Engine | None = None
+
+    def __post_init__(self):
+        if self.model is None and self.engine is None:
+            raise ValueError(f"Variant {self.name!r} changes nothing; give it a model or an engine")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Runs `suite` with the model of the evaluation (named `base`) and with each of `others`.
+
+    Each run has its own folder. A tokenizer of its own makes other prompts: then the differences are not paired by the
+    same text, only by the same question.
+    """
+
+    suite: Suite
+    others: tuple[Variant, ...]
+    base: str = "base"
+
+    def __post_init__(self):
+        names = [self.base, *(variant.name for variant in self.others)]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(f"compare needs two or more runs with different names, got {', '.join(names)}")
+
+    def run(self, model: Loaded, output: Path) -> dict[str, Table]:
+        """Tables named run/task; {suite}_comparison.txt and .html with the differences."""
+        outcomes = {self.base: self._one(model, self.suite, output / self.base)}
+        for variant in self.others:
+            suite = self.suite if variant.engine is None else replace(self.suite, engine=variant.engine)
+            loaded = model if variant.model is None else variant.model.load()
+            outcomes[variant.name] = self._one(loaded, suite, output / variant.name)
+        text = comparison(outcomes)
+        (output / f"{self.suite.name}_comparison.txt").write_text(text + "\n", encoding="utf-8")
+        print(text, flush=True)
+        write_comparison(output / f"{self.suite.name}_comparison.html", outcomes, text)
+        return {f"{name}/{task}": table for name, out in outcomes.items() for task, table in out.tables().items()}
+
+    @staticmethod
+    def _one(model: Loaded, suite: Suite, folder: Path) -> Outcome:
+        folder.mkdir(parents=True, exist_ok=True)
+        return suite.outcome(model, folder)
+
+
+def comparison(outcomes: dict[str, Outcome]) -> str:
+    """Scores of the first run and differences of the others, x 100, with 95 % intervals; * where they exclude 0."""
+    (base, first), *others = outcomes.items()
+    rows = [["task", "length", base, *(name for name, _ in others)]]
+    for cell in first.cells:
+        row = [cell.task, f"{cell.length:,}", f"{100 * cell.interval.mean:.1f}"]
+        for _, outcome in others:
+            found = [c for c in outcome.cells if (c.task, c.length) == (cell.task, cell.length)]
+            if found and len(found[0].headline) == len(cell.headline):
+                row.append(_signed(paired_difference(cell.headline, found[0].headline)))
+            else:
+                row.append("missing")
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    )
+
+
+def _signed(difference: Interval) -> str:
+    mark = "*" if difference.low > 0 or difference.high < 0 else " "
+    return f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]{mark}"

@@ -1,0 +1,96 @@
+"""Every gin file of a suite builds its job, and bad bindings are refused before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from lcjax import settings
+from lcjax.eval.compare import Compare, Variant, comparison
+from lcjax.eval.metrics.judge import HttpJudge
+from lcjax.eval.outcome import Cell, Outcome
+from lcjax.eval.runner import Suite, flatten
+from tests.eval_suites import fixtures
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "eval"
+NEEDED = {
+    "leval": ("leval.source", fixtures.leval),
+    "longbench": ("longbench.source", fixtures.longbench),
+    "mmlongbench": ("mmlongbench.source", lambda folder: fixtures.mmlongbench(folder / "rows.jsonl")),
+}
+SUITES = {
+    "ruler": 13,
+    "needle_threading": 28,
+    "babilong": 5,
+    "giraffe": 3,
+    "reasoning": 3,
+    "leval": 7,
+    "longbench": 21,
+    "helmet": 5,
+    "longbench_write": 1,
+    "mmlongbench": 1,
+}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_build(name, tmp_path):
+    bindings = []
+    if name in NEEDED:
+        key, make = NEEDED[name]
+        bindings = [f"{key} = {make(tmp_path)!r}"]
+    job, config = settings.load("evaluate", [FOLDER / f"{name}.gin"], bindings)
+    (suite,) = job.tasks
+    assert isinstance(suite, Suite)
+    assert suite.name == name
+    assert len(list(flatten(suite.tasks))) == SUITES[name]
+    assert "suite.lengths" in config
+
+
+def test_copy_recall_and_compare_build():
+    bindings = ["copy_recall.filler = 'a.txt'", "copy_recall.passages = 'b.txt'"]
+    job, _ = settings.load("evaluate", [FOLDER / "copy_recall.gin"], bindings)
+    assert job.tasks[0].lengths == (2048, 4096, 8192)
+    job, _ = settings.load("evaluate", [FOLDER / "compare.gin"])
+    (compare,) = job.tasks
+    assert isinstance(compare, Compare)
+    assert [variant.model.dtype for variant in compare.others] == ["bfloat16"]
+
+
+def test_a_judge_is_bound_by_name():
+    bindings = ["longbench_write.judge = @http_judge()", "http_judge.url = 'http://127.0.0.1:1/v1'"]
+    job, _ = settings.load("evaluate", [FOLDER / "longbench_write.gin"], [*bindings, "http_judge.model = 'judge'"])
+    assert job.tasks[0].tasks.judge == HttpJudge("http://127.0.0.1:1/v1", "judge")
+
+
+@pytest.mark.parametrize(
+    ("binding", "words"),
+    [
+        ("ruler.num_exampels = 3", "did you mean 'num_examples'"),
+        ("suite.lengths = ()", "give at least one positive number"),
+        ("suite.lengths = ('4k',)", "suite.lengths"),
+        ("leval.split = 'open'", "nothing reads leval.split"),
+    ],
+)
+def test_bad_bindings_are_refused(binding, words):
+    with pytest.raises(settings.SettingsError, match=words):
+        settings.load("evaluate", [FOLDER / "ruler.gin"], [binding])
+
+
+def test_a_comparison_names_differences_and_gaps():
+    def outcome(scores: dict[str, list[float]]) -> Outcome:
+        return Outcome(
+            "s", [Cell(task, 1024, {"score": list(values)}, [{}] * len(values)) for task, values in scores.items()]
+        )
+
+    table = comparison(
+        {
+            "dense": outcome({"a": [1.0] * 20, "b": [0.0, 1.0] * 10}),
+            "window": outcome({"a": [0.0] * 20, "b": [0.0, 1.0] * 10}),
+            "other": outcome({"a": [1.0] * 20}),
+        }
+    ).split("\n")
+    assert table[0].split() == ["task", "length", "dense", "window", "other"]
+    assert "-100.0 [-100.0, -100.0]*" in table[1]
+    assert "+0.0 [+0.0, +0.0]" in table[2]
+    assert table[2].endswith("missing")
+    with pytest.raises(ValueError, match="changes nothing"):
+        Variant("same")

@@ -1,0 +1,210 @@
+"""The decoder: stacking, rematerialisation, packing, caches, dtypes, parameters, bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcjax.cache import init_caches
+from lcjax.models.decoder import Decoder, abstract
+from lcjax.models.flops import flops_per_token, param_count, visible_keys
+from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.stack import runs
+from lcjax.positions import DynamicNTK
+
+FULL, STREAM = Attention(), Attention(window=7, sink=2)
+QUICK = {"xla_backend_optimization_level": 0}  # compile time is most of these tests
+LINEAR = GatedLinear(conv_width=4, feature_map="elu", normalise=True)
+SIZES = {
+    "vocab_size": 61,
+    "width": 32,
+    "mlp_width": 48,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "dtype": "float32",
+}
+HYBRID = ModelSpec(**SIZES, num_layers=4, pattern=(Attention(window=7), LINEAR))
+MIXERS = {
+    "full": FULL,
+    "window": Attention(window=5, soft_cap=3.0, scale=0.3),
+    "stream_logits": Attention(window=7, sink=2, rope=None, sink_logits=True),
+    "linear": LINEAR,
+    "linear_scalar": GatedLinear(decay="scalar", num_heads=2, key_dim=6, value_dim=10),
+    "linear_plain": GatedLinear(decay="none", feature_map="softmax", output_gate=False, conv_width=2),
+    "dynamic": Attention(rope=DynamicNTK(factor=2.0, original_length=64)),
+}
+
+
+def build(spec, seed=0):
+    return nnx.split(Decoder(spec, rngs=nnx.Rngs(seed)), nnx.Param)
+
+
+def tokens(batch=2, length=20):
+    return jax.random.randint(jax.random.key(1), (batch, length), 0, 61)
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    graphdef, params = build(HYBRID)
+    return (
+        graphdef,
+        params,
+        jax.jit(lambda p, t, **kw: nnx.merge(graphdef, p)(t, **kw), static_argnames=("scan", "remat")),
+    )
+
+
+def test_scan_and_remat_change_nothing(hybrid):
+    graphdef, params, forward = hybrid
+
+    def gradient(**options):
+        loss = lambda p: jnp.sum(nnx.merge(graphdef, p)(tokens(), **options) ** 2)
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+
+    plain = forward(params, tokens())
+    assert plain.shape == (2, 20, 61)
+    assert plain.dtype == jnp.float32
+    np.testing.assert_allclose(forward(params, tokens(), scan=True, remat="full"), plain, atol=1e-5)
+    expected = gradient()
+    got = gradient(scan=True, remat="dots")
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4, rtol=1e-3), got, expected)
+
+
+def test_runs():
+    assert runs(list("abcabcabc")) == [(0, 3, 3)]
+    assert runs(list("ssfffffss")) == [(0, 1, 2), (2, 1, 5), (7, 1, 2)]
+    assert runs(list("lllllglllllgll")) == [(0, 6, 2), (12, 1, 2)]
+    assert runs(list("ab")) == [(0, 1, 1), (1, 1, 1)]
+
+
+def test_packed_equals_separate(hybrid):
+    _, params, forward = hybrid
+    first, second = tokens(1, 9), tokens(1, 20)[:, 9:]
+    packed = jnp.concatenate([first, second], axis=1)
+    segments = jnp.where(jnp.arange(20)[None] < 9, 1, 2).astype(jnp.int32)
+    positions = jnp.where(segments == 1, jnp.arange(20), jnp.arange(20) - 9).astype(jnp.int32)
+    got = forward(params, packed, segment_ids=segments, positions=positions)
+    np.testing.assert_allclose(got[:, :9], forward(params, first), atol=2e-5)
+    np.testing.assert_allclose(got[:, 9:], forward(params, second), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_cached_ragged_chunks_equal_one_pass(name):
+    """Chunked prefill of a ragged batch, then single tokens, against the whole sequence at once."""
+    spec = ModelSpec(**SIZES, num_layers=1, pattern=(MIXERS[name],))
+    graphdef, params = build(spec)
+    ids = tokens(2, 18)
+    expected = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t), compiler_options=QUICK)(params, ids)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def step(params, ids, caches, valid):
+        model = nnx.merge(graphdef, params)
+        hidden, caches = model.hidden(ids, caches=caches, valid=valid)
+        return model.logits(hidden), caches
+
+    caches = init_caches(spec, batch=2, capacity=32, dtype=jnp.float32, chunk=6)
+    done = np.zeros(2, int)
+    for counts in ((6, 4), (5, 6), (6, 1), (1, 1), (0, 1)):
+        width = max(counts)
+        valid = np.arange(width)[None] < np.array(counts)[:, None]
+        chunk = np.zeros((2, width), np.int32)
+        for row, count in enumerate(counts):
+            chunk[row, :count] = ids[row, done[row] : done[row] + count]
+        got, caches = step(params, jnp.asarray(chunk), caches, jnp.asarray(valid))
+        for row, count in enumerate(counts):
+            np.testing.assert_allclose(got[row, :count], expected[row, done[row] : done[row] + count], atol=3e-5)
+        done += counts
+    np.testing.assert_array_equal(caches[0].length, done)
+
+
+def test_compute_dtype_and_parameter_dtype(hybrid):
+    _, params, forward = hybrid
+    bf16 = ModelSpec(**SIZES | {"dtype": "bfloat16"}, num_layers=4, pattern=HYBRID.pattern)
+    graphdef, _ = abstract(bf16)
+    model = nnx.merge(graphdef, params)
+    hidden, _ = jax.jit(lambda p: nnx.merge(graphdef, p).hidden(tokens()))(params)
+    assert hidden.dtype == jnp.bfloat16
+    assert model.logits(hidden).dtype == jnp.float32
+    np.testing.assert_allclose(model.logits(hidden), forward(params, tokens()), atol=0.1)
+    _, half = abstract(HYBRID, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_abstract_has_the_same_tree(hybrid):
+    graphdef, params, _ = hybrid
+    shapes = abstract(HYBRID)
+    assert shapes[0] == graphdef
+    assert jax.tree.structure(shapes[1]) == jax.tree.structure(params)
+    paths = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
+    assert paths["layers.2.mixer.query.kernel"].shape == (32, 4, 8)
+    assert all(len(variable.axes) == variable.get_value().ndim for variable in paths.values())
+
+
+def test_parameter_and_flop_counts():
+    spec = ModelSpec(**SIZES, num_layers=2, pattern=(FULL,), tie_embeddings=False, qk_norm=True)
+    norms, table = 2 * (2 * 32 + 2 * 8) + 32, 61 * 32
+    products = 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + table
+    assert param_count(spec) == products + table + norms
+    assert param_count(ModelSpec(**SIZES, num_layers=2, qk_norm=True)) == products + norms
+    attention = 2 * 4 * 4 * 8 * (100 + 1) / 2
+    assert flops_per_token(spec, 100, training=False) == 2 * products + attention
+    assert flops_per_token(spec, 100, training=True) == 3 * (2 * products + attention)
+    for mixer in (STREAM, Attention(window=5), Attention(window=300)):
+        assert visible_keys(mixer, 50) == pytest.approx(float(jnp.sum(mixer.mask().to_array(50, 50))) / 50)
+
+
+def test_linear_counts():
+    """A linear layer's products are its kernels; mixing does not grow with the length."""
+    for mixer in (LINEAR, MIXERS["linear_scalar"], MIXERS["linear_plain"]):
+        spec = ModelSpec(**SIZES, num_layers=1, pattern=(mixer,))
+        _, params = abstract(spec)
+        kernels = sum(
+            v.get_value().size for path, v in nnx.to_flat_state(params) if path[-1] == "kernel"
+        ) + 61 * 32  # fmt: skip
+        heads, keys, values = mixer.sizes(spec)
+        state = 4 * heads * keys * values + 2 * mixer.conv_width * heads * (2 * keys + values)
+        assert flops_per_token(spec, 10, False) == flops_per_token(spec, 10_000, False) == 2 * kernels + state
+
+
+def test_bad_input(hybrid):
+    graphdef, params, _ = hybrid
+    model = nnx.merge(graphdef, params)
+    with pytest.raises(ValueError, match="remat is 'some'"):
+        model.hidden(tokens(), remat="some")
+    with pytest.raises(ValueError, match="one per layer"):
+        model.hidden(tokens(), caches=())
+    with pytest.raises(ValueError, match="valid is for cached chunks"):
+        model.hidden(tokens(), valid=jnp.ones((2, 20), bool))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_kv_heads": 3}, "4 query heads don't divide into 3"),
+        ({"width": 0}, "width must be positive, got 0"),
+        ({"dtype": "float16"}, "'float16'"),
+        ({"activation": "tanh"}, "'tanh'"),
+        ({"num_layers": 1, "pattern": (FULL, STREAM)}, "2 mixers for 1 layers"),
+        ({"head_dim": 7}, "even number"),
+    ],
+)
+def test_bad_specs(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ModelSpec(**SIZES | {"num_layers": 2} | fields)
+
+
+def test_bad_mixers():
+    with pytest.raises(ValueError, match="needs a window"):
+        Attention(sink=4)
+    with pytest.raises(ValueError, match="window must be positive"):
+        Attention(window=0)
+    with pytest.raises(ValueError, match="non-negative feature_map"):
+        GatedLinear(normalise=True)
+    with pytest.raises(ValueError, match="'cosine'"):
+        GatedLinear(feature_map="cosine")
+    with pytest.raises(ValueError, match="conv_width"):
+        GatedLinear(conv_width=1)
