@@ -39,7 +39,7 @@ def attend(
     Raises:
       Unsupported: with the reason.
     """
-    if reason := _reason(call, interpret):
+    if reason := refusal(call, interpret):
         raise Unsupported(reason)
     (_, length, heads, dim), (keys, _, dim_v) = call.q.shape, call.v.shape[1:]
     plan = tb.in_units(call.mask.plan(heads, length, keys, tb.ROW_TILE, tb.UNIT), keys)
@@ -98,7 +98,8 @@ class Tables(NamedTuple):
     segments: Any
 
 
-def _reason(call: Call, interpret: bool) -> str | None:
+def refusal(call: Call, interpret: bool = False) -> str | None:
+    """Why this backend cannot run the call, or None."""
     dims = (call.q.shape[-1], call.v.shape[-1])
     lists, columns = call.lists, call.mask.plan(call.q.shape[2], 1, call.k.shape[1], 1, tb.UNIT)
     refused = [

@@ -125,16 +125,6 @@ class Turn:
     wg: jax.Array
     enabled: bool
 
-    def begin(self) -> None:
-        """The first warpgroup has the first turn; both then hold one until they give it."""
-        pl.when(self.wg == 1)(self.give)
-        self.take()
-
-    def end(self) -> None:
-        """Gives the last turn, and sees the other's end."""
-        self.give()
-        pl.when(self.wg == 0)(self.take)
-
     def take(self) -> None:
         if self.enabled:
             _named_barrier("sync", TURN + self.wg)
