@@ -36,6 +36,12 @@ PATTERNS: dict[str, Mask] = {
     "sink_128_window_4096": Causal() & (Sink(128) | Window(4096)),
     "sink_64_window_2048_stride_64x64": Causal() & (Sink(64) | Window(2048) | Stride(block=64, every=64)),
 }
+GATES: dict[str, Mask] = {  # the same rules at sizes that bite at a length the reference can take
+    "causal": Causal(),
+    "window_4096": Causal() & Window(500),
+    "sink_128_window_4096": Causal() & (Sink(100) | Window(300)),
+    "sink_64_window_2048_stride_64x64": Causal() & (Sink(64) | Window(200) | Stride(block=64, every=4)),
+}
 GATE_LENGTH, GATE_LIMIT = 2048 + 7, 1e-2
 
 
@@ -106,12 +112,13 @@ def with_gradient(attend: Callable) -> Callable:
     return run
 
 
-def check(implementation: str | None, dim: int) -> dict[str, float]:
-    """Errors against the float32 reference, forward and gradients, for every pattern scaled to a short length."""
+def check(names: list[str], implementation: str | None, dim: int) -> dict[str, float]:
+    """Errors against the float32 reference, forward and gradients, for each pattern scaled to a short length."""
     q, k, v, do = Sizes(GATE_LENGTH, heads=4, kv_heads=2, dim=dim).inputs()
     wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
     errors = {}
-    for name, mask in {**PATTERNS, "short": Causal() & (Sink(64) | Window(300) | Stride(64, 4))}.items():
+    for name in names:
+        mask = GATES[name]
         with jax.default_matmul_precision("highest"):
             wanted = jax.jit(with_gradient(ours(mask, "reference")))(*wide)
         actual = jax.jit(with_gradient(ours(mask, implementation)))(q, k, v, do)
@@ -123,7 +130,12 @@ def measure(name: str, sizes: Sizes, runners: dict[str, Callable]) -> list[dict[
     mask, (q, k, v, do) = PATTERNS[name], sizes.inputs()
     rows = []
     for (who, attend), backward in itertools.product(runners.items(), (False, True)):
-        row = {"pattern": name, "length": sizes.length, "what": who, "pass": "fwd+bwd" if backward else "fwd"}
+        row: dict[str, Any] = {
+            "pattern": name,
+            "length": sizes.length,
+            "what": who,
+            "pass": "fwd+bwd" if backward else "fwd",
+        }
         try:
             run = jax.jit(with_gradient(attend) if backward else attend)
             row |= common.milliseconds(run, q, k, v, *((do,) if backward else ()))
@@ -161,13 +173,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
 
-def flex(lengths: list[int], heads: int, kv_heads: int, dim: int) -> list[dict[str, Any]]:
+def flex(names: list[str], lengths: list[int], heads: int, kv_heads: int, dim: int) -> list[dict[str, Any]]:
     """FlexAttention's rows, from a process that has PyTorch; none where it is absent."""
     if importlib.util.find_spec("torch") is None:
         return []
     script = Path(__file__).with_name("flex_attention.py")
-    command = [sys.executable, str(script), *map(str, (heads, kv_heads, dim, *lengths))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, str(script), ",".join(names), *map(str, (heads, kv_heads, dim, *lengths))]
+    with common.exclusive():
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         return [{"what": "flex", "refused": done.stderr.strip().splitlines()[-1][:300]}]
     return json.loads(done.stdout.splitlines()[-1])
@@ -215,9 +228,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--implementation", default=None, help="forced backend of ours; default: what the op picks")
     parser.add_argument("--no_density", action="store_true")
+    parser.add_argument("--no_flex", action="store_true")
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--output", default=None)
     args = parser.parse_args(argv)
+    del sys.argv[1:]  # tokamax would read them as its own flags
     kind = tuning.file_name(jax.devices()[0].device_kind).removesuffix(".json")
     sizes = [Sizes(n, args.heads, args.kv_heads, args.dim) for n in args.lengths]
     if args.search:
@@ -225,10 +240,16 @@ def main(argv: list[str] | None = None) -> None:
         print(common.write(args.output or folder / f"{kind}.json", search(sizes[-1], CANDIDATES)))
         return
     output = Path(args.output or common.RESULTS / f"attention_{kind}.json")
-    record = {**common.environment(), "gate": check(args.implementation, args.dim), "sizes": vars(args), "rows": []}
+    record: dict[str, Any] = {
+        **common.environment(),
+        "gate": check(args.patterns, args.implementation, args.dim),
+        "sizes": vars(args),
+        "rows": [],
+    }
     for name, size in itertools.product(args.patterns, sizes):
         record["rows"] += measure(name, size, {"ours": ours(PATTERNS[name], args.implementation), **rivals(name)})
-    record["rows"] += flex(args.lengths, args.heads, args.kv_heads, args.dim)
+    if not args.no_flex:
+        record["rows"] += flex(args.patterns, args.lengths, args.heads, args.kv_heads, args.dim)
     if not args.no_density:
         record["density"] = density(sizes[min(1, len(sizes) - 1)], args.implementation)
         plot(record["density"], output.with_suffix(".png"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +47,34 @@ def gate(name: str, actual: Any, wanted: Any, limit: float) -> dict[str, float]:
     return errors
 
 
-def milliseconds(run: Callable[..., Any], *args: Any, target: float = 0.15, repeats: int = 5) -> dict[str, float]:
-    """Median and spread of the time of one call, each sample a batch of calls of about `target` seconds."""
-    jax.block_until_ready(run(*args))
-    start = time.perf_counter()
-    jax.block_until_ready(run(*args))
-    once = max(time.perf_counter() - start, 1e-6)
-    calls = max(1, int(target / once))
-    samples = []
-    for _ in range(repeats):
+@contextlib.contextmanager
+def exclusive() -> Generator[None]:
+    """One timing at a time on this machine: benchmark processes compile side by side and take turns on the device."""
+    with open(Path(tempfile.gettempdir()) / "lcjax_benchmark.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def milliseconds(run: Any, *args: Any, target: float = 0.15, repeats: int = 5) -> dict[str, float]:
+    """Median and spread of the time of one call, each sample a batch of calls of about `target` seconds.
+
+    A jitted `run` is compiled before the device is taken.
+    """
+    if hasattr(run, "lower"):
+        run = run.lower(*args).compile()
+    with exclusive():
+        jax.block_until_ready(run(*args))
         start = time.perf_counter()
-        for _ in range(calls):
-            out = run(*args)
-        jax.block_until_ready(out)
-        samples.append((time.perf_counter() - start) / calls * 1e3)
+        jax.block_until_ready(run(*args))
+        once = max(time.perf_counter() - start, 1e-6)
+        calls = max(1, int(target / once))
+        samples = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for _ in range(calls):
+                out = run(*args)
+            jax.block_until_ready(out)
+            samples.append((time.perf_counter() - start) / calls * 1e3)
     return {"ms": float(np.median(samples)), "min_ms": min(samples), "max_ms": max(samples)}
 
 

@@ -1,4 +1,4 @@
-"""FlexAttention on the patterns of `benchmarks.attention`. Arguments: heads, KV heads, head dim, lengths; prints JSON."""
+"""FlexAttention on the patterns of `benchmarks.attention`; arguments: names, heads, KV heads, head dim, lengths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import statistics
 import sys
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    create_block_mask,
+    flex_attention,
+)
 
 PATTERNS = {
     "causal": lambda b, h, i, j: i >= j,
@@ -33,14 +36,14 @@ def milliseconds(run, repeats: int = 5, calls: int = 3) -> float:
     return statistics.median(samples)
 
 
-def main(heads: int, kv_heads: int, dim: int, *lengths: int) -> None:
+def main(names: list[str], heads: int, kv_heads: int, dim: int, *lengths: int) -> None:
     attend, make_mask = torch.compile(flex_attention), torch.compile(create_block_mask)
     rows = []
     for length in lengths:
         make = lambda h, n=length: torch.randn(1, h, n, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         q, k, v, do = make(heads), make(kv_heads), make(kv_heads), make(heads).detach()
-        for name, rule in PATTERNS.items():
-            mask = make_mask(rule, None, None, length, length, device="cuda")
+        for name in names:
+            mask = make_mask(PATTERNS[name], None, None, length, length, device="cuda")
             run = lambda q=q, k=k, v=v, m=mask: attend(q, k, v, block_mask=m, enable_gqa=True)
 
             def forward(run=run):
@@ -57,4 +60,4 @@ def main(heads: int, kv_heads: int, dim: int, *lengths: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(sys.argv[1].split(","), *map(int, sys.argv[2:]))

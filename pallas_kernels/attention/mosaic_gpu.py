@@ -39,7 +39,7 @@ def attend(
     Raises:
       Unsupported: with the reason.
     """
-    if reason := _reason(call, interpret):
+    if reason := refusal(call, interpret):
         raise Unsupported(reason)
     (_, length, heads, dim), (keys, _, dim_v) = call.q.shape, call.v.shape[1:]
     plan = tb.in_units(call.mask.plan(heads, length, keys, tb.ROW_TILE, tb.UNIT), keys)
@@ -98,7 +98,8 @@ class Tables(NamedTuple):
     segments: Any
 
 
-def _reason(call: Call, interpret: bool) -> str | None:
+def refusal(call: Call, interpret: bool = False) -> str | None:
+    """Why this backend cannot run the call, or None."""
     dims = (call.q.shape[-1], call.v.shape[-1])
     lists, columns = call.lists, call.mask.plan(call.q.shape[2], 1, call.k.shape[1], 1, tb.UNIT)
     refused = [
@@ -150,10 +151,8 @@ def _every_key_is_seen(call: Call, plan: Plan) -> bool:
 def _padded(x: Array, interpret: bool, is_key: bool) -> Array:
     """TMA takes lengths in eights; the interpreter allows no copy past the end."""
     size = x.shape[1]
-    if interpret:
-        want = tb.cdiv(size, tb.ROW_TILE) * tb.ROW_TILE + tb.ROW_TILE * is_key
-    else:
-        want = tb.cdiv(size, 8) * 8
+    tile = tb.ROW_TILE if interpret else 8
+    want = tb.cdiv(size, tile) * tile + (tb.ROW_TILE if interpret and is_key else 0)
     return x if want == size else jnp.pad(x, ((0, 0), (0, want - size), (0, 0), (0, 0)))
 
 

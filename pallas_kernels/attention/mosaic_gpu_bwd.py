@@ -28,7 +28,6 @@ from pallas_kernels.attention.mosaic_gpu_common import (
     WGS,
     Inputs,
     Static,
-    Turn,
     Work,
     accumulate,
     fields,
@@ -52,9 +51,6 @@ class BackwardTiles:
     dkv_block_q: int = 64
     dkv_stages: int = 2
     group_inside: bool = True
-    dq_turns: bool = False
-    dkv_turns: bool = False
-    dq_rows_in_registers: bool = False
 
 
 class Cotangents(NamedTuple):
@@ -73,12 +69,11 @@ def cotangents(o, lse, do, dlse) -> Cotangents:
     return Cotangents(o, do, lse, jnp.pad(dlse, pad))
 
 
-def _weights(s: Static, x, lse) -> tuple[jax.Array, jax.Array | None]:
-    """Probabilities from raw scores, and the tanh of the soft cap; `lse` is spread to the tile."""
+def _capped(s: Static, x: jax.Array) -> tuple[jax.Array, float]:
+    """Scores, or the tanh of their soft cap, and the factor that makes them exponents of 2."""
     if s.soft_cap is None:
-        return jnp.exp2(x * (s.scale * LOG2E) - lse), None
-    capped = jnp.tanh(x * (s.scale / s.soft_cap))
-    return jnp.exp2(capped * (s.soft_cap * LOG2E) - lse), capped
+        return x, s.scale * LOG2E
+    return jnp.tanh(x * (s.scale / s.soft_cap)), s.soft_cap * LOG2E
 
 
 def _call(body, inputs: tuple, out_type, scratch: dict, blocks: int, s: Static):
@@ -185,13 +180,9 @@ def _dq_rows(g, ct, dq_g, delta_g, s: Static, tiles: BackwardTiles, m: dict, wg,
     dlse = plgpu.load(ct.dlse.at[w.batch, w.head, rows], layout=ROWS, optimized=False)
     mask = functools.partial(mask_rows, g, s, tiles.dq_block_k, w, w.row(tb.OFFSET) + row)
     shape = (WG, tiles.dq_block_k)
-    turn = Turn(wg, tiles.dq_turns and not s.interpret)
     plgpu.barrier_wait(m["q_ready"].at[wg])
     o, do = (plgpu.load(m[name].at[wg], layout=TILE).astype(jnp.float32) for name in ("o_s", "do_s"))
     delta = (o * do).sum(axis=1) - dlse
-    q_a, do_a = m["q_s"].at[wg], m["do_s"].at[wg]
-    if tiles.dq_rows_in_registers and not s.interpret:
-        q_a, do_a = (plgpu.load(x, layout=TILE) for x in (q_a, do_a))
     m["delta_s"][wg] = delta
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(m["delta_s"].at[wg], delta_g.at[w.batch, w.head, rows])
@@ -202,26 +193,22 @@ def _dq_rows(g, ct, dq_g, delta_g, s: Static, tiles: BackwardTiles, m: dict, wg,
         def products(x_ref, dp_ref):
             plgpu.barrier_wait(m["k_ready"].at[slot])
             plgpu.barrier_wait(m["v_ready"].at[slot])
-            plgpu.wgmma(x_ref, q_a, m["k_s"].at[slot].transpose((1, 0)))
-            plgpu.wgmma(dp_ref, do_a, m["v_s"].at[slot].transpose((1, 0)))
-            turn.give()
-            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-            x = lax.cond((n >= plan.inner) & (n < plan.inner_end), lambda: x, lambda: mask(x, plan.place(n)))
-            p, capped = _weights(s, x, spread(lse, shape, 0))
+            plgpu.wgmma(x_ref, m["q_s"].at[wg], m["k_s"].at[slot].transpose((1, 0)))
+            plgpu.wgmma(dp_ref, m["do_s"].at[wg], m["v_s"].at[slot].transpose((1, 0)))
+            x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
+            seen = lax.cond((n >= plan.inner) & (n < plan.inner_end), lambda: x, lambda: mask(x, plan.place(n)))
+            p = jnp.exp2(seen * factor - spread(lse, shape, 0))
             ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta, shape, 0))
-            return ds if capped is None else ds * (1 - capped * capped)
+            return ds if s.soft_cap is None else ds * (1 - x * x)
 
         acc = plgpu.ACC(shape, jnp.float32)
         ds = pl.run_scoped(products, acc, acc)
         plgpu.barrier_arrive(m["v_free"].at[slot])
-        turn.take()
         dq = accumulate(dq, ds.astype(g.k.dtype), m["k_s"].at[slot], s.interpret)
         plgpu.barrier_arrive(m["k_free"].at[slot])
         return dq
 
-    turn.begin()
     dq = lax.fori_loop(0, plan.total, step, zeros((WG, s.dim), TILE))
-    turn.end()
     m["q_s"][wg] = (dq * s.scale).astype(dq_g.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(m["q_s"].at[wg], dq_g.at[w.batch, rows, w.head])
@@ -273,8 +260,7 @@ def _dkv_kernel(
 ) -> None:
     s = static
     wg, t = lax.axis_index("wg"), lax.axis_index("block")
-    out_head = lax.rem(t, out_heads)
-    t = lax.div(t, out_heads)
+    out_head, t = lax.rem(t, out_heads), lax.div(t, out_heads)  # the columns that most rows read come first
     group = s.heads // s.kv_heads
     here = s.heads // out_heads
     kv_head = lax.div(out_head, group // here)
@@ -300,13 +286,13 @@ def _dkv_kernel(
                 plgpu.copy_gmem_to_smem(stat_g.at[w.batch, head, rows], m[stat + "_s"].at[slot], ready)
             return done + 1
 
-        body = lambda head, tile, _, __, done: load(head, tile, done)
+        body = lambda head, tile, _, __, ___, done: load(head, tile, done)
         done = _each_row_tile(g, s, w, w.index * (ROW_TILE // tb.UNIT), body, jnp.int32(0))
         _drain(done, stages, m["q_free"], m["do_free"])
 
 
 def _each_row_tile(g: Inputs, s: Static, w: Column, unit, body, carry):
-    """Runs `body(head, row tile, pattern, field -> scalar, carry)` over the rows that read the block's keys.
+    """Runs `body(head, row tile, pattern, field -> scalar, unmasked tiles, carry)` over the rows that read the keys.
 
     Head by head; the fields are those of key unit `unit`.
     """
@@ -316,10 +302,11 @@ def _each_row_tile(g: Inputs, s: Static, w: Column, unit, body, carry):
         pattern = g.pattern[head] if s.patterns > 1 else jnp.int32(0)
         field = fields(g.table, w.batch, pattern, unit)
         first, begin_1, begin_2 = field(tb.STEPS_1), field(tb.BEGIN_1), field(tb.BEGIN_2)
+        inner = field(tb.C_INNER), field(tb.C_INNER_END)
 
         def step(r, carry):
             tile = jnp.where(r < first, begin_1 + r, begin_2 + r - first)
-            return body(head, tile, pattern, field, carry)
+            return body(head, tile, pattern, field, inner, carry)
 
         return lax.fori_loop(0, first + field(tb.STEPS_2), step, carry)
 
@@ -335,9 +322,8 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
     plgpu.copy_gmem_to_smem(g.v.at[w.batch, keys, w.kv_head], m["v_s"].at[wg], m["kv_ready"].at[wg])
     plgpu.barrier_wait(m["kv_ready"].at[wg])
     shape = (WG, tiles.dkv_block_q)
-    turn = Turn(wg, tiles.dkv_turns and not s.interpret)
 
-    def step(head, tile, pattern, field, carry):
+    def step(head, tile, pattern, field, inner, carry):
         dk, dv, done = carry
         slot = lax.rem(done, jnp.int32(tiles.dkv_stages))
         q_s, do_s = m["q_s"].at[slot], m["do_s"].at[slot]
@@ -346,43 +332,34 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
 
         def products(x_ref, dp_ref):
             plgpu.wgmma(x_ref, m["k_s"].at[wg], q_s.transpose((1, 0)))
-            lse = plgpu.load(m["lse_s"].at[slot], layout=COLS)
             plgpu.wgmma(dp_ref, m["v_s"].at[wg], do_s.transpose((1, 0)))
-            turn.give()
-            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-            inner = (tile >= field(tb.C_INNER)) & (tile < field(tb.C_INNER_END))
+            x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
             edge = lambda: _mask_columns(g, s, w, pattern, field, first, tile * tiles.dkv_block_q, x)
-            p, capped = _weights(s, lax.cond(inner, lambda: x, edge), spread(lse, shape, 1))
+            seen = lax.cond((tile >= inner[0]) & (tile < inner[1]), lambda: x, edge)
+            lse = plgpu.load(m["lse_s"].at[slot], layout=COLS)
+            p = jnp.exp2(seen * factor - spread(lse, shape, 1))
             delta = plgpu.load(m["delta_s"].at[slot], layout=COLS)
             ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta, shape, 1))
-            return p.astype(g.k.dtype), (ds if capped is None else ds * (1 - capped * capped)).astype(g.k.dtype)
+            return p.astype(g.k.dtype), (ds if s.soft_cap is None else ds * (1 - x * x)).astype(g.k.dtype)
 
         acc = plgpu.ACC(shape, jnp.float32)
 
         def compute():
             p16, ds16 = pl.run_scoped(products, acc, acc)
-            turn.take()
             return _accumulate_two(dv, p16, do_s, dk, ds16, q_s, s.interpret)
-
-        def idle():
-            turn.give()
-            turn.take()
-            return dv, dk
 
         if g.rules.expiry is None:
             new_dv, new_dk = compute()
         else:  # columns of one unit of the two often live longer
             own = (tile >= field(tb.OWN_1)) & (tile < field(tb.OWN_END_1))
             own |= (tile >= field(tb.OWN_2)) & (tile < field(tb.OWN_END_2))
-            new_dv, new_dk = lax.cond(own, compute, idle)
+            new_dv, new_dk = lax.cond(own, compute, lambda: (dv, dk))
         plgpu.barrier_arrive(m["do_free"].at[slot])
         plgpu.barrier_arrive(m["q_free"].at[slot])
         return new_dk, new_dv, done + 1
 
     start = zeros((WG, s.dim), TILE), zeros((WG, s.dim_v), TILE), jnp.int32(0)
-    turn.begin()
     dk, dv, _ = _each_row_tile(g, s, w, w.index * (ROW_TILE // tb.UNIT) + wg, step, start)
-    turn.end()
     m["k_s"][wg] = (dk * s.scale).astype(dk_g.dtype)
     m["v_s"][wg] = dv.astype(dv_g.dtype)
     plgpu.commit_smem()

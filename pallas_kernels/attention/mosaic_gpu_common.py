@@ -71,7 +71,8 @@ class Work(NamedTuple):
 
 def tiled(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
     """Shared memory laid out for TMA and wgmma: 8 x 64 tiles with a 128-byte swizzle."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=layout)
 
 
 def launch(interpret: bool) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
-def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
 
 
@@ -123,16 +124,6 @@ class Turn:
 
     wg: jax.Array
     enabled: bool
-
-    def begin(self) -> None:
-        """The first warpgroup has the first turn; both then hold one until they give it."""
-        pl.when(self.wg == 1)(self.give)
-        self.take()
-
-    def end(self) -> None:
-        """Gives the last turn, and sees the other's end."""
-        self.give()
-        pl.when(self.wg == 0)(self.take)
 
     def take(self) -> None:
         if self.enabled:

@@ -47,7 +47,6 @@ class ForwardTiles:
     block_k: int = 128
     stages: int = 2
     persistent: bool = True
-    turns: bool = True
 
 
 def forward(
@@ -108,11 +107,9 @@ def _kernel(g: Inputs, o_g, lse_g, *, static: Static, tiles: ForwardTiles, block
         # Blocks walk the tiles to and fro, longest rows first, so that their sums of steps come out even.
         turn = jnp.where(lax.rem(n, 2) == 0, block, blocks - 1 - block)
         t = n * blocks + turn
-        head = lax.rem(t, s.heads)
-        t = lax.div(t, s.heads)
-        index = lax.rem(t, row_tiles)
+        batch, t = lax.div(t, s.heads * row_tiles), lax.rem(t, s.heads * row_tiles)
+        head, index = lax.rem(t, s.heads), lax.div(t, s.heads)
         index = row_tiles - 1 - index if s.causal else index
-        batch = lax.div(t, row_tiles)
         pattern = g.pattern[head] if s.patterns > 1 else jnp.int32(0)
         row = fields(g.table, batch, pattern, index)
         return Work(batch, head, index, pattern, row)
@@ -130,7 +127,7 @@ def _kernel(g: Inputs, o_g, lse_g, *, static: Static, tiles: ForwardTiles, block
     @pl.when(wg < WGS)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        turn = Turn(wg, tiles.turns and not s.interpret)
+        turn = Turn(wg, not s.interpret)
         pl.when(wg == 1)(turn.give)
         each(functools.partial(_attend, g, o_g, lse_g, s, tiles, m, wg, turn), jnp.int32(0))
         pl.when(wg == 0)(turn.take)

@@ -117,7 +117,7 @@ def run_time_lists(chosen: BlockList, plan: Plan, keys: int, offset: Array) -> L
     whole &= (end <= first) | (not plan.causal)
     full = jnp.where(whole, last + 1, 0)
     flat = lambda x: x.reshape(-1, width * times).astype(jnp.int32)
-    return Lists(flat(unit), flat(full), chosen.count * times)
+    return Lists(flat(unit), flat(full), jnp.asarray(chosen.count) * times)
 
 
 def _reach(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) -> tuple[Array, Array]:

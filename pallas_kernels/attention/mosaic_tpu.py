@@ -1,8 +1,8 @@
 """Block-sparse attention on TPU: entry, forward kernel.
 
-A program owns one tile of queries of one head. It reads its row of the table (`tpu_tables`) from scalar memory, then loops
-over exactly the key tiles that the row names, copying the next tile from HBM while it works on this one: skipped tiles cost
-neither a copy nor a grid step. Tiles that are wholly visible skip the token mask. Scores are in base 2.
+A program owns one tile of queries of one head. It reads its row of the table (`tpu_tables`) from scalar memory, then
+loops over exactly the key tiles that the row names, copying the next tile from HBM while it works on this one: skipped
+tiles cost neither a copy nor a grid step. Tiles that are wholly visible skip the token mask. Scores are in base 2.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def key_copies(c: Config, r, batch, head) -> list:
 
 
 def visit_keys(c: Config, r, batch, head, row_of, work) -> None:
-    """Loop over a row's key tiles with the next one in flight; `work(tile, slot, full)` sees `full` as a scalar bool."""
+    """Loop over a row's key tiles with the next one in flight; `work(tile, slot, full)`: is it wholly visible."""
     sinks, middle = row_of(tt.SINKS), row_of(tt.MIDDLE)
     count = sinks + middle + row_of(tt.NEAR)
     copies, sizes = key_copies(c, r, batch, head), (c.block_k, c.padded_keys)

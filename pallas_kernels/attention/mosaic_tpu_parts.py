@@ -1,8 +1,8 @@
 """Pieces that the TPU attention kernels share: sizes, copies from HBM, lane blocks, token masks.
 
-Arrays keep the caller's layout, [B, N, heads * D]: a block of 128 lanes holds one head of 128 (or half of one of 256), two
-of 64 or four of 32. For heads narrower than a block, queries keep their own lanes and zero elsewhere, so that a product over
-the whole block is a product over the head: the systolic array is 128 deep anyway, and nothing is padded in HBM.
+Arrays keep the caller's layout, [B, N, heads * D]: a block of 128 lanes holds one head of 128, two of 64 or four of 32.
+Where heads share a block, a query keeps its head's lanes and zeros in the others, so that a product over a whole block
+is a product over the head: the systolic array is 128 deep anyway, and nothing is padded in HBM.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def named(names: Sequence[str], refs: Sequence[Any]) -> types.SimpleNamespace:
 
 
 def rows_of_lanes(x, multiple: int):
-    """[B, N, heads, D] as [B, N', lanes], N' a multiple of 128 and lanes of `multiple` (both free where they already are)."""
+    """[B, N, heads, D] as [B, N', lanes]: N' a multiple of 128, lanes of `multiple`; a copy only where they are not."""
     x = x.reshape(*x.shape[:2], -1)
     pads = (-x.shape[1] % LANES, -x.shape[2] % multiple)
     return jnp.pad(x, ((0, 0), (0, pads[0]), (0, pads[1]))) if any(pads) else x

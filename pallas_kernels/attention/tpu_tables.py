@@ -1,8 +1,8 @@
 """What TPU kernels visit, as a few integers per tile that stream through scalar memory.
 
-A row of the forward table holds all that is scalar about one tile of queries: where it starts, which key tiles it visits.
-A row of the column table says which query tiles read one tile of keys. XLA makes both from the plan, so that traced masks,
-offsets, cache lengths and segments need no other path.
+A row of the forward table holds all that is scalar about one tile of queries: where it starts, which tiles it visits.
+A row of the column table says which query tiles read one tile of keys. XLA makes both from the plan, so that traced
+masks, offsets, cache lengths and segments need no other path.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ def _columns(plan, offset, size, hull, length, keys, block_q, block_k):
 
 
 def _stack(fields: list) -> Array:
-    fields = jnp.broadcast_arrays(*fields)
-    table = jnp.stack([x.astype(jnp.int32) for x in fields], -1)[..., None, :]
+    table = jnp.stack([x.astype(jnp.int32) for x in jnp.broadcast_arrays(*fields)], -1)[..., None, :]
     return jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, FIELDS - len(fields))])
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from pallas_kernels.gated_linear import mosaic_gpu_parts as parts
 from pallas_kernels.gated_linear.mosaic_gpu_fwd import entry_states, launch, segment_states, to_units
-from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, LEVELS, WIDTH, Split, Sums, bf16, products, read, tile
+from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, LEVELS, WIDTH, Split, Sums, products, read, tile
 
 WARPGROUPS = 2
 
@@ -35,9 +35,9 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
 
     load(jnp.int32(0))
     leaving = plgpu.load(leaving_gmem.at[unit], layout=plgpu.Layout.WGMMA, optimized=False)
-    leaving_tile[...] = bf16(leaving)
+    leaving_tile[...] = leaving.astype(jnp.bfloat16)
     ends[...] = plgpu.load(ends_gmem.at[unit], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-    parts.sync()
+    plgpu.commit_smem()
 
     def chunk(i, leaving):
         at = place.first + place.count - 1 - i
@@ -47,60 +47,50 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
         parts.clamp_decay(g)
         for n in (0, 1, 3, 4):
             plgpu.barrier_wait(signal(n))
-        d_scores, exponent = mm([(do, v.transpose((1, 0)))], [(sums.at[Sums.INNER], g)])
-        d_scores = bf16(d_scores)
-        scores = bf16(parts.zeros(CHUNK, CHUNK))
+        d_scores = mm([(do, v.transpose((1, 0)))]).astype(jnp.bfloat16)
+        scores = parts.zeros(CHUNK, CHUNK).astype(jnp.bfloat16)
         dq, dk = parts.zeros(), parts.zeros()
         for level in range(1 + len(LEVELS)):
-            factor = jnp.exp(exponent)
-            column = jnp.exp(-exponent) if level == 0 else factor
-            parts.sync()
-            k_tile[...] = bf16(read(k) * column)
-            q_tile[...] = bf16(read(q) * (factor * scale))
-            pair_tile[...] = jnp.where(parts.on_level(sums, level), d_scores, jnp.zeros_like(d_scores))
-            parts.sync()
-            d_row, d_column = mm([(pair_tile, k_tile)], [(pair_tile.transpose((1, 0)), q_tile)])
-            dq += d_row * factor
-            dk += d_column * column
-            found, exponent = mm([(q_tile, k_tile.transpose((1, 0)))], [(sums.at[Sums.INNER + level + 1], g)])
-            scores = jnp.where(parts.on_level(sums, level), bf16(found), scores)
-        prefix = jnp.exp(exponent)  # the last sum of the loop is PREFIX
-        (whole,) = mm([(sums.at[Sums.TOTAL], g)])
-        suffix = jnp.exp(whole - exponent)
-        parts.sync()
+            factor = jnp.exp(mm([(sums.at[Sums.INNER + level], g)]))
+            column = 1 / factor if level == 0 else factor
+            mask = parts.level_mask(level)
+            masked = jnp.where(mask, d_scores, jnp.zeros_like(d_scores))
+            k_tile[...] = (read(k) * column).astype(jnp.bfloat16)
+            q_tile[...] = (read(q) * (factor * scale)).astype(jnp.bfloat16)
+            pair_tile[...] = masked
+            plgpu.commit_smem()
+            scores = jnp.where(mask, mm([(q_tile, k_tile.transpose((1, 0)))]).astype(jnp.bfloat16), scores)
+            dq += mm([(pair_tile, k_tile)]) * factor
+            dk += mm([(pair_tile.transpose((1, 0)), q_tile)]) * column
+        prefix = mm([(sums.at[Sums.PREFIX], g)])
+        suffix = jnp.exp(mm([(sums.at[Sums.TOTAL], g)]) - prefix)
+        prefix = jnp.exp(prefix)
         pair_tile[...] = scores
-        k_tile[...] = bf16(read(k) * suffix)
-        q_tile[...] = bf16(read(q) * (prefix * scale))
-        parts.sync()
+        k_tile[...] = (read(k) * suffix).astype(jnp.bfloat16)
+        q_tile[...] = (read(q) * (prefix * scale)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        dv = mm([(pair_tile.transpose((1, 0)), do), (k_tile, leaving_tile)])
+        dk += mm([(v, leaving_tile.transpose((1, 0)))]) * suffix
         plgpu.barrier_wait(signal(5))
-        d_row, d_column = mm([(do, state_tile.transpose((1, 0)))], [(v, leaving_tile.transpose((1, 0)))])
-        dq += d_row * prefix
-        dk += d_column * suffix
-        dv, total = mm(
-            [(pair_tile.transpose((1, 0)), do), (k_tile, leaving_tile)], [(g.transpose((1, 0)), sums.at[Sums.TOTAL])]
-        )
-        (added,) = mm([(q_tile.transpose((1, 0)), do)])
-        entering = leaving * jnp.exp(total) + added
+        dq += mm([(do, state_tile.transpose((1, 0)))]) * prefix
+        total = jnp.exp(mm([(g.transpose((1, 0)), sums.at[Sums.TOTAL])]))
+        entering = mm([(q_tile.transpose((1, 0)), do)], leaving * total)
         balance = read(q) * (dq * scale) - read(k) * dk
-        high = bf16(balance)
-        parts.sync()
+        high = balance.astype(jnp.bfloat16)
         q_tile[...] = high
-        k_tile[...] = bf16(balance - high.astype(jnp.float32))
-        pair_tile[...] = bf16(dv)
-        parts.sync()
+        k_tile[...] = (balance - high.astype(jnp.float32)).astype(jnp.bfloat16)
+        pair_tile[...] = dv.astype(jnp.bfloat16)
+        plgpu.commit_smem()
         pl.when(i + 1 < place.count)(lambda: load(i + 1))
         later = sums.at[Sums.PREFIX].transpose((1, 0))
         owed = plgpu.load(ends, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        (dg,) = mm([(later, q_tile), (later, k_tile)])
-        dg += jax.lax.broadcast_in_dim(owed, (CHUNK, WIDTH), (1,))
-        owed_next = (read(state_tile) * entering).sum(axis=1)
-        parts.sync()
-        ends[...] = owed_next
-        q_tile[...] = bf16(dq * scale)
-        k_tile[...] = bf16(dk)
-        state_tile[...] = bf16(dg)
-        leaving_tile[...] = bf16(entering)
-        parts.sync()
+        dg = mm([(later, q_tile), (later, k_tile)]) + jax.lax.broadcast_in_dim(owed, (CHUNK, WIDTH), (1,))
+        ends[...] = (read(state_tile) * entering).sum(axis=1)
+        q_tile[...] = (dq * scale).astype(jnp.bfloat16)
+        k_tile[...] = dk.astype(jnp.bfloat16)
+        state_tile[...] = dg.astype(jnp.bfloat16)
+        leaving_tile[...] = entering.astype(jnp.bfloat16)
+        plgpu.commit_smem()
         keys, values = place.tokens(at, place.key_tile), place.tokens(at, place.value_tile)
         for smem, gmem in ((q_tile, outs[0]), (k_tile, outs[1]), (state_tile, outs[3])):
             plgpu.copy_smem_to_gmem(smem, gmem.at[(place.value_tile, *keys)])
@@ -111,7 +101,7 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
     plgpu.wait_smem_to_gmem(0)
 
 
-def backward(q, k, v, g, chunk_states, last, do, d_last, *, scale: float, interpret=False, slots: int = 264):
+def backward(q, k, v, g, chunk_states, last, do, d_last, *, scale: float, interpret=None, slots: int = 264):
     """Gradients dq, dk, dv, dg, in bfloat16, and ds0. dv comes by key tile `[Dk/64, ...]`, the others by value tile."""
     b, t, h, dk = q.shape
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.gated_linear import mosaic_gpu_parts as parts
-from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, LEVELS, WIDTH, Split, Sums, bf16, products, read, tile
+from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, LEVELS, WIDTH, Split, Sums, products, read, tile
 
 WARPGROUPS = 3
 
@@ -48,7 +48,7 @@ def launch(body, split: Split, out_type, scratch, signals: int, *, interpret, wa
 
         pl.run_scoped(
             scoped,
-            tile(7),
+            tile(6),
             plgpu.Barrier(),
             scratch,
             plgpu.Barrier(num_barriers=warpgroups * signals),
@@ -62,8 +62,8 @@ def launch(body, split: Split, out_type, scratch, signals: int, *, interpret, wa
         grid_names=("block",),
         num_threads=warpgroups,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret or False,
     )
     return lambda *args: kernel(jnp.asarray(parts.sum_matrices(), jnp.bfloat16), *args)
 
@@ -91,18 +91,14 @@ def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, revers
         plgpu.barrier_wait(signal(slot * 3 + 2))
         parts.clamp_decay(g.at[slot])
         pl.when(i + 1 < count)(lambda: load(i + 1))  # after a barrier: every warp is done with the other slot
-        g_now, later = g.at[slot], sums.at[Sums.TOTAL]
-        exponent, total = mm([(sums.at[Sums.PREFIX], g_now)], [(g_now.transpose((1, 0)), later)])
-        total = jnp.exp(total)
-        if not reverse:
-            (whole,) = mm([(later, g_now)])
-            exponent = whole - exponent
+        prefix = mm([(sums.at[Sums.PREFIX], g.at[slot])])
+        exponent = prefix if reverse else mm([(sums.at[Sums.TOTAL], g.at[slot])]) - prefix
+        total = jnp.exp(mm([(g.at[slot].transpose((1, 0)), sums.at[Sums.TOTAL])]))
         plgpu.barrier_wait(signal(slot * 3))
-        weighted[...] = bf16(read(x.at[slot]) * jnp.exp(exponent))
-        parts.sync()
+        weighted[...] = (read(x.at[slot]) * jnp.exp(exponent)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
         plgpu.barrier_wait(signal(slot * 3 + 1))
-        (added,) = mm([(weighted.transpose((1, 0)), y.at[slot])])
-        return state * total + added, decay * total
+        return mm([(weighted.transpose((1, 0)), y.at[slot])], state * total), decay * total
 
     ones = plgpu.layout_cast(jnp.full((WIDTH, WIDTH), 1, jnp.float32), plgpu.Layout.WGMMA)
     state, decay = jax.lax.fori_loop(0, count, chunk, (parts.zeros(), ones))
@@ -110,7 +106,7 @@ def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, revers
     decay_gmem[unit] = decay
 
 
-def segment_states(x, y, g, split: Split, *, reverse: bool, interpret=False, warpgroups: int = WARPGROUPS):
+def segment_states(x, y, g, split: Split, *, reverse: bool, interpret=None, warpgroups: int = WARPGROUPS):
     """States of every segment from a zero start, and the segment's decay along the key axis: both `[units, Dk, Dv]`."""
     n = warpgroups
     shape = jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32)
@@ -138,8 +134,8 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
     load_keys(jnp.int32(0))
     load_values(jnp.int32(0))
     entry = plgpu.load(entry_gmem.at[unit], layout=plgpu.Layout.WGMMA, optimized=False)
-    state_tile[...] = bf16(entry)
-    parts.sync()
+    state_tile[...] = entry.astype(jnp.bfloat16)
+    plgpu.commit_smem()
 
     def chunk(i, state):
         if save:
@@ -148,33 +144,28 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
         parts.clamp_decay(g)
         plgpu.barrier_wait(signal(0))
         plgpu.barrier_wait(signal(1))
-        scores = bf16(parts.zeros(CHUNK, CHUNK))
-        (exponent,) = mm([(sums.at[Sums.INNER], g)])
+        scores = parts.zeros(CHUNK, CHUNK)
         for level in range(1 + len(LEVELS)):
-            factor = jnp.exp(exponent)
-            side = weighted.at[level % weighted.shape[0]]
-            if weighted.shape[0] == 1:
-                parts.sync()
-            side[...] = bf16(read(k) * (jnp.exp(-exponent) if level == 0 else factor))
-            row = bf16(read(q) * factor)
-            parts.sync()
-            found, exponent = mm([(row, side.transpose((1, 0)))], [(sums.at[Sums.INNER + level + 1], g)])
-            scores = jnp.where(parts.on_level(sums, level), bf16(found), scores)
-        row = bf16(read(q) * jnp.exp(exponent))  # the last sum of the loop is PREFIX
-        whole, total = mm([(sums.at[Sums.TOTAL], g)], [(g.transpose((1, 0)), sums.at[Sums.TOTAL])])
-        side = weighted.at[0]
-        if weighted.shape[0] == 1:
-            parts.sync()
-        side[...] = bf16(read(k) * jnp.exp(whole - exponent))
-        parts.sync()
+            factor = jnp.exp(mm([(sums.at[Sums.INNER + level], g)]))
+            column = 1 / factor if level == 0 else factor
+            weighted[...] = (read(k) * column).astype(jnp.bfloat16)
+            row = (read(q) * factor).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            scores = jnp.where(parts.level_mask(level), mm([(row, weighted.transpose((1, 0)))]), scores)
+        prefix = mm([(sums.at[Sums.PREFIX], g)])
+        suffix = jnp.exp(mm([(sums.at[Sums.TOTAL], g)]) - prefix)
+        total = jnp.exp(mm([(g.transpose((1, 0)), sums.at[Sums.TOTAL])]))
+        weighted[...] = (read(k) * suffix).astype(jnp.bfloat16)
+        row = (read(q) * jnp.exp(prefix)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
         pl.when(i + 1 < count)(lambda: load_keys(i + 1))
         plgpu.barrier_wait(signal(3))
-        o, added = mm([(row, state_tile), (scores, v)], [(side.transpose((1, 0)), v)])
-        state = state * jnp.exp(total) + added
+        o = mm([(row, state_tile), (scores.astype(jnp.bfloat16), v)])
+        state = mm([(weighted.transpose((1, 0)), v)], state * total)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copies out of both tiles
-        o_tile[...] = bf16(o * scale)
-        state_tile[...] = bf16(state)
-        parts.sync()
+        o_tile[...] = (o * scale).astype(jnp.bfloat16)
+        state_tile[...] = state.astype(jnp.bfloat16)
+        plgpu.commit_smem()
         pl.when(i + 1 < count)(lambda: load_values(i + 1))
         plgpu.copy_smem_to_gmem(o_tile, outs[0].at[(place.key_tile, *place.tokens(first + i, place.value_tile))])
         return state
@@ -183,16 +174,16 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
     plgpu.wait_smem_to_gmem(0)
 
 
-def outputs(q, k, v, g, entry, split: Split, *, scale: float, save: bool, interpret=False, warpgroups: int = 2):
+def outputs(q, k, v, g, entry, split: Split, *, scale: float, save: bool, interpret=None):
     """`o` by key tile `[Dk/64, B, T, H, Dv]`, and with `save` the chunk-entry states `[B, N, H, Dk, Dv]`; bfloat16."""
-    n = warpgroups
+    n = WARPGROUPS
     out_type = [jax.ShapeDtypeStruct((split.key_tiles, *v.shape), jnp.bfloat16)]
     if save:
         shape = (split.batch, split.total_chunks, split.heads, q.shape[-1], v.shape[-1])
         out_type.append(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
-    scratch = [*(tile(n) for _ in range(4)), tile(n, 4 - n), tile(n), tile(n)]
+    scratch = [tile(n) for _ in range(7)]
     body = functools.partial(_outputs_body, split=split, scale=scale, save=save, interpret=bool(interpret))
-    return launch(body, split, out_type, scratch, 4, interpret=interpret, warpgroups=n)(q, k, v, g, entry)
+    return launch(body, split, out_type, scratch, 4, interpret=interpret)(q, k, v, g, entry)
 
 
 def to_units(state: Array, split: Split) -> Array:
@@ -227,7 +218,7 @@ def entry_states(local: Array, decay: Array, start: Array, split: Split, *, reve
     return entry, from_units(after[0] if reverse else after[-1], split)
 
 
-def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=False, slots: int = 264, warpgroups: int = 2):
+def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=None, slots: int = 396):
     """q, k, g `[B, T, H, Dk]`, v `[B, T, H, Dv]` bfloat16, T and widths multiples of 64; s0 `[B, H, Dk, Dv]`.
 
     Returns o by key tile, the last state, and the chunk-entry states if `save`.
@@ -236,7 +227,5 @@ def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=False, slots:
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)
     local, decay = segment_states(k, v, g, split, reverse=False, interpret=interpret)
     entry, last = entry_states(local, decay, s0, split, reverse=False)
-    o, *chunk_states = outputs(
-        q, k, v, g, entry, split, scale=scale, save=save, interpret=interpret, warpgroups=warpgroups
-    )
+    o, *chunk_states = outputs(q, k, v, g, entry, split, scale=scale, save=save, interpret=interpret)
     return o, last, chunk_states[0] if save else None

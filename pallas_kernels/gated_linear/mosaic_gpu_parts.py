@@ -21,17 +21,13 @@ LEVELS = (8, 16, 32)  # block widths of the one-sided levels; below them, pairs 
 class Sums:
     """Rows of the constant matrices, by index: what each adds up."""
 
-    INNER, L8, L16, L32, PREFIX, TOTAL, LEVEL = range(7)  # INNER is signed, from the middle of the row's block of 8
+    INNER, L8, L16, L32, PREFIX, TOTAL = range(6)  # INNER is signed, from the middle of the row's block of 8
 
 
 def sum_matrices() -> np.ndarray:
-    """`[7, 64, 64]`; row i of a matrix marks the tokens whose log-decays its sum holds.
-
-    The last one is a table: the level of pair (i, j), or 4 for j > i. Level 0 is a block of 8 rows, levels 1 to 3 are
-    pairs first parted at block width 8, 16, 32.
-    """
+    """`[6, 64, 64]`; row i of a matrix marks the tokens whose log-decays its sum holds."""
     i, t = np.mgrid[:CHUNK, :CHUNK]
-    out = np.zeros((7, CHUNK, CHUNK), np.float32)
+    out = np.zeros((6, CHUNK, CHUNK), np.float32)
     middle = i // 8 * 8 + 4
     out[Sums.INNER] = np.where((t >= middle) & (t <= i), 1, 0) - np.where((t < middle) & (t > i), 1, 0)
     for n, w in enumerate(LEVELS):
@@ -40,8 +36,6 @@ def sum_matrices() -> np.ndarray:
         out[Sums.L8 + n] = np.where(right, (t >= border) & (t <= i), (t > i) & (t < border))
     out[Sums.PREFIX] = t <= i
     out[Sums.TOTAL] = 1
-    apart = (i // 8) ^ (t // 8)
-    out[Sums.LEVEL] = np.where(t > i, 4, np.where(apart == 0, 0, np.log2(np.maximum(apart, 1)).astype(int) + 1))
     return out
 
 
@@ -111,25 +105,25 @@ def tile(*lead: int, rows: int = CHUNK, columns: int = WIDTH, dtype=jnp.bfloat16
     )
 
 
-def products(*sums, interpret: bool):
-    """For each list of (a, b) pairs `sum of a @ b`, float32, all in flight at once; an `a` may be registers."""
+def products(pairs, init=None, *, interpret: bool):
+    """`init + sum of a @ b`, float32. An `a` is a ref or registers, a `b` a ref."""
     if interpret:
-        return [_product(pairs, 0.0) for pairs in sums]
+        out = 0.0 if init is None else init
+        for a, b in pairs:
+            out = out + jnp.dot(
+                a[...].astype(jnp.float32), b[...].astype(jnp.float32), preferred_element_type=jnp.float32
+            )
+        return out
 
-    def run(*accs):
-        for acc, pairs in zip(accs, sums, strict=True):
-            for a, b in pairs:
-                plgpu.wgmma(acc, a, b)
-        return [acc[...] for acc in accs]
+    def run(acc):
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+        return acc[...] if init is None else None
 
-    shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
-    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
-
-
-def _product(pairs, init):
-    for a, b in pairs:
-        init = init + jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32))
-    return init
+    if init is None:
+        shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
+        return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    return pl.run_state(run)(plgpu.ACC.init(init))
 
 
 def read(ref):
@@ -141,21 +135,20 @@ def zeros(rows: int = WIDTH, columns: int = WIDTH):
     return plgpu.layout_cast(jnp.full((rows, columns), 0, jnp.float32), plgpu.Layout.WGMMA)
 
 
-def on_level(table, level: int):
-    """Which pairs of a chunk belong to a level; from shared memory, as computed masks would fill the registers."""
-    return read(table.at[Sums.LEVEL]) == level
+def distance():
+    """`(i, j, i xor j)` over a chunk's score matrix: the xor's highest bit names the level that the pair belongs to."""
+    i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), d, layout=plgpu.Layout.WGMMA) for d in (0, 1))
+    return i, j, i ^ j
 
 
-def sync():
-    """Every warp of the warpgroup is past this point, and tensor cores and TMA see what it wrote."""
-    plgpu.commit_smem()
-
-
-def bf16(x):
-    return x.astype(jnp.bfloat16)
+def level_mask(level: int):
+    """Pairs j <= i of level 0 (same block of 8) or 1, 2, 3 (first parted at width 8, 16, 32)."""
+    i, j, apart = distance()
+    low, high = (0, 8) if level == 0 else (4 << level, 8 << level)
+    return (j <= i) & (apart >= low) & (apart < high)
 
 
 def clamp_decay(g):
     """Puts the floor under a tile of log-decays, in place."""
-    g[...] = bf16(jnp.maximum(read(g), FLOOR))
-    sync()
+    g[...] = jnp.maximum(read(g), FLOOR).astype(g.dtype)
+    plgpu.commit_smem()

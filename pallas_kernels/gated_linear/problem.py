@@ -47,3 +47,20 @@ def fold_segments(p: Problem) -> Problem:
     g = jnp.where(reset.reshape(*reset.shape, *[1] * (g.ndim - 2)), -jnp.inf, g)
     beta = None if p.beta is None else keep(p.beta)
     return p._replace(q=keep(p.q), k=keep(p.k), v=keep(p.v), log_decay=g, beta=beta, segments=None)
+
+
+def widen(p: Problem) -> tuple[Float[Array, "B T H Dv1"], Float[Array, "B H Dk Dv1"]]:
+    """Values and initial state with the normaliser as one more value column (of ones), where there is one."""
+    if p.state.z is None:
+        return p.v, p.state.s
+    v = jnp.concatenate([p.v, jnp.ones_like(p.v[..., :1])], axis=-1)
+    return v, jnp.concatenate([p.state.s, p.state.z[..., None]], axis=-1)
+
+
+def widened_results(p: Problem, o: Array, last: Array) -> tuple[Float[Array, "B T H Dv"], LinearState]:
+    """Undoes `widen` on the outputs and the last state, dividing by the sum of weights; further columns are dropped."""
+    dv = p.v.shape[-1]
+    if p.state.z is None:
+        return o[..., :dv].astype(p.v.dtype), LinearState(last[..., :dv], None)
+    weights = o[..., dv : dv + 1].astype(p.state.s.dtype) + NORMALISER_FLOOR
+    return (o[..., :dv] / weights).astype(p.v.dtype), LinearState(last[..., :dv], last[..., dv])

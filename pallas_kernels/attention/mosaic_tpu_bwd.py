@@ -1,0 +1,295 @@
+"""Gradients of block-sparse attention on TPU: one kernel for dQ, one for dK and dV.
+
+dQ walks the forward's table. dK and dV own a tile of keys and walk the rows that read it, which a plan gives as one or
+two intervals per column: no table is transposed. ds = p (dp - delta), p = exp(s - lse), delta = rowsum(do o) - dlse.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention import tpu_tables as tt
+from pallas_kernels.attention.mosaic_tpu import (
+    key_scratch,
+    launch,
+    optional_inputs,
+    store_lanes,
+    table_spec,
+    tile_mask,
+    visit_keys,
+)
+from pallas_kernels.attention.mosaic_tpu_parts import (
+    LANES,
+    LOG2E,
+    NO_ROW,
+    Config,
+    Numbers,
+    as_column,
+    finite,
+    lane_home,
+    prescale,
+    product,
+    rows_of_lanes,
+    scores,
+    token_mask,
+    transfer,
+    wide,
+)
+
+
+def backward(c: Config, q, k, v, extras, o, lse, do, dlse):
+    """(dq, dk, dv) from the cotangents of o and lse."""
+    delta = jnp.swapaxes((do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1), 1, 2) - dlse
+    stats = jnp.stack([jnp.where(lse == -jnp.inf, NO_ROW, lse * LOG2E), delta], axis=2)
+    dq = _query_gradient(c, q, k, v, extras, do, stats)
+    dk, dv = _key_gradients(c, q, k, v, extras, do, stats)
+    return dq, dk, dv
+
+
+def _query_gradient(c: Config, q, k, v, extras, do, stats):
+    head = lambda b, pair, i, n: pair * c.together + n
+    clipped = lambda *at: jnp.minimum(head(*at), c.heads - 1)
+    rows = lambda width, shared: pl.BlockSpec((1, c.block_q, width), lambda *a: (a[0], a[2], clipped(*a[:4]) // shared))
+    inputs = {
+        "rows": (extras["rows"], table_spec(c, 2, head)),
+        "q": (q.reshape(c.batch, c.length, -1), rows(c.block, c.shared)),
+        "k": (rows_of_lanes(k, c.block), pl.BlockSpec(memory_space=pltpu.HBM)),
+        "v": (rows_of_lanes(v, c.value_block), pl.BlockSpec(memory_space=pltpu.HBM)),
+        "do": (do.reshape(c.batch, c.length, -1), rows(c.value_block, c.value_shared)),
+        "stats": (stats, pl.BlockSpec((1, 1, 2, c.block_q), lambda *a: (a[0], clipped(*a[:4]), 0, a[2]))),
+    }
+    inputs |= optional_inputs(c, extras)
+    shape = jax.ShapeDtypeStruct((c.batch, c.length, c.heads * c.dim), q.dtype)
+    scratch = {
+        "scaled": pltpu.VMEM((c.block_q, c.block), q.dtype),
+        "do_home": pltpu.VMEM((c.block_q, c.value_block), do.dtype),
+        "total": pltpu.VMEM((c.block_q, c.block), jnp.float32),
+        "lse_column": pltpu.VMEM((c.block_q, LANES), jnp.float32),
+        "delta_column": pltpu.VMEM((c.block_q, LANES), jnp.float32),
+        **key_scratch(c, k.dtype),
+    }
+    grid = (c.batch, -(-c.heads // c.together), c.tiles_q, c.together)
+    outputs = {"dq": (shape, rows(c.block, c.shared))}
+    (dq,) = launch(_dq_kernel, c, grid, extras["heads"], inputs, outputs, scratch, "block_sparse_attention_dq")
+    return dq.reshape(q.shape)
+
+
+def _dq_kernel(c: Config, r) -> None:
+    batch, head = pl.program_id(0), pl.program_id(1) * c.together + pl.program_id(3)
+    row_of = lambda field: r.rows[0, 0, 0, 0, field]
+    kv_head = head // c.groups
+
+    def begin():
+        q = r.q[0].astype(jnp.float32) * prescale(c)
+        r.scaled[...] = lane_home(q, c.dim, lax.rem(head, c.shared), lax.rem(kv_head, c.shared)).astype(r.scaled.dtype)
+        do, shared = r.do[0].astype(jnp.float32), c.value_shared
+        r.do_home[...] = lane_home(do, c.value_dim, lax.rem(head, shared), lax.rem(kv_head, shared)).astype(
+            r.do_home.dtype
+        )
+        r.total[...] = jnp.zeros_like(r.total)
+        r.lse_column[...] = as_column(r.stats[0, 0, :1])
+        r.delta_column[...] = as_column(r.stats[0, 0, 1:])
+        if c.segments:
+            r.q_ids_column[...] = as_column(r.q_ids[0])
+
+    def step(tile, slot, at: int, masked: bool):
+        k, v = r.k_tile[slot, pl.ds(at, c.compute_k)], r.v_tile[slot, pl.ds(at, c.compute_k)]
+        score, slope = scores(c, r.scaled[...], k)
+        weight = jnp.exp2(score - wide(r.lse_column[...], c.compute_k))
+        dscore = weight * (product(r.do_home[...], v, "nt") - wide(r.delta_column[...], c.compute_k))
+        if slope is not None:
+            dscore = dscore * slope
+        if masked:
+            dscore, k = jnp.where(tile_mask(c, r, row_of, tile, slot, at), dscore, 0.0), finite(k)
+        r.total[...] += product(dscore.astype(k.dtype), k, "nn")
+
+    def work(tile, slot, full):
+        @pl.when(full)
+        def _():
+            for at in range(0, c.block_k, c.compute_k):
+                step(tile, slot, at, masked=False)
+
+        @pl.when(jnp.logical_not(full))
+        def _():
+            for at in range(0, c.block_k, c.compute_k):
+                step(tile, slot, at, masked=True)
+
+    @pl.when(head < c.heads)
+    def _():
+        begin()
+        visit_keys(c, r, batch, head, row_of, work)
+        store_lanes(c, r.dq, r.total[...] * c.scale, head, kv_head, c.dim, c.shared)
+
+
+def _key_gradients(c: Config, q, k, v, extras, do, stats):
+    head = lambda b, pair, j, n: pair * c.together * c.groups + n
+    clipped = lambda *at: jnp.minimum(head(*at), c.heads - 1)
+    keys = lambda width, shared: pl.BlockSpec(
+        (1, c.block_k, width), lambda *a: (a[0], a[2], clipped(*a[:4]) // c.groups // shared)
+    )
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    pad = c.padded_length - c.length
+    inputs = {
+        "columns": (extras["columns"], table_spec(c, 2, head)),
+        "k": (rows_of_lanes(k, c.block), keys(c.block, c.shared)),
+        "v": (rows_of_lanes(v, c.value_block), keys(c.value_block, c.value_shared)),
+        "q": (rows_of_lanes(q, c.block), hbm),
+        "do": (rows_of_lanes(do, c.value_block), hbm),
+        "stats": (jnp.pad(stats, ((0, 0), (0, 0), (0, 0), (0, pad))) if pad else stats, hbm),
+    }
+    scratch = {
+        "scaled": pltpu.VMEM((c.block_k, c.block), k.dtype),
+        "dk_total": pltpu.VMEM((c.block_k, c.block), jnp.float32),
+        "dv_total": pltpu.VMEM((c.block_k, c.value_block), jnp.float32),
+        "q_tile": pltpu.VMEM((2, c.block_q, c.block), q.dtype),
+        "do_tile": pltpu.VMEM((2, c.block_q, c.value_block), do.dtype),
+        "stats_tile": pltpu.VMEM((2, 2, c.block_q), jnp.float32),
+        "sems": pltpu.SemaphoreType.DMA((4, 2)),
+    }
+    if c.segments:
+        inputs["q_ids"] = (extras["q_ids"], hbm)
+        inputs["k_ids"] = (extras["k_ids"], pl.BlockSpec((1, 1, c.block_k), lambda *a: (a[0], 0, a[2])))
+        scratch["q_ids_tile"] = pltpu.VMEM((2, 1, c.block_q), jnp.int32)
+        scratch["k_ids_column"] = pltpu.VMEM((c.block_k, LANES), jnp.int32)
+    if c.limits:
+        index = lambda *a: (a[4][clipped(*a[:4])], 0, a[2])
+        inputs["limits"] = (extras["limits"], pl.BlockSpec((1, 8, c.block_k), index))
+        scratch["limit_columns"] = pltpu.VMEM((3, c.block_k, LANES), jnp.int32)
+    outputs = {
+        "dk": (jax.ShapeDtypeStruct((c.batch, c.keys, c.kv_heads * c.dim), k.dtype), keys(c.block, c.shared)),
+        "dv": (
+            jax.ShapeDtypeStruct((c.batch, c.keys, c.kv_heads * c.value_dim), v.dtype),
+            keys(c.value_block, c.value_shared),
+        ),
+    }
+    grid = (c.batch, -(-c.kv_heads // c.together), c.tiles_k, c.together * c.groups)
+    name = "block_sparse_attention_dkv"
+    dk, dv = launch(_dkv_kernel, c, grid, extras["heads"], inputs, outputs, scratch, name)
+    return dk.reshape(k.shape), dv.reshape(v.shape)
+
+
+def _dkv_kernel(c: Config, r) -> None:
+    batch, turn = pl.program_id(0), pl.program_id(3)
+    head = pl.program_id(1) * c.together * c.groups + turn
+    kv_head = head // c.groups
+    of = lambda field: r.columns[0, 0, 0, 0, field]
+    compute_q = c.compute_k if c.block_q % c.compute_k == 0 else LANES
+
+    def begin():
+        r.scaled[...] = (r.k[0].astype(jnp.float32) * prescale(c)).astype(r.scaled.dtype)
+        if c.segments:
+            r.k_ids_column[...] = as_column(r.k_ids[0])
+        if c.limits:
+            for n in range(3):
+                r.limit_columns[n] = as_column(r.limits[0, n : n + 1])
+
+    def mask(tile, slot, at: int):
+        span, shape = pl.ds(at, compute_q), (c.block_k, compute_q)
+        limits = [wide(r.limit_columns[n], compute_q) for n in range(3)] if c.limits else None
+        ids = (r.q_ids_tile[slot, :, span], wide(r.k_ids_column[...], compute_q)) if c.segments else None
+        origin = (of(tt.OFFSET) + tile * c.block_q + at, of(tt.COLUMN))
+        numbers = Numbers(of(tt.KEYS_C), of(tt.SINK_C), of(tt.WINDOW_C))
+        return token_mask(c, shape, 1, origin, numbers, limits, ids, of(tt.OFFSET) + c.length)
+
+    def home(x, dim: int, shared: int):
+        if shared == 1:
+            return x
+        moved = lane_home(x.astype(jnp.float32), dim, lax.rem(head, shared), lax.rem(kv_head, shared))
+        return moved.astype(x.dtype)
+
+    def step(tile, slot, at: int, masked: bool):
+        span = pl.ds(at, compute_q)
+        q, do = r.q_tile[slot, span], r.do_tile[slot, span]
+        if masked:
+            q, do = finite(q), finite(do)
+        q, do = home(q, c.dim, c.shared), home(do, c.value_dim, c.value_shared)
+        score, slope = scores(c, r.scaled[...], q)
+        weight = jnp.exp2(score - r.stats_tile[slot, :1, span])
+        dscore = weight * (product(r.v[0], do, "nt") - r.stats_tile[slot, 1:, span])
+        if slope is not None:
+            dscore = dscore * slope
+        if masked:
+            keep = mask(tile, slot, at)
+            weight, dscore = jnp.where(keep, weight, 0.0), jnp.where(keep, dscore, 0.0)
+        r.dv_total[...] += product(weight.astype(do.dtype), do, "nn")
+        r.dk_total[...] += product(dscore.astype(q.dtype), q, "nn")
+
+    def work(tile, slot):
+        full = _whole(c, of, tile)
+
+        @pl.when(full)
+        def _():
+            for at in range(0, c.block_q, compute_q):
+                step(tile, slot, at, masked=False)
+
+        @pl.when(jnp.logical_not(full))
+        def _():
+            for at in range(0, c.block_q, compute_q):
+                step(tile, slot, at, masked=True)
+
+    for total, shared in ((r.dk_total, c.shared), (r.dv_total, c.value_shared)):
+
+        @pl.when(lax.rem(turn, shared * c.groups) == 0)
+        def _(total=total):
+            total[...] = jnp.zeros_like(total)
+
+    @pl.when(head < c.heads)
+    def _():
+        begin()
+        _visit_rows(c, r, batch, head, of, work)
+        r.dk[0] = (r.dk_total[...] * c.scale).astype(r.dk.dtype)
+        r.dv[0] = r.dv_total[...].astype(r.dv.dtype)
+
+
+def _visit_rows(c: Config, r, batch, head, of, work) -> None:
+    """Loop over the query tiles that read a tile of keys, with the next one in flight."""
+    firsts = of(tt.FIRSTS)
+    count = firsts + of(tt.SECONDS)
+    nth = lambda n: jnp.where(n < firsts, of(tt.FIRST0) + n, of(tt.SECOND0) + n - firsts)
+    lanes = lambda width, shared: pl.ds(pl.multiple_of(head // shared * width, LANES), width)
+    source = lambda ref, at: lambda start, size: ref.at[batch, pl.ds(start, size), at]
+    target = lambda ref: lambda slot, size: ref.at[slot, pl.ds(0, size)]
+    row = lambda ref: lambda slot, size: ref.at[slot, :, pl.ds(0, size)]
+    copies = [
+        (source(r.q, lanes(c.block, c.shared)), target(r.q_tile)),
+        (source(r.do, lanes(c.value_block, c.value_shared)), target(r.do_tile)),
+        (lambda start, size: r.stats.at[batch, head, :, pl.ds(start, size)], row(r.stats_tile)),
+    ]
+    if c.segments:
+        copies.append((lambda start, size: r.q_ids.at[batch, :, pl.ds(start, size)], row(r.q_ids_tile)))
+    sizes = (c.block_q, c.padded_length)
+
+    def body(n, carry):
+        slot = lax.rem(n, 2)
+        transfer(copies, r.sems, nth(n), slot, sizes, "wait")
+
+        @pl.when(n + 1 < count)
+        def _():
+            transfer(copies, r.sems, nth(n + 1), 1 - slot, sizes, "start")
+
+        work(nth(n), slot)
+        return carry
+
+    @pl.when(count > 0)
+    def _():
+        transfer(copies, r.sems, nth(jnp.int32(0)), jnp.int32(0), sizes, "start")
+        lax.fori_loop(0, count, body, 0)
+
+
+def _whole(c: Config, of, tile):
+    """Whether every row of the tile of queries reads every key of the column."""
+    if c.segments:
+        return jnp.bool_(False)
+    row, key = of(tt.OFFSET) + tile * c.block_q, of(tt.COLUMN)
+    last = row + c.block_q - 1
+    whole = (key + c.block_k <= of(tt.KEYS_C)) & (tile * c.block_q + c.block_q <= c.length)
+    if c.causal:
+        whole &= row >= key + c.block_k - 1
+    if c.dense:
+        return whole
+    spanned = (of(tt.SPAN0) <= row) & (last < of(tt.SPAN1))
+    return whole & ((last < of(tt.FULL_END)) | spanned)
