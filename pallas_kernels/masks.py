@@ -10,6 +10,7 @@ Positions are absolute, 0-based; `i` is the query's, `j` the key's.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -87,7 +88,8 @@ class Mask:
             heads = (0,) * num_heads
         if len(heads) != num_heads:
             raise ValueError(f"per_head: {len(heads)} heads in the mask, {num_heads} heads in the call")
-        blocks = [atom.block for form in forms for term in form.terms or () for atom in term if hasattr(atom, "block")]
+        atoms = [atom for form in forms for term in form.terms or () for atom in term]
+        blocks = [atom.block for atom in atoms if isinstance(atom, Stride | Intervals)]
         grain = math.gcd(block_k, *blocks)
         parts = [_numbers(form, keys, grain) for form in forms]
         sink, window = _stack([p[0] for p in parts]), _stack([p[1] for p in parts])
@@ -376,16 +378,13 @@ def _numbers(form: Form, keys: int, grain: int) -> tuple[Any, Any, tuple[Ints, I
     for term in form.terms:
         kinds = {type(atom) for atom in term}
         if kinds == {Sink}:
-            sink = _extreme(max, [sink, _extreme(min, [a.n for a in term])])
+            sink = _extreme(max, [sink, _extreme(min, [a.n for a in term if isinstance(a, Sink)])])
         elif kinds == {Window}:
-            window = _extreme(max, [window, _extreme(min, [a.n for a in term])])
+            window = _extreme(max, [window, _extreme(min, [a.n for a in term if isinstance(a, Window)])])
         elif kinds == {Blocks} and len(term) == 1:
             continue
         elif kinds <= {Sink, Stride, Intervals}:
-            mine = None
-            for atom in term:
-                row = _atom_rows(atom, keys, grain)
-                mine = row if mine is None else _intersect(mine, row)
+            mine = functools.reduce(_intersect, [_atom_rows(atom, keys, grain) for atom in term])
             rows = mine if rows is None else _unite(rows, mine)
         else:
             raise ValueError(

@@ -32,7 +32,9 @@ def merge_attention(*parts: Part) -> Part:
     weight = jnp.exp(jnp.where(seen, lse, -jnp.inf) - top)
     total = jnp.where(seen, weight.sum(0), 1.0)
     share = jnp.swapaxes(weight / total, 2, 3)[..., None]
-    merged = sum(part[0].astype(jnp.float32) * share[n] for n, part in enumerate(parts))
+    merged = jnp.zeros(parts[0][0].shape, jnp.float32)
+    for n, (o, _) in enumerate(parts):
+        merged += o.astype(jnp.float32) * share[n]
     return merged.astype(parts[0][0].dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf)
 
 

@@ -71,7 +71,7 @@ class Work(NamedTuple):
 
 def tiled(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
     """Shared memory laid out for TMA and wgmma: 8 x 64 tiles with a 128-byte swizzle."""
-    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # ty: ignore[abstract-class-instantiation]
+    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=layout)
 
 
