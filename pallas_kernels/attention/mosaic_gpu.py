@@ -105,7 +105,7 @@ def refusal(call: Call, interpret: bool = False) -> str | None:
     refused = [
         (platform() != "gpu" and not interpret, f"needs an NVIDIA Hopper GPU, this is {platform()}"),
         (call.q.dtype == jnp.float32, "wgmma has no float32; cast to bfloat16 or use xla"),
-        (any(d % 64 or d > 256 for d in dims), f"head dims {dims[0]} and {dims[1]} are not 64, 128, 192 or 256"),
+        (any(d not in (64, 128, 256) for d in dims), f"head dims {dims[0]} and {dims[1]} are not 64, 128 or 256"),
         (not _bare(columns) and call.segment_ids is not None, "segments with column blocks"),
         (not _bare(columns) and lists is not None, "run-time lists with column blocks"),
         (call.segment_ids is not None and lists is not None, "segments with run-time lists"),
