@@ -3,9 +3,9 @@
     python -m benchmarks.tpu_schedule --generations v5p v6e --tiles 512,512,512 1024,1024,512
 
 libtpu's compiler writes each kernel's VLIW schedule: one bundle is one cycle, stalls aside. The hot region is the
-straight-line block that does a visited tile's products without a token mask; its bundles and the share of its matrix slots
-in use compare kernels without a chip. JAX's splash attention is compiled at the same tiles, beside ours. The compiler flags
-are read once per process, so every row is a process of its own.
+straight-line block that does a visited tile's products without a token mask; its bundles and the share of its matrix
+slots in use compare kernels without a chip. JAX's splash attention is compiled at the same tiles, beside ours. The
+compiler flags are read once per process, so every row is a process of its own.
 """
 
 from __future__ import annotations
