@@ -3,9 +3,9 @@
     python -m benchmarks.tpu_schedule --generations v5p v6e --tiles 512,512,512 1024,1024,512
 
 libtpu's compiler writes each kernel's VLIW schedule: one bundle is one cycle, stalls aside. The hot region is the
-straight-line block that does a visited tile's products without a token mask; its bundles and the share of its matrix slots
-in use compare kernels without a chip. JAX's splash attention is compiled at the same tiles, beside ours. The compiler flags
-are read once per process, so every row is a process of its own.
+straight-line block that does a visited tile's products without a token mask; its bundles and the share of its matrix
+slots in use compare kernels without a chip. JAX's splash attention is compiled at the same tiles, beside ours. The
+compiler flags are read once per process, so every row is a process of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 CODES = ("ours_fwd", "ours_bwd", "splash_fwd", "splash_bwd")
 MATRIX = ("MXU", "MATMUL")
 LABEL = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT))?\s*:")
-KERNEL = re.compile(r"block_sparse_attention_(?:fwd|dq|dkv)|splash\w*")
+KERNEL = re.compile(r"block_sparse_attention_(?:fwd|dq|dkv|bwd)|splash\w*")
 DELAY = 5  # a branch takes effect after its delay slots
 
 
@@ -98,7 +98,9 @@ def read_dump(folder: pathlib.Path) -> Iterator[Schedule]:
         if "schedule-analysis" in path.name or not (found := KERNEL.search(path.name)):
             continue
         stem = re.sub(r"-\d+-final_bundles\.txt$", "", path.name)
-        beside = lambda suffix, stem=stem: next(folder.glob(f"{stem}-*-{suffix}.txt")).read_text(errors="replace")
+        beside = lambda suffix, stem=stem: next(folder.glob(f"{stem}-[0-9][0-9]-{suffix}.txt")).read_text(
+            errors="replace"
+        )
         utilization = beside("final_hlo-static-per-bundle-utilization")
         yield analyse(found[0], utilization, path.read_text(errors="replace"), beside("post-ra"))
 

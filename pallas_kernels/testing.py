@@ -23,8 +23,8 @@ class RaceFound(AssertionError):
 def interpret_tpu(*, races: bool = False, eager_copies: bool = False) -> Generator[None]:
     """Interpret TPU kernels: unwritten memory is NaN, reads out of bounds raise, copies land when waited for.
 
-    `eager_copies` lets copies land at once instead: a kernel must be right under both. With `races`, leaving the
-    context raises RaceFound if two unordered accesses met.
+    `eager_copies` lets copies land at once: a kernel must be right under both. With `races`, leaving the context
+    raises RaceFound if two unordered accesses met.
     """
     parameters = pltpu.InterpretParams(
         detect_races=races,

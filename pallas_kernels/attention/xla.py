@@ -98,9 +98,8 @@ def _schedule(call: Call) -> Schedule:
     if segment_ids is not None:
         pads = (tiles_q * block_q - length, tiles_k * block_k - keys)
         # Ids of rows that do not exist are never equal to one another.
-        extend = lambda ids, pad, fill: jnp.pad(ids, ((0, 0), (0, pad)), constant_values=fill)
-        queries, sources = segment_ids
-        segment_ids = extend(queries, pads[0], -(2**31) + 1), extend(sources, pads[1], -(2**31))
+        padded = lambda n, fill: jnp.pad(segment_ids[n], ((0, 0), (0, pads[n])), constant_values=fill)
+        segment_ids = (padded(0, -(2**31) + 1), padded(1, -(2**31)))
     pattern = plan.pattern_of_head
     pattern = np.asarray(pattern, np.int32) if isinstance(pattern, tuple) else pattern
     schedule = Schedule(
@@ -212,7 +211,7 @@ def _mask(schedule: Schedule, where: tuple[Any, Any], tile_q, tile_k):
         pattern = lax.dynamic_slice_in_dim(jnp.asarray(schedule.pattern), h, s.unit_heads)[:, :, None, None]
     keep = schedule.plan.allow(i, j, pattern)
     if schedule.lists is not None:
-        hit = _tile_lists(schedule, schedule.lists, b, h, tile_q, tile_k)
+        hit = _tile_lists(schedule, schedule.lists, where, tile_q, tile_k)
         keep = keep | (hit & (j <= i) if schedule.plan.causal else hit)
     if schedule.kv_length is not None:
         keep = keep & (j < wide(rows(jnp.asarray(schedule.kv_length))))
@@ -223,9 +222,9 @@ def _mask(schedule: Schedule, where: tuple[Any, Any], tile_q, tile_k):
     return keep
 
 
-def _tile_lists(schedule: Schedule, lists: BlockList, b, h, tile_q, tile_k):
+def _tile_lists(schedule: Schedule, lists: BlockList, where: tuple[Any, Any], tile_q, tile_k):
     """bool [Bc, Kc or 1, G or 1, block_q, block_k]: the listed keys of a tile."""
-    s = schedule.settings
+    s, (b, h) = schedule.settings, where
     heads_of_lists, width, (kv_heads, groups) = lists.idx.shape[1], lists.idx.shape[3], schedule.pattern.shape
     size = {1: 1, kv_heads: s.unit_heads}.get(heads_of_lists, s.unit_heads * groups)
     head = h * (size // s.unit_heads) if heads_of_lists > 1 else 0

@@ -10,7 +10,7 @@ from pallas_kernels.attention.specs import Spec
 from pallas_kernels.masks import Causal, Sink, Window
 from tests.kernels.attention_suite import SPECS, AttentionSuite, close, evaluate, expected
 
-IN_CI = {"causal_65", "documents", "per_head", "chunk"}
+IN_CI = {"documents", "per_head", "chunk", "poison_segments"}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,9 @@ class TestMosaicTpu(AttentionSuite):
     test_repeats_bit_for_bit = pytest.mark.slow(AttentionSuite.test_repeats_bit_for_bit)
     test_a_planted_window_error_is_caught = pytest.mark.slow(AttentionSuite.test_a_planted_window_error_is_caught)
 
-    @pytest.mark.parametrize("name", ["poison_segments", pytest.param("stride", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "name", ["head_dim_128", *(pytest.param(n, marks=pytest.mark.slow) for n in ("stride", "poison_segments"))]
+    )
     def test_no_races(self, name):
         spec = SPECS[name]
         with testing.interpret_tpu(races=True):
