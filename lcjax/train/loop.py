@@ -17,7 +17,7 @@ from lcjax.checkpoint.manifest import Sections
 from lcjax.data.pipeline import Pipeline, build_pipeline, merge_states
 from lcjax.data.tokenizers import Tokenizer, load_tokenizer
 from lcjax.models.decoder import abstract
-from lcjax.observe.flops import CONVENTION, flops_per_token
+from lcjax.models.flops import CONVENTION, flops_per_token
 from lcjax.observe.hardware import peak_flops, peak_memory_bytes
 from lcjax.observe.metrics import MetricsLog, plot_loss
 from lcjax.parallel.rules import batch_sharding
