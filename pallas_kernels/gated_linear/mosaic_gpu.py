@@ -39,7 +39,7 @@ def _add_tiles(x: Array) -> Array:
 
 
 def attend(p: Problem) -> tuple[Array, LinearState]:
-    """The `mosaic_gpu` backend. `p` must have its segments folded. Log-decays are read in bfloat16, down to -20."""
+    """The `mosaic_gpu` backend. `p` must have its segments folded. Log-decays are read in bfloat16, down to -16."""
     _check(p)
     v, s0 = widen(p)
     q, k = _pad(p.q), _pad(p.k)
