@@ -14,12 +14,14 @@ from pallas_kernels.gated_linear.xla import gated_linear_xla
 from pallas_kernels.op import dispatch, lazy, platform
 
 _mosaic_gpu = lazy("pallas_kernels.gated_linear.mosaic_gpu", "attend")
+_mosaic_tpu = lazy("pallas_kernels.gated_linear.mosaic_tpu", "attend")
 BACKENDS: dict[str, Callable[[Problem], tuple[Array, LinearState]]] = {
     "mosaic_gpu": lambda p: _without_segments(_mosaic_gpu, p),
+    "mosaic_tpu": lambda p: _without_segments(_mosaic_tpu, p),
     "xla": lambda p: _without_segments(gated_linear_xla, p),
     "reference": gated_linear_reference,
 }
-ORDER = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)}
+ORDER = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla")}
 
 
 def gated_linear_attention(
@@ -135,7 +137,7 @@ def _initial_state(q, v, given: LinearState | None, normalise: bool) -> LinearSt
     acc = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     shapes = {"s": (b, h, dk, v.shape[-1]), "z": (b, h, dk) if normalise else None}
     if given is None:
-        return LinearState(*(None if shape is None else jnp.zeros(shape, acc) for shape in shapes.values()))
+        return LinearState(jnp.zeros(shapes["s"], acc), jnp.zeros(shapes["z"], acc) if normalise else None)
     for name, shape in shapes.items():
         part = getattr(given, name)
         found = None if part is None else part.shape

@@ -8,8 +8,8 @@ from jaxtyping import Array
 
 from pallas_kernels.gated_linear import mosaic_gpu_bwd, mosaic_gpu_fwd
 from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, WIDTH
-from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState, Problem
-from pallas_kernels.op import Unsupported, platform
+from pallas_kernels.gated_linear.problem import LinearState, Problem, widen, widened_results
+from pallas_kernels.op import Unsupported, interpreter, platform
 
 MAX_WIDTH = 256
 
@@ -38,23 +38,15 @@ def _add_tiles(x: Array) -> Array:
     return x[0] if len(x) == 1 else x.astype(jnp.float32).sum(0).astype(x.dtype)
 
 
-def attend(p: Problem, interpret=False) -> tuple[Array, LinearState]:
-    """The `mosaic_gpu` backend. `p` must have its segments folded. Log-decays are read in bfloat16, down to -20."""
-    _check(p, interpret)
-    t, dk, dv = p.q.shape[1], p.q.shape[-1], p.v.shape[-1]
-    v, s0 = p.v, p.state.s
-    if p.state.z is not None:
-        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        s0 = jnp.concatenate([s0, p.state.z[..., None]], axis=-1)
+def attend(p: Problem) -> tuple[Array, LinearState]:
+    """The `mosaic_gpu` backend. `p` must have its segments folded. Log-decays are read in bfloat16, down to -16."""
+    _check(p)
+    v, s0 = widen(p)
     q, k = _pad(p.q), _pad(p.k)
     g = _log_decay(p, k.shape)
     s0 = jnp.pad(s0, [(0, 0)] * 2 + [(0, -n % WIDTH) for n in s0.shape[2:]])
-    o, last = _kernel(q, k, _pad(v), g, s0, p.scale, interpret)
-    o, last = o[:, :t], last[:, :, :dk]
-    if p.state.z is None:
-        return o[..., :dv], LinearState(last[..., :dv], None)
-    weight = o[..., dv : dv + 1].astype(jnp.float32) + NORMALISER_FLOOR
-    return (o[..., :dv] / weight).astype(p.v.dtype), LinearState(last[..., :dv], last[..., dv])
+    o, last = _kernel(q, k, _pad(v), g, s0, p.scale, interpreter())
+    return widened_results(p, o[:, : p.q.shape[1]], last[:, :, : p.q.shape[-1]])
 
 
 def _pad(x: Array) -> Array:
@@ -70,10 +62,10 @@ def _log_decay(p: Problem, shape: tuple[int, ...]) -> Array:
     return _pad(g)
 
 
-def _check(p: Problem, interpret) -> None:
-    if not interpret and platform() != "gpu":
+def _check(p: Problem) -> None:
+    if interpreter() is None and platform() != "gpu":
         raise Unsupported(f"needs a Hopper GPU, this is {platform()}")
-    if not interpret and jax.default_backend() == "gpu":
+    if interpreter() is None and jax.default_backend() == "gpu":
         capability = getattr(jax.devices()[0], "compute_capability", "unknown")
         if capability != "9.0":
             raise Unsupported(f"needs a Hopper GPU (compute capability 9.0), this one has {capability}")

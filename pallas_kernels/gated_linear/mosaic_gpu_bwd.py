@@ -101,7 +101,7 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
     plgpu.wait_smem_to_gmem(0)
 
 
-def backward(q, k, v, g, chunk_states, last, do, d_last, *, scale: float, interpret=False, slots: int = 264):
+def backward(q, k, v, g, chunk_states, last, do, d_last, *, scale: float, interpret=None, slots: int = 264):
     """Gradients dq, dk, dv, dg, in bfloat16, and ds0. dv comes by key tile `[Dk/64, ...]`, the others by value tile."""
     b, t, h, dk = q.shape
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)

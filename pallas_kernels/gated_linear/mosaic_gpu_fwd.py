@@ -1,7 +1,7 @@
 """Gated linear attention on Hopper, forward.
 
 Heads alone do not fill the chip, so the sequence is cut in segments. Three steps: (1) every segment's own final state,
-from a zero start, reading k, v and the decay; (2) a short scan over segments; (3) every segment again, now from its true
+from zero, reading k, v and the decay; (2) a short scan over segments; (3) every segment again, now from its true
 entry state, giving outputs and, for the backward, the state that enters each chunk. A warpgroup runs one head of one
 segment and keeps the state in registers. Step 1 reads 3 arrays, step 3 moves 5: 8/5 of the least possible bytes.
 """
@@ -63,7 +63,7 @@ def launch(body, split: Split, out_type, scratch, signals: int, *, interpret, wa
         num_threads=warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
+        interpret=interpret or False,
     )
     return lambda *args: kernel(jnp.asarray(parts.sum_matrices(), jnp.bfloat16), *args)
 
@@ -106,7 +106,7 @@ def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, revers
     decay_gmem[unit] = decay
 
 
-def segment_states(x, y, g, split: Split, *, reverse: bool, interpret=False, warpgroups: int = WARPGROUPS):
+def segment_states(x, y, g, split: Split, *, reverse: bool, interpret=None, warpgroups: int = WARPGROUPS):
     """States of every segment from a zero start, and the segment's decay along the key axis: both `[units, Dk, Dv]`."""
     n = warpgroups
     shape = jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32)
@@ -174,7 +174,7 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
     plgpu.wait_smem_to_gmem(0)
 
 
-def outputs(q, k, v, g, entry, split: Split, *, scale: float, save: bool, interpret=False):
+def outputs(q, k, v, g, entry, split: Split, *, scale: float, save: bool, interpret=None):
     """`o` by key tile `[Dk/64, B, T, H, Dv]`, and with `save` the chunk-entry states `[B, N, H, Dk, Dv]`; bfloat16."""
     n = WARPGROUPS
     out_type = [jax.ShapeDtypeStruct((split.key_tiles, *v.shape), jnp.bfloat16)]
@@ -218,7 +218,7 @@ def entry_states(local: Array, decay: Array, start: Array, split: Split, *, reve
     return entry, from_units(after[0] if reverse else after[-1], split)
 
 
-def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=False, slots: int = 396):
+def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=None, slots: int = 396):
     """q, k, g `[B, T, H, Dk]`, v `[B, T, H, Dv]` bfloat16, T and widths multiples of 64; s0 `[B, H, Dk, Dv]`.
 
     Returns o by key tile, the last state, and the chunk-entry states if `save`.

@@ -1,8 +1,8 @@
 """Gated linear attention on TPU: forward kernel, what it takes, and its pairing with the backward.
 
-The grid runs over (batch row, head, block of tokens), the last one in order; the state stays in scratch memory from block to
-block. It is kept transposed, `[Dv, Dk]`, so that decays per key channel run along the lanes. Decay factors are `exp` of signed
-sums of log-decays, and all the sums of a chunk come from one product with a constant matrix of 0 and 1.
+The grid runs over (batch row, head, block of tokens), the last one in order; the state stays in scratch memory from
+block to block. It is kept transposed, `[Dv, Dk]`, so that decays per key channel run along the lanes. Decay factors are
+`exp` of signed sums of log-decays, and all the sums of a chunk come from one product with a constant matrix.
 """
 
 import functools
@@ -15,18 +15,20 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.gated_linear.problem import LinearState, Problem, widen, widened_results
-from pallas_kernels.op import Unsupported, platform
+from pallas_kernels.op import Unsupported, interpreter, platform
 
 CHUNK = 128
 BLOCK_TOKENS = 512  # tokens a grid step
-FLOOR = -20.0  # a stronger log-decay counts as this one: e^-20 = 2e-9 is under the rounding of float32 results
+FLOOR = (
+    -16.0
+)  # a stronger log-decay counts as this one: e^-16 = 1e-7 is the rounding of float32, and e^(4*16) is in range
 LEVELS = (8, 16, 32, 64)  # block widths of the one-sided levels; below them, pairs inside a block of 8 rows
-PREFIX = 1 + len(LEVELS)  # index of the running sum among the sums; the one before row 0 of a level is the inner sum
+PREFIX = 1 + len(LEVELS)  # index of the running sums
 MAX_WIDTH = 256
 
 
 def sum_matrices() -> np.ndarray:
-    """`[S * CHUNK, CHUNK]`, S = 2 + levels: the inner sums (signed, from the middle of a block of 8), levels, running sum."""
+    """`[S * CHUNK, CHUNK]`: inner sums (signed, from the middle of a block of 8), sums by level, running sums."""
     i, t = np.mgrid[:CHUNK, :CHUNK]
     middle = i // 8 * 8 + 4
     out = [((t >= middle) & (t <= i)).astype(np.float32) - ((t < middle) & (t > i))]
@@ -47,11 +49,11 @@ def dot(a, b, contract: tuple[int, int]) -> Array:
 
 def chunk_sums(g, sums) -> Array:
     """All signed sums of a chunk's log-decays `[S, CHUNK, Dk]`: the log-decays in bfloat16 parts against 0 and 1."""
-    parts, rest = [], jnp.maximum(g.astype(jnp.float32), FLOOR)
+    rest = jnp.maximum(g.astype(jnp.float32), FLOOR)
+    found = jnp.zeros((sums.shape[0], g.shape[-1]), jnp.float32)
     for _ in range(1 if g.dtype == jnp.bfloat16 else 3):
-        parts.append(rest.astype(jnp.bfloat16))
-        rest = rest - parts[-1].astype(jnp.float32)
-    found = sum(dot(sums, part, (1, 0)) for part in parts)
+        part = rest.astype(jnp.bfloat16)
+        found, rest = found + dot(sums, part, (1, 0)), rest - part.astype(jnp.float32)
     return found.reshape(-1, CHUNK, g.shape[-1])
 
 
@@ -116,8 +118,8 @@ def params():
     return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=False):
-    """q, k, g `[B,H,T,Dk]`, v `[B,H,T,Dv]`, s0 `[B,H,Dv,Dk]`; T a multiple of the block. Returns o, last, chunk states."""
+def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=None):
+    """q, k, g `[B,H,T,Dk]`, v `[B,H,T,Dv]`, s0 `[B,H,Dv,Dk]`, T in whole blocks. Returns o, last, chunk states."""
     (b, h, t, dk), dv = q.shape, v.shape[-1]
     tokens = min(BLOCK_TOKENS, t)
     grid, rows, whole, per_chunk, constant = specs((q.shape, dv), tokens)
@@ -138,7 +140,7 @@ def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=False):
         out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM((dv, dk), jnp.float32)],
         compiler_params=params(),
-        interpret=interpret,
+        interpret=interpret or False,
         name="gated_linear_forward",
     )
     o, last, *states = call(jnp.asarray(sum_matrices(), jnp.bfloat16), q, k, v, g, s0)
@@ -164,9 +166,9 @@ def _kernel_backward(scale, interpret, residuals, cotangents):
 _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
-def attend(p: Problem, interpret=False) -> tuple[Array, LinearState]:
-    """The `mosaic_tpu` backend. `p` must have its segments folded. Log-decays count down to -20."""
-    _check(p, interpret)
+def attend(p: Problem) -> tuple[Array, LinearState]:
+    """The `mosaic_tpu` backend. `p` must have its segments folded. Log-decays count down to -16."""
+    _check(p)
     v, s0 = widen(p)
     t = p.q.shape[1]
     step = CHUNK if t <= BLOCK_TOKENS else BLOCK_TOKENS
@@ -176,12 +178,12 @@ def attend(p: Problem, interpret=False) -> tuple[Array, LinearState]:
 
     g = jnp.zeros_like(p.k) if p.log_decay is None else p.log_decay
     g = jnp.broadcast_to(g if g.ndim == 4 else g[..., None], p.k.shape)
-    o, last = _kernel(by_head(p.q), by_head(p.k), by_head(v), by_head(g), s0.swapaxes(2, 3), p.scale, interpret)
+    o, last = _kernel(by_head(p.q), by_head(p.k), by_head(v), by_head(g), s0.swapaxes(2, 3), p.scale, interpreter())
     return widened_results(p, o.swapaxes(1, 2)[:, :t], last.swapaxes(2, 3))
 
 
-def _check(p: Problem, interpret) -> None:
-    if not interpret and platform() != "tpu":
+def _check(p: Problem) -> None:
+    if interpreter() is None and platform() != "tpu":
         raise Unsupported(f"needs a TPU, this is {platform()}")
     if p.beta is not None:
         raise Unsupported("the delta rule (beta) has no TPU kernel")

@@ -1,8 +1,8 @@
 """Gated linear attention on TPU: backward kernel, over the chunks from the last to the first.
 
-The state cotangent stays in scratch memory, transposed like the state. Scores are computed again, level by level. The decay
-gradient is a reversed running sum of `q dq - k dk` over the chunk, plus `colsum(S dS)` of the state that leaves it, which the
-chunk after has left in scratch.
+The state cotangent stays in scratch memory, transposed like the state. Scores are computed again, level by level. The
+decay gradient is a reversed running sum of `q dq - k dk` over the chunk, plus `colsum(S dS)` of the state that leaves,
+which the chunk after has left in scratch.
 """
 
 import jax
@@ -63,7 +63,7 @@ def _body(sums, q, k, v, g, do, states, d_last, last, dq, dk, dv, dg, d_first, l
         d_first[0, 0] = leaving[...]
 
 
-def backward(q, k, v, g, states, last, do, d_last, *, scale: float, interpret=False):
+def backward(q, k, v, g, states, last, do, d_last, *, scale: float, interpret=None):
     """Gradients of q, k, v, g and the initial state, shaped and typed like them."""
     (_, _, t, dk), dv = q.shape, v.shape[-1]
     grid, rows, whole, per_chunk, constant = fwd.specs((q.shape, dv), min(BLOCK_TOKENS, t), reverse=True)
@@ -79,7 +79,7 @@ def backward(q, k, v, g, states, last, do, d_last, *, scale: float, interpret=Fa
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, g, d_last)],
         scratch_shapes=[pltpu.VMEM((dv, dk), jnp.float32), pltpu.VMEM((1, dk), jnp.float32)],
         compiler_params=fwd.params(),
-        interpret=interpret,
+        interpret=interpret or False,
         name="gated_linear_backward",
     )
     return call(jnp.asarray(fwd.sum_matrices(), jnp.bfloat16), q, k, v, g, do, states, d_last, last)

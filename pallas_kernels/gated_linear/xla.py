@@ -202,6 +202,8 @@ def _chunked_backward(exact, residuals, cotangents):
 
 def _delta_backward(x: _Inputs, c: _Chunks, entry, d_values, dot):
     """Through `V' = (I + N)^-1 beta (V - K~ S)`: cotangents of v, of k as a row and as a column of N, and of beta."""
+    assert x.beta is not None
+    assert c.keys is not None
     decayed = x.k * c.decays.prefix
     d_right = dot("...ij,...iv->...jv", c.solve, d_values)
     d_erase_right = -dot("...cv,...kv->...ck", d_right, entry)

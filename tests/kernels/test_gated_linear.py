@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import LinearState, gated_linear_attention, recurrent_step
+from pallas_kernels import LinearState, Unsupported, aot, gated_linear_attention, op, recurrent_step, testing
 from pallas_kernels.gated_linear import xla
 from tests.kernels.linear_cases import Case, assert_close, forward, jit, make_case, packed, with_gradients
 
@@ -163,6 +164,71 @@ class TestXla(GatedLinearChecks):
         assert (
             sum(leaf.size for leaf in jax.tree.leaves(kept)) <= 4 * x.size + (t // xla.MAX_CHUNK) * b * h * dk * dv + 64
         )
+
+
+class TestMosaicTpu:
+    """The TPU kernels, interpreted: memory nobody wrote is NaN, and unordered accesses are an error."""
+
+    @pytest.mark.parametrize(
+        ("t", "options", "tolerance"),
+        [
+            (140, {"mean": -1.0, "dtype": np.float32}, 1e-4),
+            (130, {"mean": -50.0, "dtype": np.float32, "normalise": True}, 1e-3),
+            (65, {"kind": "scalar", "dtype": jnp.bfloat16}, 6e-2),
+        ],
+        ids=["plain", "strong decay, normalised", "bfloat16, packed"],
+    )
+    def test_matches_the_reference(self, t, options, tolerance):
+        segment_ids = packed((17, 33, 3), t) if t == 65 else None
+        case = make_case(t, shape=(1, 2, 32, 16), segment_ids=segment_ids, **options)
+        with testing.interpret_tpu(races=True):
+            found = with_gradients(case, "mosaic_tpu")
+        assert_close(found, with_gradients(case, "reference"), tolerance)
+
+    def test_refuses_the_delta_rule(self):
+        case = make_case(20, "scalar", delta=True, dtype=np.float32)
+        with testing.interpret_tpu(), pytest.raises(Unsupported, match="delta rule"):
+            forward(case, "mosaic_tpu")
+
+    @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "tpu7x"])
+    def test_compiles(self, generation):
+        pytest.importorskip("libtpu")
+        shape = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+
+        def loss(q, k, v, g):
+            o, state = gated_linear_attention(q, k, v, g, implementation="mosaic_tpu")
+            return o.astype(jnp.float32).sum() + state.s.sum()
+
+        compiled = aot.compile_for(generation, jax.grad(loss, (0, 1, 2, 3)), shape, shape, shape, shape)
+        assert compiled.memory_analysis().temp_size_in_bytes < 64 << 20
+
+
+class TestMosaicGpu:
+    """The Hopper kernels as far as the interpreter reaches (products are plain ones there), and their CUDA lowering."""
+
+    def test_matches_the_reference(self):
+        case = make_case(130, mean=-1.0, shape=(1, 1, 32, 64), dtype=jnp.bfloat16, segment_ids=packed((40, 80), 130))
+        with op.interpret(plgpu.InterpretGPUParams()):
+            (found, found_grads) = with_gradients(case, "mosaic_gpu")
+        expected, expected_grads = with_gradients(case, "reference")
+        assert_close(found, expected, 5e-2)
+        assert_close(found_grads, expected_grads, 1e-1)
+
+    def test_lowers_for_cuda(self):
+        shape = jax.ShapeDtypeStruct((1, 4096, 4, 128), jnp.bfloat16)
+
+        def loss(q, k, v, g):
+            o, state = gated_linear_attention(q, k, v, g, implementation="mosaic_gpu")
+            return o.astype(jnp.float32).sum() + state.s.sum()
+
+        with op.target_platform("gpu"):
+            traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(shape, shape, shape, shape)
+            assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    def test_refuses_float32(self):
+        case = make_case(20, dtype=np.float32)
+        with op.interpret(plgpu.InterpretGPUParams()), pytest.raises(Unsupported, match="q is float32"):
+            forward(case, "mosaic_gpu")
 
 
 class TestDeltaRule:
