@@ -98,11 +98,10 @@ def read_dump(folder: pathlib.Path) -> Iterator[Schedule]:
         if "schedule-analysis" in path.name or not (found := KERNEL.search(path.name)):
             continue
         stem = re.sub(r"-\d+-final_bundles\.txt$", "", path.name)
-        beside = lambda suffix, stem=stem: next(folder.glob(f"{stem}-[0-9][0-9]-{suffix}.txt")).read_text(
-            errors="replace"
-        )
-        utilization = beside("final_hlo-static-per-bundle-utilization")
-        yield analyse(found[0], utilization, path.read_text(errors="replace"), beside("post-ra"))
+        names = ("final_hlo-static-per-bundle-utilization", "post-ra")
+        paths = (next(folder.glob(f"{stem}-[0-9][0-9]-{name}.txt")) for name in names)
+        utilization, allocations = (found_path.read_text(errors="replace") for found_path in paths)
+        yield analyse(found[0], utilization, path.read_text(errors="replace"), allocations)
 
 
 def compile_code(code: str, generation: str, tiles: tuple[int, int, int], length: int, heads: int, dim: int) -> None:

@@ -3,8 +3,7 @@
     compiled = compile_for("v5p:2x2x1", step, params_shapes, batch_shapes)
     compiled.memory_analysis()
 
-libtpu reads its environment when it loads: the first call sets what is missing. One process can serve several
-generations.
+libtpu reads its environment when it loads: the first call sets what is missing. A process may use many generations.
 """
 
 from __future__ import annotations

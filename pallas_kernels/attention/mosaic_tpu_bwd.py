@@ -1,11 +1,9 @@
 """Gradients of block-sparse attention on TPU.
 
-A program of the key kernel owns a tile of keys and one head; it walks the rows that read the tile, sums dK and dV, and
-adds its part of dQ to a float32 buffer in HBM: programs of one head run in a row, so no two touch a tile of dQ at once.
-Where heads share lanes (head dim below 128), dQ comes from a kernel of its own that walks the forward's table. The rows
-that read a tile are one or two intervals per column: no table is transposed.
-
-ds = p (dp - delta), p = exp(s - lse), delta = rowsum(do o) - dlse.
+A program of the key kernel owns a tile of keys and one head. It walks the rows that read the tile, which a plan gives
+as one or two intervals, sums dK and dV, and adds its part of dQ to a float32 buffer in HBM: programs of one head run in
+a row, so no two hold the same tile of dQ. Where heads share lanes (head dim below 128), dQ comes from a kernel of its
+own that walks the forward's table. ds = p (dp - delta), p = exp(s - lse), delta = rowsum(do o) - dlse.
 """
 
 from __future__ import annotations
