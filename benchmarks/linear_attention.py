@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -111,9 +113,10 @@ def _torch_milliseconds(run, calls: int = 10, repeats: int = 5) -> dict[str, flo
 
 def measure(name: str, shape: Shape) -> list[dict[str, Any]]:
     """One row per implementation; one that declines or fails its gate is a row with the reason."""
-    runs = {x: lambda x=x: time_ours(shape, x) for x in BACKENDS[jax.default_backend()]}
+    runs: dict[str, Callable[[], dict[str, Any]]]
+    runs = {x: functools.partial(time_ours, shape, x) for x in BACKENDS[jax.default_backend()]}
     if jax.default_backend() == "gpu" and all(importlib.util.find_spec(x) for x in ("torch", "triton", "fla")):
-        runs["fla"] = lambda: time_fla(shape)
+        runs["fla"] = functools.partial(time_fla, shape)
     rows = []
     for implementation, run in runs.items():
         row: dict[str, Any] = {"shape": name, "implementation": implementation}
