@@ -26,10 +26,10 @@ train: setup  ## prepare a corpus, train the quickstart model, decode a sample
 	$(BIN)/python train.py --gin_file=configs/run/quickstart.gin --output=runs/quickstart
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup  ## run the long sweeps too
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup  ## ruff, lint rules
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ def main() -> None:
         prompts = launch.flags.prompt + [path.read_text(encoding="utf-8") for path in launch.flags.prompt_file]
         if not prompts and not sys.stdin.isatty():
             prompts = [text for text in [sys.stdin.read()] if text]
-        completions, report = launch.job.run(prompts, sys.stdout)
+        completions, report = launch.job.run(prompts, lambda text: print(text, end="", flush=True))
     print(report, file=sys.stderr)
     if launch.output:
         launch.output.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Measure a model at long context.
 
-python evaluate.py --gin_file=configs/eval/smollm2_perplexity.gin --gin_bindings='perplexity.text="book.txt"' --output DIR
+python evaluate.py --gin_file=configs/eval/smollm2_perplexity.gin --output=runs/book \\
+    --gin_bindings='perplexity.text="book.txt"'
 """
 
 from lcjax import settings

@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--output", default=None)
     args = parser.parse_args(argv)
+    del sys.argv[1:]  # tokamax would read them as its own flags
     kind = tuning.file_name(jax.devices()[0].device_kind).removesuffix(".json")
     sizes = [Sizes(n, args.heads, args.kv_heads, args.dim) for n in args.lengths]
     if args.search:

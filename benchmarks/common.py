@@ -10,7 +10,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def gate(name: str, actual: Any, wanted: Any, limit: float) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def exclusive() -> Iterator[None]:
+def exclusive() -> Generator[None]:
     """One timing at a time on this machine: benchmark processes compile side by side and take turns on the device."""
     with open(Path(tempfile.gettempdir()) / "lcjax_benchmark.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

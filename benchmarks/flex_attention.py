@@ -6,8 +6,8 @@ import json
 import statistics
 import sys
 
-import torch  # ty: ignore[import-not-found]
-from torch.nn.attention.flex_attention import (  # ty: ignore[import-not-found]
+import torch
+from torch.nn.attention.flex_attention import (
     create_block_mask,
     flex_attention,
 )

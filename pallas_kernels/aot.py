@@ -3,7 +3,8 @@
     compiled = compile_for("v5p:2x2x1", step, params_shapes, batch_shapes)
     compiled.memory_analysis()
 
-libtpu reads its environment when it loads, so the first call sets what is missing. Several generations in one process work.
+libtpu reads its environment when it loads: the first call sets what is missing. One process can serve several
+generations.
 """
 
 from __future__ import annotations

@@ -10,10 +10,9 @@ Positions are absolute, 0-based; `i` is the query's, `j` the key's.
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +20,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.lists import BlockList
+from pallas_kernels.normal_form import Form, plan_of
 from pallas_kernels.plan import INF, Ints, Plan, namespace
 from pallas_kernels.pytrees import record
 
 Number = int | np.integer | Int[Ints, ""]
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """Normal form before the sizes of a call are known: causal AND same segment AND any of `terms`.
-
-    A term is a tuple of leaf masks that must all hold; `terms` is None where every key is allowed.
-    """
-
-    causal: bool = False
-    segments: bool = False
-    terms: tuple[tuple[Mask, ...], ...] | None = None
-
-
 class Mask:
     """Base of the algebra."""
+
+    kind: ClassVar[str] = ""  # how the normal form takes a leaf: sink, window, columns or lists
 
     def __and__(self, other: Mask) -> Mask:
         return _combine(operator.and_, And, self, other)
@@ -87,14 +77,7 @@ class Mask:
             heads = (0,) * num_heads
         if len(heads) != num_heads:
             raise ValueError(f"per_head: {len(heads)} heads in the mask, {num_heads} heads in the call")
-        blocks = [atom.block for form in forms for term in form.terms or () for atom in term if hasattr(atom, "block")]
-        grain = math.gcd(block_k, *blocks)
-        parts = [_numbers(form, keys, grain) for form in forms]
-        sink, window = _stack([p[0] for p in parts]), _stack([p[1] for p in parts])
-        count = -(-keys // grain)
-        expiry = _stack_rows([p[2] and p[2][0] for p in parts], (count,))
-        second = _stack_rows([p[2] and p[2][1] for p in parts], (count, 2))
-        return Plan(forms[0].causal, grain, sink, window, expiry, second, heads)
+        return plan_of(forms, heads, keys, block_k)
 
     @property
     def lists(self) -> BlockList | None:
@@ -163,6 +146,8 @@ class Segments(Mask):
 class Sink(Mask):
     """The first `n` keys: j < n."""
 
+    kind: ClassVar[str] = "sink"
+
     n: Number
 
     def __post_init__(self):
@@ -176,6 +161,8 @@ class Sink(Mask):
 class Window(Mask):
     """The last `n` keys, the query's own included: i - j < n."""
 
+    kind: ClassVar[str] = "window"
+
     n: Number
 
     def __post_init__(self):
@@ -188,6 +175,8 @@ class Window(Mask):
 @record("block", eq=True)
 class Stride(Mask):
     """Every `every`-th block of `block` keys, in absolute blocks: (j // block + offset) % every == 0."""
+
+    kind: ClassVar[str] = "columns"
 
     block: int
     every: Number
@@ -213,6 +202,8 @@ class Intervals(Mask):
 
     `expiry` int32 [nK] and `second` int32 [nK,2] count query tokens, absolute positions; INF = 2**31 - 1 never expires.
     """
+
+    kind: ClassVar[str] = "columns"
 
     block: int
     expiry: Int[Ints, " nK"]
@@ -241,6 +232,8 @@ class Intervals(Mask):
 @record(eq=True)
 class Blocks(Mask):
     """Keys that a run-time block list selects for the query's block."""
+
+    kind: ClassVar[str] = "lists"
 
     selection: BlockList
 
@@ -366,98 +359,3 @@ def _check_count(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name}: {value!r} is not a whole number of tokens or blocks")
     if isinstance(value, int | np.integer) and not least <= value <= INF:
         raise ValueError(f"{name}: {value} must lie in {least}..2**31-1")
-
-
-def _numbers(form: Form, keys: int, grain: int) -> tuple[Any, Any, tuple[Ints, Ints | None] | None]:
-    """(sink, window, (expiry, second) or None) of one pattern, columns in blocks of `grain` keys."""
-    if form.terms is None:
-        return np.int32(INF), np.int32(0), None
-    sink, window, rows = np.int32(0), np.int32(0 if form.causal else -INF), None
-    for term in form.terms:
-        kinds = {type(atom) for atom in term}
-        if kinds == {Sink}:
-            sink = _extreme(max, [sink, _extreme(min, [a.n for a in term])])
-        elif kinds == {Window}:
-            window = _extreme(max, [window, _extreme(min, [a.n for a in term])])
-        elif kinds == {Blocks} and len(term) == 1:
-            continue
-        elif kinds <= {Sink, Stride, Intervals}:
-            mine = None
-            for atom in term:
-                row = _atom_rows(atom, keys, grain)
-                mine = row if mine is None else _intersect(mine, row)
-            rows = mine if rows is None else _unite(rows, mine)
-        else:
-            raise ValueError(
-                f"mask: {' & '.join(map(str, term))} does not reduce to the normal form (a window or a list cannot be"
-                " intersected with another kind)"
-            )
-    return sink, window, rows
-
-
-def _extreme(choose: Callable, values: list) -> Any:
-    if all(isinstance(v, int | np.integer) for v in values):
-        return np.int32(choose(values))
-    combine = jnp.maximum if choose is max else jnp.minimum
-    total = jnp.asarray(values[0], jnp.int32)
-    for value in values[1:]:
-        total = combine(total, jnp.asarray(value, jnp.int32))
-    return total
-
-
-def _atom_rows(atom: Any, keys: int, grain: int) -> tuple[Ints, Ints | None]:
-    count = -(-keys // grain)
-    if isinstance(atom, Sink):
-        if not isinstance(atom.n, int | np.integer) or (atom.n % grain and atom.n < keys):
-            raise ValueError(f"mask: Sink({atom.n}) intersected with blocks must be a known multiple of {grain} keys")
-        return np.where(np.arange(count) * grain < atom.n, np.int32(INF), np.int32(0)), None
-    expiry, second = atom.rows(keys)
-    xp = namespace(expiry, second)
-    expiry = xp.repeat(expiry, atom.block // grain, axis=0)[:count].astype(np.int32)
-    if second is not None:
-        second = xp.repeat(second, atom.block // grain, axis=0)[:count].astype(np.int32)
-    return expiry, second
-
-
-def _unite(a: tuple[Ints, Ints | None], b: tuple[Ints, Ints | None]) -> tuple[Ints, Ints | None]:
-    """Union of two row sets per column, each rows < expiry and one interval; refused if two apart intervals remain."""
-    xp = namespace(*a, *b)
-    expiry = xp.maximum(a[0], b[0])
-    spans = [s for s in (a[1], b[1]) if s is not None]
-    if len(spans) < 2:
-        return expiry, spans[0] if spans else None
-    if xp is jnp:
-        raise ValueError("mask: two Intervals with second intervals can be united only when their numbers are known")
-    for s in spans * 2:  # twice: the first may reach the second only after it grew
-        expiry = np.where((s[:, 0] <= expiry) & (s[:, 0] < s[:, 1]), np.maximum(expiry, s[:, 1]), expiry)
-    left, right = (np.where((s[:, 1] > np.maximum(s[:, 0], expiry))[:, None], s, 0) for s in spans)
-    empty = [s[:, 0] >= s[:, 1] for s in (left, right)]
-    apart = ~empty[0] & ~empty[1] & (np.maximum(left[:, 0], right[:, 0]) > np.minimum(left[:, 1], right[:, 1]))
-    if apart.any():
-        raise ValueError(f"mask: key block {int(np.argmax(apart))} would need three intervals of rows, two fit")
-    hull = np.stack([np.minimum(left[:, 0], right[:, 0]), np.maximum(left[:, 1], right[:, 1])], -1)
-    both = (~empty[0] & ~empty[1])[:, None]
-    return expiry, np.where(both, hull, np.where(empty[0][:, None], right, left)).astype(np.int32)
-
-
-def _intersect(a: tuple[Ints, Ints | None], b: tuple[Ints, Ints | None]) -> tuple[Ints, Ints | None]:
-    xp = namespace(*a, *b)
-    total = (xp.minimum(a[0], b[0]), None)
-    pieces = [xp.stack([s[:, 0], xp.minimum(s[:, 1], e)], -1) for s, e in ((a[1], b[0]), (b[1], a[0])) if s is not None]
-    if a[1] is not None and b[1] is not None:
-        pieces.append(xp.stack([xp.maximum(a[1][:, 0], b[1][:, 0]), xp.minimum(a[1][:, 1], b[1][:, 1])], -1))
-    for piece in pieces:
-        total = _unite(total, (xp.zeros_like(total[0]), piece))
-    return total
-
-
-def _stack(values: list) -> Ints:
-    xp = namespace(*values)
-    return xp.stack([xp.asarray(v, np.int32) for v in values])
-
-
-def _stack_rows(rows: list, shape: tuple[int, ...]) -> Ints | None:
-    if all(row is None for row in rows):
-        return None
-    xp = namespace(*rows)
-    return xp.stack([xp.zeros(shape, np.int32) if row is None else row for row in rows]).astype(np.int32)

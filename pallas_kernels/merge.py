@@ -32,7 +32,7 @@ def merge_attention(*parts: Part) -> Part:
     weight = jnp.exp(jnp.where(seen, lse, -jnp.inf) - top)
     total = jnp.where(seen, weight.sum(0), 1.0)
     share = jnp.swapaxes(weight / total, 2, 3)[..., None]
-    merged = sum(part[0].astype(jnp.float32) * share[n] for n, part in enumerate(parts))
+    merged = jnp.sum(jnp.stack([part[0].astype(jnp.float32) for part in parts]) * share, axis=0)
     return merged.astype(parts[0][0].dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf)
 
 

@@ -7,7 +7,7 @@ with testing.interpret_tpu(races=True):
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
@@ -20,10 +20,10 @@ class RaceFound(AssertionError):
 
 
 @contextlib.contextmanager
-def interpret_tpu(*, races: bool = False, eager_copies: bool = False) -> Iterator[None]:
+def interpret_tpu(*, races: bool = False, eager_copies: bool = False) -> Generator[None]:
     """Interpret TPU kernels: unwritten memory is NaN, reads out of bounds raise, copies land when waited for.
 
-    `eager_copies` lets copies land at once instead: a kernel must be right under both. With `races`, leaving the context
+    `eager_copies` lets copies land at once: a kernel must be right under both. With `races`, leaving the context
     raises RaceFound if two unordered accesses met.
     """
     parameters = pltpu.InterpretParams(

@@ -6,7 +6,7 @@ here estimates: the ids that are counted are the ids that the model gets.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from lcjax.eval.item import Prompt
 
@@ -18,6 +18,7 @@ class BudgetError(ValueError):
     """An example does not fit its budget, or a planted truncation was found."""
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """The part of a tokenizer that budgets need."""
 

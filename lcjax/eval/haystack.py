@@ -18,8 +18,8 @@ _SENTENCE_END = re.compile(r"([.!?][\"'”’)]*) (?=[\"'“‘(]*[A-Z0-9])")
 _DOCSTRING = re.compile(r'^[ ]*"""([^"]+)"""$', re.MULTILINE)
 _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
 _SHORTEST_DOCUMENT = 80
-_LONGEST = 60  # words of a sentence
-_LONGEST_WORD = 40  # characters
+_LONGEST = 40  # words of a sentence
+_LONGEST_WORD = 30  # characters
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 type Prompt = str | list[dict[str, str]]
 
@@ -21,6 +21,7 @@ class Item:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
 class SuiteTask(Protocol):
     """A task of a suite. The budget counts prompt ids (chat template and BOS included) plus new tokens, never less."""
 

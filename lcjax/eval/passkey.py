@@ -17,7 +17,7 @@ from lcjax.eval.task import Example, Scored, Task, mean
 OPENING = "A pass key is hidden somewhere in the long and dull text below. Find it and remember it.\n"
 FILLER = "The meadow is green. The sea is blue. The sun is warm. A road leads out, and a road leads home again.\n"
 NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key.\n"
-QUESTION = "What is the pass key? The pass key is"
+QUESTION = "What is the pass key? The pass key is the number"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,8 @@ def by_position(
     drawn = np.concatenate([values for _, values in curves.values()])
     if drawn.max() > 5 * drawn.min():
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     else:
         axes.set_ylim(0, 1.15 * drawn.max())
     furthest = max(int(edges[-1]) for edges, _ in curves.values())

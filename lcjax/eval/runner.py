@@ -17,9 +17,9 @@ from lcjax.eval.item import Item, SuiteTask
 from lcjax.eval.metrics.judge import JudgeError
 from lcjax.eval.outcome import Cell, Outcome
 from lcjax.eval.report import write_report
-from lcjax.eval.shared_prefix import SharedPrefixGenerator, answer_batch
+from lcjax.eval.shared_prefix import Answers, SharedPrefixGenerator, answer_batch
 from lcjax.eval.task import Table
-from lcjax.serve.engine import Engine, Generator
+from lcjax.serve.engine import Engine
 from lcjax.serve.source import Loaded
 
 
@@ -91,7 +91,7 @@ class Runner:
         self._capacity = engine.capacity or model.spec.max_length
         self._engine = replace(engine, capacity=self._capacity)
         self._known = read_examples(path)
-        self._generator: Generator | None = None
+        self._generator: Answers | None = None
         about = [model.source, repr(model.spec), model.tokenizer.fingerprint, engine.cache_dtype]
         self._config = hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
@@ -135,7 +135,7 @@ class Runner:
             )
         return [answer.text for answer in answers], generator.report.cache_bytes // len(batch)
 
-    def _make(self) -> Generator:
+    def _make(self) -> Answers:
         model = self._model
         self._generator = SharedPrefixGenerator(model.graphdef, model.params, model.spec, model.tokenizer, self._engine)
         return self._generator

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,15 @@ from lcjax.cache import cache_bytes
 from lcjax.serve.engine import Completion, Generator, Request, bucket
 from lcjax.serve.programs import Programs
 from lcjax.serve.sampling import Sampling, stack
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """What a run of a suite needs of an engine."""
+
+    report: Any
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> int:
@@ -96,7 +105,7 @@ class SharedPrefixGenerator(Generator):
             self.report.add_decode(int((written >= 0).sum()), time.perf_counter() - began)
 
 
-def answer_batch(generator: Generator, prompts: Sequence[tuple[int, ...]], limits: Sequence[int]) -> list[Completion]:
+def answer_batch(generator: Answers, prompts: Sequence[tuple[int, ...]], limits: Sequence[int]) -> list[Completion]:
     """Greedy answers to prompt ids, in order, with at most `limits` new tokens each."""
     requests = [Request(ids, max_new_tokens=limit) for ids, limit in zip(prompts, limits, strict=True)]
     return generator.generate(requests)

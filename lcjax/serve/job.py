@@ -1,8 +1,7 @@
 """The job behind `decode.py`: answer prompts with a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TextIO
 
 from lcjax.serve.engine import Completion, Engine, Generator, Request
 from lcjax.serve.report import Report
@@ -35,8 +34,10 @@ class Generate:
         text = loaded.tokenizer.render_chat([*messages, {"role": "user", "content": prompt}])
         return Request(tuple(loaded.tokenizer.encode(text)), **common)
 
-    def run(self, prompts: Sequence[str], out: TextIO, loaded: Loaded | None = None) -> tuple[list[Completion], Report]:
-        """Write the answers to `out`: a single one as it comes, several each when it is whole."""
+    def run(
+        self, prompts: Sequence[str], show: Callable[[str], None], loaded: Loaded | None = None
+    ) -> tuple[list[Completion], Report]:
+        """Answer, passing text to `show`: a single answer as it comes, several each when it is whole."""
         if not prompts:
             raise ValueError("there is no prompt: give --prompt, --prompt_file or text on standard input")
         loaded = loaded or self.model.load()
@@ -45,8 +46,7 @@ class Generate:
         completions = [Completion() for _ in requests]
         for piece in generator.stream(requests, completions):
             if len(prompts) == 1:
-                out.write(piece.text + "\n" * piece.done)
+                show(piece.text + "\n" * piece.done)
             elif piece.done:
-                out.write(f"[{piece.index}] {completions[piece.index].text}\n")
-            out.flush()
+                show(f"[{piece.index}] {completions[piece.index].text}\n")
         return completions, generator.report

@@ -17,7 +17,7 @@ from lcjax.checkpoint.manifest import Sections
 from lcjax.data.pipeline import Pipeline, build_pipeline, merge_states
 from lcjax.data.tokenizers import Tokenizer, load_tokenizer
 from lcjax.models.decoder import abstract
-from lcjax.observe.flops import CONVENTION, flops_per_token
+from lcjax.models.flops import CONVENTION, flops_per_token
 from lcjax.observe.hardware import peak_flops, peak_memory_bytes
 from lcjax.observe.metrics import MetricsLog, plot_loss
 from lcjax.parallel.rules import batch_sharding
@@ -212,6 +212,7 @@ class Reporter:
         flops = flops_per_token(job.model, job.length, training=True)
         self._utilisation_per_rate = flops / (peak * jax.device_count()) if peak else None
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._losses: list[jax.Array] = []  # of the steps since the last report, whose mean it tells
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Generator[None]:
@@ -223,10 +224,12 @@ class Reporter:
         """Count a step; on a report step (the first and the last included), fetch its metrics and write them."""
         run = self._run
         self._steps += 1
+        self._losses.append(metrics["loss"])
         first = run.step == run.resumed_at + 1 == 1
         if not (first or run.step % run.job.reports.every == 0 or run.step == run.job.steps):
             return
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values["loss"] = float(np.mean(jax.device_get(self._losses)))
         seconds = time.perf_counter() - self._since
         rate = run.job.batch * run.job.length * self._steps / seconds
         values |= {"tokens_per_second": rate, "step_seconds": seconds / self._steps}
@@ -240,7 +243,7 @@ class Reporter:
         if self._log is not None:
             self._log.write(run.step, values)
         self._progress.report(run.step, values["loss"], rate, utilisation)
-        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._since, self._steps, self._waited, self._losses = time.perf_counter(), 0, 0.0, []
         if values["skipped_in_row"] >= run.job.abort_after:
             raise TrainingStopped(
                 f"{values['skipped_in_row']:.0f} steps in a row up to step {run.step} were not finite and were "

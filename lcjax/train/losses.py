@@ -132,7 +132,7 @@ def fused(
     A zero row has logits 0, so it adds exactly log(V) to the sum and nothing to any gradient: masked rows are zeroed
     and their log(V) taken off again.
     """
-    import tokamax  # ty: ignore[import-not-found]
+    import tokamax
 
     real = weights.reshape(-1) > 0
     x = jnp.where(real[:, None], hidden.reshape(-1, hidden.shape[-1]), 0)

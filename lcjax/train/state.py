@@ -56,14 +56,17 @@ def abstract_state(spec: ModelSpec, optimizer: optax.GradientTransformation, mes
     """The state's shapes with their shardings on `mesh`: nothing is allocated."""
     sizes = dict(mesh.shape)
 
-    def place(leaf: Any) -> Any:
+    def place(path: Any, leaf: Any) -> Any:
         axes = leaf.axes if isinstance(leaf, nnx.Variable) else ()
-        spec = partition(axes, sizes, leaf.shape) if axes else PartitionSpec()
+        try:
+            spec = partition(axes, sizes, leaf.shape) if axes else PartitionSpec()
+        except ValueError as error:
+            raise ValueError(f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {error}") from None
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
         return leaf.replace(shape) if isinstance(leaf, nnx.Variable) else shape
 
     shapes = jax.eval_shape(lambda: initialise(spec, optimizer, seed=0))
-    return jax.tree.map(place, shapes, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(place, shapes, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def shardings(abstract: TrainState) -> TrainState:

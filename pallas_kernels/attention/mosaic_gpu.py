@@ -39,7 +39,7 @@ def attend(
     Raises:
       Unsupported: with the reason.
     """
-    if reason := _reason(call, interpret):
+    if reason := refusal(call, interpret):
         raise Unsupported(reason)
     (_, length, heads, dim), (keys, _, dim_v) = call.q.shape, call.v.shape[1:]
     plan = tb.in_units(call.mask.plan(heads, length, keys, tb.ROW_TILE, tb.UNIT), keys)
@@ -98,13 +98,14 @@ class Tables(NamedTuple):
     segments: Any
 
 
-def _reason(call: Call, interpret: bool) -> str | None:
+def refusal(call: Call, interpret: bool = False) -> str | None:
+    """Why this backend cannot run the call, or None."""
     dims = (call.q.shape[-1], call.v.shape[-1])
     lists, columns = call.lists, call.mask.plan(call.q.shape[2], 1, call.k.shape[1], 1, tb.UNIT)
     refused = [
         (platform() != "gpu" and not interpret, f"needs an NVIDIA Hopper GPU, this is {platform()}"),
         (call.q.dtype == jnp.float32, "wgmma has no float32; cast to bfloat16 or use xla"),
-        (any(d % 64 or d > 256 for d in dims), f"head dims {dims[0]} and {dims[1]} are not 64, 128, 192 or 256"),
+        (any(d not in (64, 128, 256) for d in dims), f"head dims {dims[0]} and {dims[1]} are not 64, 128 or 256"),
         (not _bare(columns) and call.segment_ids is not None, "segments with column blocks"),
         (not _bare(columns) and lists is not None, "run-time lists with column blocks"),
         (call.segment_ids is not None and lists is not None, "segments with run-time lists"),

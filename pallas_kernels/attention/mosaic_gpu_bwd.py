@@ -28,7 +28,6 @@ from pallas_kernels.attention.mosaic_gpu_common import (
     WGS,
     Inputs,
     Static,
-    Turn,
     Work,
     accumulate,
     fields,
@@ -52,8 +51,6 @@ class BackwardTiles:
     dkv_block_q: int = 64
     dkv_stages: int = 2
     group_inside: bool = True
-    dkv_turns: bool = False
-    head_major: bool = True
 
 
 class Cotangents(NamedTuple):
@@ -186,9 +183,6 @@ def _dq_rows(g, ct, dq_g, delta_g, s: Static, tiles: BackwardTiles, m: dict, wg,
     plgpu.barrier_wait(m["q_ready"].at[wg])
     o, do = (plgpu.load(m[name].at[wg], layout=TILE).astype(jnp.float32) for name in ("o_s", "do_s"))
     delta = (o * do).sum(axis=1) - dlse
-    q_a, do_a = m["q_s"].at[wg], m["do_s"].at[wg]
-    if not s.interpret:  # left operands in registers spare shared memory's bandwidth, which bounds this kernel
-        q_a, do_a = (plgpu.load(x, layout=TILE) for x in (q_a, do_a))
     m["delta_s"][wg] = delta
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(m["delta_s"].at[wg], delta_g.at[w.batch, w.head, rows])
@@ -199,8 +193,8 @@ def _dq_rows(g, ct, dq_g, delta_g, s: Static, tiles: BackwardTiles, m: dict, wg,
         def products(x_ref, dp_ref):
             plgpu.barrier_wait(m["k_ready"].at[slot])
             plgpu.barrier_wait(m["v_ready"].at[slot])
-            plgpu.wgmma(x_ref, q_a, m["k_s"].at[slot].transpose((1, 0)))
-            plgpu.wgmma(dp_ref, do_a, m["v_s"].at[slot].transpose((1, 0)))
+            plgpu.wgmma(x_ref, m["q_s"].at[wg], m["k_s"].at[slot].transpose((1, 0)))
+            plgpu.wgmma(dp_ref, m["do_s"].at[wg], m["v_s"].at[slot].transpose((1, 0)))
             x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
             seen = lax.cond((n >= plan.inner) & (n < plan.inner_end), lambda: x, lambda: mask(x, plan.place(n)))
             p = jnp.exp2(seen * factor - spread(lse, shape, 0))
@@ -266,13 +260,11 @@ def _dkv_kernel(
 ) -> None:
     s = static
     wg, t = lax.axis_index("wg"), lax.axis_index("block")
-    # Neighbouring blocks share a head, whose queries stay in the L2 cache; columns that most rows read come first.
-    index = lax.rem(t, key_tiles) if tiles.head_major else lax.rem(lax.div(t, out_heads), key_tiles)
-    out_head = lax.rem(lax.div(t, key_tiles), out_heads) if tiles.head_major else lax.rem(t, out_heads)
+    out_head, t = lax.rem(t, out_heads), lax.div(t, out_heads)  # the columns that most rows read come first
     group = s.heads // s.kv_heads
     here = s.heads // out_heads
     kv_head = lax.div(out_head, group // here)
-    w = Column(lax.div(t, key_tiles * out_heads), out_head, kv_head, out_head * here, here, index)
+    w = Column(lax.div(t, key_tiles), out_head, kv_head, out_head * here, here, lax.rem(t, key_tiles))
 
     @pl.when(wg < WGS)
     def _compute():
@@ -330,7 +322,6 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
     plgpu.copy_gmem_to_smem(g.v.at[w.batch, keys, w.kv_head], m["v_s"].at[wg], m["kv_ready"].at[wg])
     plgpu.barrier_wait(m["kv_ready"].at[wg])
     shape = (WG, tiles.dkv_block_q)
-    turn = Turn(wg, tiles.dkv_turns and not s.interpret)
 
     def step(head, tile, pattern, field, inner, carry):
         dk, dv, done = carry
@@ -342,7 +333,6 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
         def products(x_ref, dp_ref):
             plgpu.wgmma(x_ref, m["k_s"].at[wg], q_s.transpose((1, 0)))
             plgpu.wgmma(dp_ref, m["v_s"].at[wg], do_s.transpose((1, 0)))
-            turn.give()
             x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
             edge = lambda: _mask_columns(g, s, w, pattern, field, first, tile * tiles.dkv_block_q, x)
             seen = lax.cond((tile >= inner[0]) & (tile < inner[1]), lambda: x, edge)
@@ -356,28 +346,20 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
 
         def compute():
             p16, ds16 = pl.run_scoped(products, acc, acc)
-            turn.take()
             return _accumulate_two(dv, p16, do_s, dk, ds16, q_s, s.interpret)
-
-        def idle():
-            turn.give()
-            turn.take()
-            return dv, dk
 
         if g.rules.expiry is None:
             new_dv, new_dk = compute()
         else:  # columns of one unit of the two often live longer
             own = (tile >= field(tb.OWN_1)) & (tile < field(tb.OWN_END_1))
             own |= (tile >= field(tb.OWN_2)) & (tile < field(tb.OWN_END_2))
-            new_dv, new_dk = lax.cond(own, compute, idle)
+            new_dv, new_dk = lax.cond(own, compute, lambda: (dv, dk))
         plgpu.barrier_arrive(m["do_free"].at[slot])
         plgpu.barrier_arrive(m["q_free"].at[slot])
         return new_dk, new_dv, done + 1
 
     start = zeros((WG, s.dim), TILE), zeros((WG, s.dim_v), TILE), jnp.int32(0)
-    turn.begin()
     dk, dv, _ = _each_row_tile(g, s, w, w.index * (ROW_TILE // tb.UNIT) + wg, step, start)
-    turn.end()
     m["k_s"][wg] = (dk * s.scale).astype(dk_g.dtype)
     m["v_s"][wg] = dv.astype(dv_g.dtype)
     plgpu.commit_smem()

@@ -71,7 +71,7 @@ class Work(NamedTuple):
 
 def tiled(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
     """Shared memory laid out for TMA and wgmma: 8 x 64 tiles with a 128-byte swizzle."""
-    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # ty: ignore[abstract-class-instantiation]
+    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=layout)
 
 
@@ -124,16 +124,6 @@ class Turn:
 
     wg: jax.Array
     enabled: bool
-
-    def begin(self) -> None:
-        """The first warpgroup has the first turn; both then hold one until they give it."""
-        pl.when(self.wg == 1)(self.give)
-        self.take()
-
-    def end(self) -> None:
-        """Gives the last turn, and sees the other's end."""
-        self.give()
-        pl.when(self.wg == 0)(self.take)
 
     def take(self) -> None:
         if self.enabled:

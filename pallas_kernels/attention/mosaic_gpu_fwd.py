@@ -47,8 +47,6 @@ class ForwardTiles:
     block_k: int = 128
     stages: int = 2
     persistent: bool = True
-    turns: bool = True
-    head_major: bool = False
 
 
 def forward(
@@ -110,13 +108,7 @@ def _kernel(g: Inputs, o_g, lse_g, *, static: Static, tiles: ForwardTiles, block
         turn = jnp.where(lax.rem(n, 2) == 0, block, blocks - 1 - block)
         t = n * blocks + turn
         batch, t = lax.div(t, s.heads * row_tiles), lax.rem(t, s.heads * row_tiles)
-        if tiles.head_major:  # heads of a group side by side, KV heads one after the other
-            group = s.heads // s.kv_heads
-            inner = lax.rem(t, group * row_tiles)
-            head = lax.div(t, group * row_tiles) * group + lax.rem(inner, group)
-            index = lax.div(inner, group)
-        else:
-            head, index = lax.rem(t, s.heads), lax.div(t, s.heads)
+        head, index = lax.rem(t, s.heads), lax.div(t, s.heads)
         index = row_tiles - 1 - index if s.causal else index
         pattern = g.pattern[head] if s.patterns > 1 else jnp.int32(0)
         row = fields(g.table, batch, pattern, index)
@@ -135,7 +127,7 @@ def _kernel(g: Inputs, o_g, lse_g, *, static: Static, tiles: ForwardTiles, block
     @pl.when(wg < WGS)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        turn = Turn(wg, tiles.turns and not s.interpret)
+        turn = Turn(wg, not s.interpret)
         pl.when(wg == 1)(turn.give)
         each(functools.partial(_attend, g, o_g, lse_g, s, tiles, m, wg, turn), jnp.int32(0))
         pl.when(wg == 0)(turn.take)

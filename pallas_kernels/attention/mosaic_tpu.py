@@ -210,7 +210,10 @@ def key_scratch(c: Config, dtype) -> dict:
 
 
 def launch(kernel, c: Config, grid, heads, inputs: dict, outputs: dict, scratch: dict, name: str):
-    """`pallas_call` with operands, results and scratch by name; `heads` is the pattern of each head."""
+    """`pallas_call` with operands, results and scratch by name; `heads` is the pattern of each head.
+
+    An operand named like a result, with `_start` after it, is that result's buffer.
+    """
     names = ["heads", *inputs, *outputs, *scratch]
     mode = interpreter()
 
@@ -218,6 +221,7 @@ def launch(kernel, c: Config, grid, heads, inputs: dict, outputs: dict, scratch:
         r = named(names, refs)
         kernel(c, r)
 
+    starts = {n + 1: list(outputs).index(x[:-6]) for n, x in enumerate(inputs) if x.endswith("_start")}
     # Tiles of different batch rows and heads are independent; inside a head, scratch carries from step to step.
     semantics = ("parallel", "parallel", *("arbitrary",) * (len(grid) - 2))
     call = pl.pallas_call(
@@ -231,6 +235,7 @@ def launch(kernel, c: Config, grid, heads, inputs: dict, outputs: dict, scratch:
         ),
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=c.vmem_bytes),
+        input_output_aliases=starts,
         interpret=mode if mode is not None else False,
         name=name,
     )

@@ -1,7 +1,11 @@
-"""Gradients of block-sparse attention on TPU: one kernel for dQ, one for dK and dV.
+"""Gradients of block-sparse attention on TPU.
 
-dQ walks the forward's table. dK and dV own a tile of keys and walk the rows that read it, which a plan gives as one or
-two intervals per column: no table is transposed. With p = exp(s - lse) and delta = rowsum(do o) - dlse, ds = p (dp - delta).
+A program of the key kernel owns a tile of keys and one head; it walks the rows that read the tile, sums dK and dV, and
+adds its part of dQ to a float32 buffer in HBM: programs of one head run in a row, so no two touch a tile of dQ at once.
+Where heads share lanes (head dim below 128), dQ comes from a kernel of its own that walks the forward's table. The rows
+that read a tile are one or two intervals per column: no table is transposed.
+
+ds = p (dp - delta), p = exp(s - lse), delta = rowsum(do o) - dlse.
 """
 
 from __future__ import annotations
@@ -45,9 +49,15 @@ def backward(c: Config, q, k, v, extras, o, lse, do, dlse):
     """(dq, dk, dv) from the cotangents of o and lse."""
     delta = jnp.swapaxes((do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1), 1, 2) - dlse
     stats = jnp.stack([jnp.where(lse == -jnp.inf, NO_ROW, lse * LOG2E), delta], axis=2)
+    if fused(c):
+        return _key_gradients(c, q, k, v, extras, do, stats)
     dq = _query_gradient(c, q, k, v, extras, do, stats)
-    dk, dv = _key_gradients(c, q, k, v, extras, do, stats)
-    return dq, dk, dv
+    return dq, *_key_gradients(c, q, k, v, extras, do, stats)
+
+
+def fused(c: Config) -> bool:
+    """Whether one kernel makes all three gradients."""
+    return c.shared == c.value_shared == 1
 
 
 def _query_gradient(c: Config, q, k, v, extras, do, stats):
@@ -166,10 +176,18 @@ def _key_gradients(c: Config, q, k, v, extras, do, stats):
             keys(c.value_block, c.value_shared),
         ),
     }
-    grid = (c.batch, -(-c.kv_heads // c.together), c.tiles_k, c.together * c.groups)
     name = "block_sparse_attention_dkv"
-    dk, dv = launch(_dkv_kernel, c, grid, extras["heads"], inputs, outputs, scratch, name)
-    return dk.reshape(k.shape), dv.reshape(v.shape)
+    if fused(c):
+        name = "block_sparse_attention_bwd"
+        buffer = (c.batch, c.padded_length, c.heads * c.dim)
+        inputs["dq_start"] = (jnp.zeros(buffer, jnp.float32), hbm)
+        outputs["dq"] = (jax.ShapeDtypeStruct(buffer, jnp.float32), hbm)
+        scratch["dq_tile"] = pltpu.VMEM((2, c.block_q, c.block), jnp.float32)
+        scratch["dq_in"] = scratch["dq_out"] = pltpu.SemaphoreType.DMA((1, 2))
+    grid = (c.batch, -(-c.kv_heads // c.together), c.tiles_k, c.together * c.groups)
+    dk, dv, *dq = launch(_dkv_kernel, c, grid, extras["heads"], inputs, outputs, scratch, name)
+    dq = [(x[:, : c.length] * c.scale).astype(q.dtype).reshape(q.shape) for x in dq]
+    return *dq, dk.reshape(k.shape), dv.reshape(v.shape)
 
 
 def _dkv_kernel(c: Config, r) -> None:
@@ -216,7 +234,11 @@ def _dkv_kernel(c: Config, r) -> None:
             keep = mask(tile, slot, at)
             weight, dscore = jnp.where(keep, weight, 0.0), jnp.where(keep, dscore, 0.0)
         r.dv_total[...] += product(weight.astype(do.dtype), do, "nn")
-        r.dk_total[...] += product(dscore.astype(q.dtype), q, "nn")
+        dscore = dscore.astype(q.dtype)
+        r.dk_total[...] += product(dscore, q, "nn")
+        if fused(c):
+            k = finite(r.k[0]) if masked else r.k[0]
+            r.dq_tile[slot, span] += product(dscore, k, "tn")
 
     def work(tile, slot):
         full = _whole(c, of, tile)
@@ -262,22 +284,36 @@ def _visit_rows(c: Config, r, batch, head, of, work) -> None:
     if c.segments:
         copies.append((lambda start, size: r.q_ids.at[batch, :, pl.ds(start, size)], row(r.q_ids_tile)))
     sizes = (c.block_q, c.padded_length)
+    sums = [(source(r.dq, lanes(c.block, c.shared)), target(r.dq_tile))] if fused(c) else []
+
+    def write(n, act: str):
+        if sums:
+            transfer(sums, r.dq_out, nth(n), lax.rem(n, 2), sizes, act, out=True)
+
+    def read(n, act: str):
+        transfer(copies, r.sems, nth(n), lax.rem(n, 2), sizes, act)
+        if sums:
+            transfer(sums, r.dq_in, nth(n), lax.rem(n, 2), sizes, act)
 
     def body(n, carry):
-        slot = lax.rem(n, 2)
-        transfer(copies, r.sems, nth(n), slot, sizes, "wait")
+        read(n, "wait")
 
         @pl.when(n + 1 < count)
         def _():
-            transfer(copies, r.sems, nth(n + 1), 1 - slot, sizes, "start")
+            # The slot that the next tile of sums takes must have left for HBM.
+            pl.when(n > 0)(lambda: write(n - 1, "wait"))
+            read(n + 1, "start")
 
-        work(nth(n), slot)
+        work(nth(n), lax.rem(n, 2))
+        write(n, "start")
         return carry
 
     @pl.when(count > 0)
     def _():
-        transfer(copies, r.sems, nth(jnp.int32(0)), jnp.int32(0), sizes, "start")
+        read(jnp.int32(0), "start")
         lax.fori_loop(0, count, body, 0)
+        pl.when(count > 1)(lambda: write(count - 2, "wait"))
+        write(count - 1, "wait")
 
 
 def _whole(c: Config, of, tile):

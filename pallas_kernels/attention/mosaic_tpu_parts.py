@@ -1,7 +1,7 @@
 """Pieces that the TPU attention kernels share: sizes, copies from HBM, lane blocks, token masks.
 
 Arrays keep the caller's layout, [B, N, heads * D]: a block of 128 lanes holds one head of 128, two of 64 or four of 32.
-Where heads share a block, a query keeps its head's lanes and zeros in the others, so that a product over the whole block
+Where heads share a block, a query keeps its head's lanes and zeros in the others, so that a product over a whole block
 is a product over the head: the systolic array is 128 deep anyway, and nothing is padded in HBM.
 """
 
@@ -107,14 +107,20 @@ def rows_of_lanes(x, multiple: int):
     return jnp.pad(x, ((0, 0), (0, pads[0]), (0, pads[1]))) if any(pads) else x
 
 
-def transfer(pairs: Sequence[tuple[Callable, Callable]], sems, tile, slot, sizes: tuple[int, int], act: str) -> None:
-    """Start or wait for the copies of one tile; sizes = (tile, whole extent), the last tile may be short."""
+def transfer(
+    pairs: Sequence[tuple[Callable, Callable]], sems, tile, slot, sizes: tuple[int, int], act: str, *, out: bool = False
+) -> None:
+    """Start or wait for the copies of one tile, in from HBM or `out` to it.
+
+    A pair is (HBM slice, VMEM slot); sizes = (tile, whole extent), the last tile may be short.
+    """
     block, extent = sizes
 
     def go(size: int) -> None:
         for n, (source, target) in enumerate(pairs):
             start = pl.multiple_of(tile * block, LANES)
-            copy = pltpu.make_async_copy(source(start, size), target(slot, size), sems.at[n, slot])
+            ends = (source(start, size), target(slot, size))
+            copy = pltpu.make_async_copy(*(ends[::-1] if out else ends), sems.at[n, slot])
             getattr(copy, act)()
 
     tail = extent % block
@@ -149,8 +155,8 @@ def wide(column, size: int):
 
 
 def product(a, b, dims: str):
-    """Matrix product with float32 sums; `dims` is 'nn' or 'nt' (b transposed)."""
-    contract = ((1,), (0,)) if dims == "nn" else ((1,), (1,))
+    """Matrix product with float32 sums; `dims` is 'nn', 'nt' (b transposed) or 'tn' (a transposed)."""
+    contract = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[dims]
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 

@@ -106,8 +106,7 @@ def _columns(plan, offset, size, hull, length, keys, block_q, block_k):
 
 
 def _stack(fields: list) -> Array:
-    fields = jnp.broadcast_arrays(*fields)
-    table = jnp.stack([x.astype(jnp.int32) for x in fields], -1)[..., None, :]
+    table = jnp.stack([x.astype(jnp.int32) for x in jnp.broadcast_arrays(*fields)], -1)[..., None, :]
     return jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, FIELDS - len(fields))])
 
 

@@ -98,10 +98,8 @@ def _schedule(call: Call) -> Schedule:
     if segment_ids is not None:
         pads = (tiles_q * block_q - length, tiles_k * block_k - keys)
         # Ids of rows that do not exist are never equal to one another.
-        segment_ids = tuple(
-            jnp.pad(ids, ((0, 0), (0, pad)), constant_values=fill)
-            for ids, pad, fill in zip(segment_ids, pads, (-(2**31) + 1, -(2**31)), strict=True)
-        )
+        padded = lambda n, fill: jnp.pad(segment_ids[n], ((0, 0), (0, pads[n])), constant_values=fill)
+        segment_ids = (padded(0, -(2**31) + 1), padded(1, -(2**31)))
     pattern = plan.pattern_of_head
     pattern = np.asarray(pattern, np.int32) if isinstance(pattern, tuple) else pattern
     schedule = Schedule(
@@ -152,7 +150,7 @@ def _visits(schedule: Schedule, columns: Columns, batch: int, length: int, tiles
     live = reached(np.zeros((1, 1), np.int32) if s.one_pattern else schedule.pattern)  # [K, G, B, tiles_q, tiles_k]
     live = live.any(1)
     if schedule.lists is not None:
-        live = live | _listed(schedule, tiles_k)
+        live = live | _listed(schedule, schedule.lists, tiles_k)
     if schedule.plan.causal:
         live = live & (last >= key)
     if schedule.kv_length is not None:
@@ -176,9 +174,9 @@ def _extremes(ids: Int[Array, "B N"], block: int) -> tuple[Array, Array]:
     return jnp.where(unreal, 2**31 - 1, tiles).min(-1), tiles.max(-1)
 
 
-def _listed(schedule: Schedule, tiles_k: int) -> Array:
+def _listed(schedule: Schedule, lists: BlockList, tiles_k: int) -> Array:
     """bool [K or 1, B, tiles_q, tiles_k]: tiles that hold a listed block."""
-    lists, s = schedule.lists, schedule.settings
+    s = schedule.settings
     batch, rows_of_heads, rows, width = lists.idx.shape
     tile_q = jnp.arange(s.tiles_q)
     row_tile = jnp.arange(rows) * lists.block_q // s.block_q
@@ -213,7 +211,7 @@ def _mask(schedule: Schedule, where: tuple[Any, Any], tile_q, tile_k):
         pattern = lax.dynamic_slice_in_dim(jnp.asarray(schedule.pattern), h, s.unit_heads)[:, :, None, None]
     keep = schedule.plan.allow(i, j, pattern)
     if schedule.lists is not None:
-        hit = _tile_lists(schedule, b, h, tile_q, tile_k)
+        hit = _tile_lists(schedule, schedule.lists, where, tile_q, tile_k)
         keep = keep | (hit & (j <= i) if schedule.plan.causal else hit)
     if schedule.kv_length is not None:
         keep = keep & (j < wide(rows(jnp.asarray(schedule.kv_length))))
@@ -224,9 +222,9 @@ def _mask(schedule: Schedule, where: tuple[Any, Any], tile_q, tile_k):
     return keep
 
 
-def _tile_lists(schedule: Schedule, b, h, tile_q, tile_k):
+def _tile_lists(schedule: Schedule, lists: BlockList, where: tuple[Any, Any], tile_q, tile_k):
     """bool [Bc, Kc or 1, G or 1, block_q, block_k]: the listed keys of a tile."""
-    lists, s = schedule.lists, schedule.settings
+    s, (b, h) = schedule.settings, where
     heads_of_lists, width, (kv_heads, groups) = lists.idx.shape[1], lists.idx.shape[3], schedule.pattern.shape
     size = {1: 1, kv_heads: s.unit_heads}.get(heads_of_lists, s.unit_heads * groups)
     head = h * (size // s.unit_heads) if heads_of_lists > 1 else 0

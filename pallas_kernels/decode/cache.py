@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.pytrees import record
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+
+@record("ring")
 class KVCache:
     """Keys and values of a batch of requests, with the place of every token.
 
@@ -19,10 +18,10 @@ class KVCache:
     physical pages, `[B,W]` or, a table for every KV head, `[B,K,W]`; entries past a request's length are never read.
 
     Attributes:
-      k: keys, rotated already. bfloat16, float32, or int8 with ``k_scale``.
+      k: keys, rotated already. bfloat16, float32, or int8 with `k_scale`.
       v: values, likewise.
-      lengths: tokens of each request seen so far, the queries' own included, ``[B]``.
-      k_scale: float32 factors of int8 keys: ``[B, K, S]``, or ``[P, K, page]`` when paged.
+      lengths: tokens of each request seen so far, the queries' own included, `[B]`.
+      k_scale: float32 factors of int8 keys: `[B, K, S]`, or `[P, K, page]` when paged.
       v_scale: likewise of the values.
       page_table: physical pages, or None.
       ring: number of leading slots that never turn over (attention sinks), when the other slots form a ring; else None.
@@ -32,10 +31,10 @@ class KVCache:
     k: Array
     v: Array
     lengths: Int[Array, " B"]
-    k_scale: Float[Array, "_ _ _"] | None = None
-    v_scale: Float[Array, "_ _ _"] | None = None
+    k_scale: Float[Array, "_ K _"] | None = None
+    v_scale: Float[Array, "_ K _"] | None = None
     page_table: Int[Array, "B W"] | Int[Array, "B K W"] | None = None
-    ring: int | None = dataclasses.field(default=None, metadata={"static": True})
+    ring: int | None = None
 
     @property
     def kind(self) -> Literal["contiguous", "ring", "paged"]:
@@ -57,7 +56,7 @@ class KVCache:
         """Bytes of the stored keys, values and scales."""
         return sum(x.size * x.dtype.itemsize for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None)
 
-    def slot_positions(self, slot: Int[Array, "B N"] | None = None) -> Int[Array, "B N"]:
+    def slot_positions(self, slot: Int[Array, "B ..."] | None = None) -> Int[Array, "B ..."]:
         """The position held by each slot (all of them by default), or -1 where a slot holds none."""
         slot = jnp.arange(self.capacity, dtype=jnp.int32)[None] if slot is None else slot
         length = self.lengths.reshape(-1, *(1,) * (slot.ndim - 1))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.decode.cache import KVCache
 from pallas_kernels.lists import BlockList
 from pallas_kernels.plan import Plan
+from pallas_kernels.pytrees import record
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@record("scale", "soft_cap")
 class Call:
     """What `decode_attention` hands to a backend's `attend(call) -> (o [B,T,H,Dv], lse float32 [B,H,T])`.
 
@@ -25,8 +22,8 @@ class Call:
     cache: KVCache
     plan: Plan
     lists: BlockList | None
-    scale: float = dataclasses.field(metadata={"static": True})
-    soft_cap: float | None = dataclasses.field(metadata={"static": True})
+    scale: float
+    soft_cap: float | None
 
     @property
     def group(self) -> int:

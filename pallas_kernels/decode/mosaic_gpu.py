@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import op
 from pallas_kernels.decode.call import Call
@@ -48,18 +50,24 @@ class Shape:
 
     kv_heads: int
     rows8: int  # rows of the output that are kept, a multiple of 8
-    ring: int
+    capacity: int
+    ring: int  # -1 where slots are positions
     period: int
     paged: bool
     table_per_head: bool
     masked: bool  # the plan limits keys beyond causality
+    by_row: bool  # rows differ in position, sink or window; otherwise all share `sink` and `window`
+    sink: int
+    window: int
     listed: bool
     list_heads: int
-    list_block: int
     page: int
     scale: float
     soft_cap: float | None
     quantized: bool
+
+
+READ_FROM_SCHEDULE = ("sinks", "tail", "static", "visits", "first_pair", "first_visit", "work")
 
 
 class Scratch(NamedTuple):
@@ -124,71 +132,76 @@ def kernel(tiles: Tiles, shape: Shape, interpret: bool, refs, scratch) -> None:
 
 def segments(refs, run):
     """Call `run(pair, first visit, visits done before, visits)` for each pair in this program's share."""
-    first_pair, first_visit, work, visits = refs
     program = lax.axis_index("program")
-    total = work[program]
+    total = refs.work[program]
 
     def per_pair(state):
         pair, start, done = state
-        count = jnp.minimum(visits[pair] - start, total - done)
+        count = jnp.minimum(refs.visits[pair] - start, total - done)
         run(pair, start, done, count)
         return pair + 1, jnp.int32(0), done + count
 
-    lax.while_loop(lambda state: state[2] < total, per_pair, (first_pair[program], first_visit[program], jnp.int32(0)))
+    begin = refs.first_pair[program], refs.first_visit[program], jnp.int32(0)
+    lax.while_loop(lambda state: state[2] < total, per_pair, begin)
 
 
-def block_of(shape: Shape, block: int, pair, n, sinks, tail, static, lists):
+def block_of(shape: Shape, pair, n, refs):
     """Logical block of visit `n`."""
-    where = jnp.where(n < sinks[pair], n, tail[pair] + n - sinks[pair])
+    sinks = refs.sinks[pair]
+    where = jnp.where(n < sinks, n, refs.tail[pair] + n - sinks)
     if not shape.listed:
         return where
-    entry = jnp.maximum(n - static[pair], 0)
-    batch, head = pair // shape.kv_heads, pair % shape.kv_heads
-    listed = lists[batch, head if shape.list_heads > 1 else 0, entry]
-    return jnp.where(n < static[pair], where, listed)
+    static = refs.static[pair]
+    head = pair % shape.kv_heads if shape.list_heads > 1 else 0
+    listed = refs.lists[pair // shape.kv_heads, head, jnp.maximum(n - static, 0)]
+    return jnp.where(n < static, where, listed)
 
 
-def place(shape: Shape, block: int, table, pair, logical):
+def place(shape: Shape, block: int, refs, pair, logical):
     """Index of a logical block in the cache arrays: [block, D] in global memory."""
     batch, head = pair // shape.kv_heads, pair % shape.kv_heads
     if not shape.paged:
         return batch, pl.ds(logical * block, block), head
     per_page = shape.page // block
     entry = logical // per_page
-    page = table[batch, head, entry] if shape.table_per_head else table[batch, entry]
+    page = refs.table[batch, head, entry] if shape.table_per_head else refs.table[batch, entry]
     return page, head, pl.ds(logical % per_page * block, block)
 
 
+def slot_to_position(shape: Shape, slot, length):
+    """Positions that ring slots hold: of this lap up to the newest slot, of the lap before beyond it."""
+    laps = jnp.maximum(length - 1 - shape.ring, 0)
+    newest, lap = shape.ring + laps % shape.period, laps // shape.period * shape.period
+    turned = jnp.where(slot <= newest, slot + lap, slot + (lap - shape.period))
+    return jnp.where(slot < shape.ring, slot, jnp.where(turned < shape.ring, jnp.int32(2**30), turned))
+
+
 def fetch(tiles: Tiles, shape: Shape, refs, scratch) -> None:
-    _, k_ref, v_ref, _, _, table, lists, *scales, sinks, tail, static, _, _, _, _, _, _ = refs
-    cut = refs[-6:-2]
-    k_smem, v_smem = scratch.k, scratch.v
-    k_ready, v_ready, free = scratch.k_ready, scratch.v_ready, scratch.free
+    """Keep `stages` blocks of keys and values on their way into shared memory."""
 
     def run(pair, start, done, count):
         def visit(m, _):
             g = done + m
             slot = lax.rem(g, tiles.stages)
-            logical = block_of(shape, tiles.block, pair, start + m, sinks, tail, static, lists)
-            where = place(shape, tiles.block, table, pair, logical)
+            where = place(shape, tiles.block, refs, pair, block_of(shape, pair, start + m, refs))
 
             @pl.when(g >= tiles.stages)
             def _():
-                plgpu.barrier_wait(free.at[slot])
+                plgpu.barrier_wait(scratch.free.at[slot])
 
-            plgpu.copy_gmem_to_smem(k_ref.at[where], k_smem.at[slot], k_ready.at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[where], v_smem.at[slot], v_ready.at[slot])
+            plgpu.copy_gmem_to_smem(refs.k.at[where], scratch.k.at[slot], scratch.k_ready.at[slot])
+            plgpu.copy_gmem_to_smem(refs.v.at[where], scratch.v.at[slot], scratch.v_ready.at[slot])
             if shape.quantized:
-                batch, head = (where[0], where[2]) if not shape.paged else where[:2]
-                tokens = where[1] if not shape.paged else where[2]
-                plgpu.copy_gmem_to_smem(scales[0].at[batch, head, tokens], scratch.k_scale.at[slot], k_ready.at[slot])
-                plgpu.copy_gmem_to_smem(scales[1].at[batch, head, tokens], scratch.v_scale.at[slot], v_ready.at[slot])
+                outer, *inner = where
+                at = (outer, *inner) if shape.paged else (outer, *reversed(inner))  # scales are head-major
+                plgpu.copy_gmem_to_smem(refs.k_scale.at[at], scratch.k_scale.at[slot], scratch.k_ready.at[slot])
+                plgpu.copy_gmem_to_smem(refs.v_scale.at[at], scratch.v_scale.at[slot], scratch.v_ready.at[slot])
 
         lax.fori_loop(0, count, visit, None)
 
-    segments(cut, run)
-    total = cut[2][lax.axis_index("program")]
-    drain = lambda g, _: plgpu.barrier_wait(free.at[lax.rem(g, tiles.stages)])
+    segments(refs, run)
+    total = refs.work[lax.axis_index("program")]
+    drain = lambda g, _: plgpu.barrier_wait(scratch.free.at[lax.rem(g, tiles.stages)])
     lax.fori_loop(jnp.maximum(total - tiles.stages, 0), total, drain, None)
 
 
@@ -214,31 +227,28 @@ def blank_rows(values, held) -> None:
 
 
 def compute(tiles: Tiles, shape: Shape, interpret: bool, refs, scratch) -> None:
-    q_ref, _, _, rows_ref, request_ref, _, lists = refs[:7]
-    sinks, tail, static, *cut, o_ref, lse_ref = refs[-9:]
-    q_smem, o_smem, lse_smem, free = scratch.q, scratch.o, scratch.lse, scratch.free
-    dv = o_smem.shape[-1]
-    block = tiles.block
+    """Attention of the queries over the blocks as they arrive; one partial result a pair."""
+    q_smem, o_smem, lse_smem = scratch.q, scratch.o, scratch.lse
+    dv, block = o_smem.shape[-1], tiles.block
     by_row, grid = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
     full = lambda value, dims, layout: plgpu.layout_cast(jnp.full(dims, value, jnp.float32), layout)
-    spread = lambda x: lax.broadcast_in_dim(x, (ROWS, block), [0])
+    spread = lambda x: x if jnp.ndim(x) == 0 else lax.broadcast_in_dim(x, (ROWS, block), [0])
     by_key = lambda ref: lax.broadcast_in_dim(plgpu.load(ref, layout=grid.reduce(0)), (ROWS, block), [1])
 
     def run(pair, start, done, count):
         batch, head = pair // shape.kv_heads, pair % shape.kv_heads
-        plgpu.copy_gmem_to_smem(q_ref.at[pair], q_smem, scratch.q_ready)
+        plgpu.copy_gmem_to_smem(refs.q.at[pair], q_smem, scratch.q_ready)
+        length = refs.lengths[batch]
+        query, sink, window = length - 1, shape.sink, shape.window
+        if shape.by_row:
+            load = lambda n, at: plgpu.load(refs.rows.at[n, at], layout=by_row, optimized=False)
+            query, sink, window = load(0, batch), load(1, head), load(2, head)
         plgpu.barrier_wait(scratch.q_ready)
-        query = plgpu.load(
-            rows_ref.at[0, batch], layout=by_row, optimized=False
-        )  # position of each row's query, -1 for padding
-        sink = plgpu.load(rows_ref.at[1, head], layout=by_row, optimized=False)
-        window = plgpu.load(rows_ref.at[2, head], layout=by_row, optimized=False)
-        newest_slot, lap, held = (request_ref[batch, n] for n in range(3))
 
         def visit(m, carry):
             acc, top, total = carry
             slot = lax.rem(done + m, tiles.stages)
-            logical = block_of(shape, block, pair, start + m, sinks, tail, static, lists)
+            logical = block_of(shape, pair, start + m, refs)
             plgpu.barrier_wait(scratch.k_ready.at[slot])
             s = scores(q_smem, operand(shape, scratch.k, scratch.k_wide, slot), block, interpret) * shape.scale
             if shape.quantized:
@@ -246,14 +256,13 @@ def compute(tiles: Tiles, shape: Shape, interpret: bool, refs, scratch) -> None:
             if shape.soft_cap is not None:
                 s = shape.soft_cap * jnp.tanh(s / shape.soft_cap)
             key = plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=grid) + logical * block
-            if shape.ring >= 0:  # slot -> position: this lap up to the newest slot, the lap before beyond it
-                turned = jnp.where(key <= newest_slot, key + lap, key + (lap - shape.period))
-                key = jnp.where(key < shape.ring, key, jnp.where(turned < shape.ring, jnp.int32(2**30), turned))
+            if shape.ring >= 0:
+                key = slot_to_position(shape, key, length)
             keep = key <= spread(query)
             if shape.masked:
                 limited = (key < spread(sink)) | (spread(query) - key < spread(window))
                 if shape.listed:  # a listed block adds only keys that the static part lacks
-                    limited = limited == (start + m < static[pair])
+                    limited = limited == (start + m < refs.static[pair])
                 keep &= limited
             s = jnp.where(keep, s * LOG2E, -jnp.inf)
             new_top = jnp.maximum(top, s.max(axis=1))
@@ -266,10 +275,10 @@ def compute(tiles: Tiles, shape: Shape, interpret: bool, refs, scratch) -> None:
             if shape.quantized:
                 p = jnp.where(keep, p * by_key(scratch.v_scale.at[slot]), 0.0)
             else:
-                blank_rows(scratch.v.at[slot], held - logical * block)
+                blank_rows(scratch.v.at[slot], jnp.minimum(length, shape.capacity) - logical * block)
             values = operand(shape, scratch.v, scratch.v_wide, slot)
-            acc = product(acc, p.astype(q_ref.dtype), values, interpret)
-            plgpu.barrier_arrive(free.at[slot])
+            acc = product(acc, p.astype(q_smem.dtype), values, interpret)
+            plgpu.barrier_arrive(scratch.free.at[slot])
             return acc, new_top, total
 
         start_state = full(0.0, (ROWS, dv), grid), full(-jnp.inf, (ROWS,), by_row), full(0.0, (ROWS,), by_row)
@@ -279,12 +288,12 @@ def compute(tiles: Tiles, shape: Shape, interpret: bool, refs, scratch) -> None:
         o_smem[...] = acc.astype(o_smem.dtype)
         lse_smem[...] = jnp.where(total > 0, (top + jnp.log2(some)) / LOG2E, -jnp.inf)
         plgpu.commit_smem()
-        place = lax.axis_index("program") + pair
-        plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, shape.rows8)], o_ref.at[place, :, pl.ds(0, dv)])
-        plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[place])
+        part = lax.axis_index("program") + pair
+        plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, shape.rows8)], refs.o.at[part, :, pl.ds(0, dv)])
+        plgpu.copy_smem_to_gmem(lse_smem, refs.lse.at[part])
         plgpu.wait_smem_to_gmem(0)
 
-    segments(cut, run)
+    segments(refs, run)
 
 
 def attend(
@@ -299,15 +308,20 @@ def attend(
     schedule = make_schedule(cache, call.plan, call.lists, queries, tiles.block, tiles.programs)
     # rows of a pair: new tokens by heads of the group
     packed = q.reshape(batch, queries, kv_heads, group, dim).swapaxes(1, 2).reshape(batch * kv_heads, rows, dim)
-    packed = jnp.pad(packed, ((0, 0), (0, ROWS - rows), (0, 0)))
-    nothing = jnp.zeros((1, 1, 1), jnp.int32)
-    tables = nothing if cache.page_table is None else cache.page_table
-    lists = nothing if call.lists is None else call.lists.idx[:, :, 0]
-    cut = (schedule.sinks, schedule.tail, schedule.static)
-    cut += (schedule.first_pair, schedule.first_visit, schedule.work, schedule.visits)
-    scales = () if cache.k_scale is None else (cache.k_scale, cache.v_scale)
-    run = launch(tiles, describe(call), tiles.programs + batch * kv_heads, dv, q.dtype, interpret)
-    o, lse = run(packed, cache.k, cache.v, *row_tables(call), tables, lists, *scales, *cut)
+    shape = describe(call)
+    inputs = {
+        "q": jnp.pad(packed, ((0, 0), (0, ROWS - rows), (0, 0))),
+        "k": cache.k,
+        "v": cache.v,
+        "lengths": cache.lengths,
+        "k_scale": cache.k_scale,
+        "v_scale": cache.v_scale,
+        "table": cache.page_table,
+        "lists": None if call.lists is None else call.lists.idx[:, :, 0],
+        "rows": row_tables(call) if shape.by_row else None,
+    } | {name: getattr(schedule, name) for name in READ_FROM_SCHEDULE}
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    o, lse = launch(tiles, shape, tiles.programs + batch * kv_heads, dv, tuple(inputs), interpret)(*inputs.values())
     o, lse = (x[:, :rows] for x in combine(o, lse, schedule.owner, interpret))
     o = o[..., :dv].reshape(batch, kv_heads, queries, group, dv).swapaxes(1, 2).reshape(batch, queries, heads, dv)
     lse = lse.reshape(batch, kv_heads, queries, group).swapaxes(2, 3).reshape(batch, heads, queries)
@@ -315,19 +329,24 @@ def attend(
 
 
 def describe(call: Call) -> Shape:
-    cache, lists = call.cache, call.lists
+    cache, lists, plan = call.cache, call.lists, call.plan
     ring = -1 if cache.ring is None else cache.ring
+    one_pattern = plan.num_patterns == 1 and isinstance(plan.sink, np.ndarray) and isinstance(plan.window, np.ndarray)
+    by_row = call.q.shape[1] > 1 or not one_pattern
     return Shape(
         kv_heads=cache.num_kv_heads,
         rows8=-(-call.q.shape[1] * call.group // 8) * 8,
+        capacity=cache.capacity,
         ring=ring,
         period=cache.capacity - max(ring, 0),
         paged=cache.page_table is not None,
         table_per_head=cache.page_table is not None and cache.page_table.ndim == 3,
-        masked=not call.plan.dense,
+        masked=not plan.dense,
+        by_row=by_row,
+        sink=0 if by_row else int(plan.sink[0]),
+        window=0 if by_row else int(plan.window[0]),
         listed=lists is not None,
         list_heads=1 if lists is None else lists.idx.shape[1],
-        list_block=0 if lists is None else lists.block_k,
         page=cache.k.shape[2] if cache.page_table is not None else 0,
         scale=call.scale,
         soft_cap=call.soft_cap,
@@ -335,8 +354,8 @@ def describe(call: Call) -> Shape:
     )
 
 
-def row_tables(call: Call) -> tuple[Array, Array]:
-    """Query position, sink and window of each row, [3, max(B,K), 64]; newest slot, lap and slots in use, [B,3]."""
+def row_tables(call: Call) -> Int[Array, "3 n 64"]:
+    """Position of each row's query (by request; -1 for padding), its sink and its window (by KV head)."""
     cache, plan, group, queries = call.cache, call.plan, call.group, call.q.shape[1]
     batch, kv_heads = cache.lengths.shape[0], cache.num_kv_heads
     row = jnp.arange(ROWS)
@@ -345,17 +364,16 @@ def row_tables(call: Call) -> tuple[Array, Array]:
     head = jnp.arange(kv_heads)[:, None] * group + row[None] % group
     pattern = jnp.asarray(plan.pattern_of_head)[head]
     pad = lambda x: jnp.pad(x.astype(jnp.int32), ((0, max(batch, kv_heads) - x.shape[0]), (0, 0)))
-    rows = jnp.stack([pad(query), pad(jnp.asarray(plan.sink)[pattern]), pad(jnp.asarray(plan.window)[pattern])])
-    ring = cache.ring or 0
-    period = cache.capacity - ring
-    laps = jnp.maximum(cache.lengths - 1 - ring, 0)
-    held = jnp.minimum(cache.lengths, cache.capacity)
-    return rows, jnp.stack([ring + laps % period, laps // period * period, held], -1).astype(jnp.int32)
+    return jnp.stack([pad(query), pad(jnp.asarray(plan.sink)[pattern]), pad(jnp.asarray(plan.window)[pattern])])
 
 
-def launch(tiles: Tiles, shape: Shape, slots: int, dv: int, dtype, interpret):
-    def entry(*refs):
-        dim = refs[0].shape[-1]
+def launch(tiles: Tiles, shape: Shape, slots: int, dv: int, names: tuple[str, ...], interpret):
+    """The kernel over inputs called `names`; partial o [slots, rows8, Dv padded] and lse [slots, 64]."""
+    dtype = jnp.bfloat16
+
+    def entry(*inputs_and_outputs):
+        refs = types.SimpleNamespace(**dict(zip((*names, "o", "lse"), inputs_and_outputs, strict=True)))
+        dim = refs.q.shape[-1]
         stored = lambda ref, d: plgpu.SMEM(
             (tiles.stages, tiles.block, d), ref.dtype, transforms=transforms(d, ref.dtype)
         )
@@ -366,8 +384,8 @@ def launch(tiles: Tiles, shape: Shape, slots: int, dv: int, dtype, interpret):
             lambda *scratch: kernel(tiles, shape, interpret is not None, refs, Scratch(*scratch)),
             *Scratch(
                 q=plgpu.SMEM((ROWS, dim), dtype, transforms=TILE),
-                k=stored(refs[1], dim),
-                v=stored(refs[2], dv),
+                k=stored(refs.k, dim),
+                v=stored(refs.v, dv),
                 k_scale=scales,
                 v_scale=scales,
                 k_wide=wide(dim),

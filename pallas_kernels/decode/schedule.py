@@ -9,19 +9,16 @@ which no other combination reaches.
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.decode.cache import KVCache
 from pallas_kernels.lists import BlockList
 from pallas_kernels.plan import Ints, Plan
+from pallas_kernels.pytrees import record
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@record()
 class Schedule:
     """Visits of N programs to the blocks of `pairs` pairs.
 

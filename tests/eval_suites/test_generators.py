@@ -342,9 +342,9 @@ def test_a_million_tokens():
 
     task = ruler.ruler(num_examples=1)[1]
     load_haystack()
-    began = time.perf_counter()
+    began = time.process_time()
     item = next(iter(task.examples(plain(), 1_000_000, 0)))
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     assert 990_000 <= len(prompt_ids(plain(), item.prompt)) + item.max_new_tokens <= 1_000_000
     assert seconds < 10
 
@@ -356,7 +356,7 @@ def test_sentences_keep_their_quotes_and_are_never_long():
     text = 'She said: "Go." He went.\n\nThird one? Yes! ' + "word " * 150
     found = split_sentences(text)
     assert found[:4] == ['She said: "Go."', "He went.", "Third one?", "Yes!"] or found[2] == "Third one?"
-    assert max(len(sentence.split()) for sentence in load_haystack().sentences) <= 60
+    assert max(len(sentence.split()) for sentence in load_haystack().sentences) <= 40
     assert insert_at(["a", "b"], ["x", "y"], [0, 2]) == ["x", "a", "b", "y"]
 
 

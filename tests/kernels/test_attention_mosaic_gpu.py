@@ -15,10 +15,11 @@ from pallas_kernels.attention import mosaic_gpu, reference
 from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles
+from pallas_kernels.attention.specs import Spec
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Causal, Full, Intervals, Mask, Segments, Sink, Stride, Window, per_head
 from pallas_kernels.op import target_platform
-from pallas_kernels.plan import INF
+from tests.kernels.attention_suite import SPECS, AttentionSuite
 
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA Hopper GPU")
 
@@ -45,8 +46,9 @@ class Case:
         heads, kv_heads = self.heads
         keys = self.keys or self.length
         shapes = [(self.batch, n, h, self.dim) for n, h in ((self.length, heads), (keys, kv_heads), (keys, kv_heads))]
-        *seeds, last, more = jax.random.split(jax.random.key(seed), 5)
-        q, k, v = (jax.random.normal(s, shape, dtype) for s, shape in zip(seeds, shapes, strict=True))
+        rng = np.random.default_rng(seed)  # NumPy's: it compiles nothing
+        draw = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32).astype(dtype))
+        q, k, v = map(draw, shapes)
         if self.poison:
             k, v = (x.at[:, slice(*self.poison)].set(jnp.nan) for x in (k, v))
         ids = None
@@ -66,8 +68,7 @@ class Case:
             soft_cap=self.soft_cap,
             need_lse=True,
         )
-        do = jax.random.normal(last, q.shape, dtype)
-        return call, do, jax.random.normal(more, (self.batch, heads, self.length))
+        return call, draw(q.shape), jnp.asarray(rng.standard_normal((self.batch, heads, self.length), np.float32))
 
 
 def every_other(length: int, keys: int, block_q: int, block_k: int) -> BlockList:
@@ -100,7 +101,7 @@ CASES = {
     "no_key": Case(Causal() & Stride(block=64, every=2, offset=1), length=130),
     "soft_cap": Case(Causal(), length=64, soft_cap=5.0),
 }
-SMALL = ("sink_window", "stride", "chunk")  # what CI interprets; the rest runs on a GPU or as slow tests
+SMALL = ("chunk",)  # what CI interprets with gradients; the rest runs on a GPU or as slow tests
 
 
 def relative(actual: jax.Array, wanted: jax.Array) -> float:
@@ -139,7 +140,17 @@ def test_interpreted(name: str) -> None:
     compare(CASES[name], functools.partial(mosaic_gpu.attend, interpret=True))
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+def test_interpreted_columns_forward() -> None:
+    """Two heads of different patterns, one of them with listed columns, in one row tile."""
+    case = dataclasses.replace(CASES["per_head"], length=128)
+    call, _, _ = case.call()
+    o, lse = mosaic_gpu.attend(call, interpret=True)
+    want_o, want_lse = reference.attend(call)
+    assert relative(o, want_o) < 6e-3
+    np.testing.assert_allclose(lse, want_lse, atol=2e-3)
+
+
+@pytest.mark.parametrize("dim", [128, pytest.param(64, marks=pytest.mark.slow)])
 def test_lowers_for_cuda(dim: int) -> None:
     mask = Causal() & (Sink(64) | Window(512) | Stride(block=64, every=8))
 
@@ -217,10 +228,33 @@ class TestOnDevice:
                 np.testing.assert_array_equal(a, b)
 
 
-def test_never_expiring_columns_equal_causal() -> None:
-    """A plan whose every column lives for ever visits what a causal one does, by lists instead of by arithmetic."""
-    case = Case(Causal() & Intervals(64, np.full(3, INF, np.int32)), length=130)
-    o, lse = mosaic_gpu.attend(case.call()[0], interpret=True)
-    want_o, want_lse = reference.attend(case.call()[0])
-    assert relative(o, want_o) < 6e-3
-    np.testing.assert_allclose(lse, want_lse, atol=2e-3)
+def spec_call(spec: Spec) -> Call:
+    x, options = spec.arrays(jnp.bfloat16), spec.options()
+    ids = options.get("segment_ids")
+    return Call(
+        q=x["q"],
+        k=x["k"],
+        v=x["v"],
+        mask=spec.mask,
+        lists=options.get("lists"),
+        segment_ids=None if ids is None else (ids, ids),
+        q_offset=options.get("q_offset", 0),
+        kv_length=options.get("kv_length"),
+        scale=1.0,
+        soft_cap=None,
+        need_lse=True,
+    )
+
+
+DECLINED = frozenset(
+    name for name, spec in SPECS.items() if mosaic_gpu.refusal(spec_call(spec), interpret=True) is not None
+)
+
+
+@pytest.mark.gpu
+@needs_gpu
+class TestSuite(AttentionSuite):
+    implementation, tolerance, dtype, declines = "mosaic_gpu", 3e-2, jnp.bfloat16, DECLINED
+
+    def test_repeats_bit_for_bit(self):
+        pytest.skip("its blocks of 16 keys are declined; TestOnDevice.test_repeats_are_equal stands in")

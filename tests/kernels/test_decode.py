@@ -100,9 +100,12 @@ def test_mosaic_gpu(case, interpreted):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 def test_lowers_for_hopper(dim, dtype):
-    store = jax.ShapeDtypeStruct((2, 4096, 8, dim), dtype)
-    factors = jax.ShapeDtypeStruct((2, 8, 4096), jnp.float32) if dtype == jnp.int8 else None
-    cache = KVCache(store, store, jax.ShapeDtypeStruct((2,), jnp.int32), factors, factors)
+    def make():
+        store = jnp.zeros((2, 4096, 8, dim), dtype)
+        factors = jnp.zeros((2, 8, 4096)) if dtype == jnp.int8 else None
+        return KVCache(store, store, jnp.zeros(2, jnp.int32), factors, factors)
+
+    cache = jax.eval_shape(make)
     q = jax.ShapeDtypeStruct((2, 1, 32, dim), jnp.bfloat16)
     with op.target_platform("gpu"):
         run = jax.jit(lambda q, cache: pk.decode_attention(q, cache, implementation="mosaic_gpu"))

@@ -7,17 +7,21 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class JudgeError(RuntimeError):
     """The judge gave no usable answer; the message names the judge and the cause."""
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Anything that answers a prompt with a text."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Who judges."""
+        ...
 
     def __call__(self, prompt: str) -> str: ...
 

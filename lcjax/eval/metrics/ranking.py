@@ -25,4 +25,4 @@ def ndcg(ranking: list[str], grades: Mapping[str, int], depth: int = 10) -> floa
 
 
 def _discounted(gains: list[int]) -> float:
-    return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))
+    return float(sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains)))

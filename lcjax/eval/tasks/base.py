@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from lcjax.eval.budget import Draft, Encoder, Fitter
 from lcjax.eval.haystack import Haystack, load_haystack
@@ -49,7 +49,7 @@ class GeneratedTask:
         """The haystack's sentences."""
         return load_haystack(self.haystack)
 
-    def sized(self, fitter: Fitter) -> Self:
+    def sized(self, fitter: Fitter) -> "GeneratedTask":
         """The form of the task for a budget, where it has more than one."""
         return self
 

@@ -114,7 +114,7 @@ def longbench_score(metric: str, answer: str, example: Item) -> float:
 def _character_rouge(answer: str, references: tuple[str, ...]) -> float:
     """ROUGE-L over characters; rouge-score keeps only ASCII words, so its own tokens would be empty here."""
     found = [c for c in answer if not c.isspace()]
-    return max((subsequence_ratio("".join(found), "".join(reference.split())) for reference in references), default=0)
+    return max((subsequence_ratio("".join(found), "".join(reference.split())) for reference in references), default=0.0)
 
 
 def longbench(

@@ -54,9 +54,9 @@ class HaystackReasoning(GeneratedTask):
         facts = [fact for chain in chains for fact in self._tell(*chain)]
         mine = facts[: self.steps]
         rng.shuffle(facts)
-        places = self._places(rng, units, len(facts))
         haystack = self.text()
-        sentences = haystack.take(units, haystack.random_start(rng))
+        sentences = haystack.take(units, haystack.random_start(rng))  # before draws that depend on `units`
+        places = self._places(rng, units, len(facts))
         context = " ".join(insert_at(sentences, facts, places))
         person, thing, room, floor, day = chains[0]
         ask, answer = (

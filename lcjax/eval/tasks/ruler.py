@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from lcjax.eval.budget import Draft, Fitter
 from lcjax.eval.tasks import needles
@@ -74,7 +74,7 @@ class CommonWords(GeneratedTask):
         """As many uncommon words as common ones."""
         return 10
 
-    def sized(self, fitter: Fitter) -> Self:
+    def sized(self, fitter: Fitter) -> GeneratedTask:
         """The short form for short budgets."""
         draft, tokens = fitter.measure(self.draft(Random("size"), 2 * self.least, 0))
         if fitter.budget >= 4096 and tokens + draft.max_new_tokens <= fitter.budget:

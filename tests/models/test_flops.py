@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 
+from lcjax.models.flops import flops_per_token
 from lcjax.models.spec import Attention, GatedLinear, ModelSpec
-from lcjax.observe.flops import flops_per_token
 
 SPEC = ModelSpec(vocab_size=100, width=8, mlp_width=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4)
 WEIGHTS = 8 * 16 + 2 * 8 * 8 + 16 * 8 + 3 * 8 * 32 + 8 * 100  # q, k and v, o, MLP, unembedding
 
 
 def test_full_attention_is_counted_half():
-    assert flops_per_token(SPEC, 64, training=False) == 2 * WEIGHTS + 4 * 16 * 64 / 2
+    assert flops_per_token(SPEC, 64, training=False) == 2 * WEIGHTS + 4 * 16 * (64 + 1) / 2
 
 
 def test_training_is_three_times_forward():
@@ -21,7 +21,7 @@ def test_training_is_three_times_forward():
 
 def test_a_window_is_a_triangle_and_a_rectangle():
     spec = dataclasses.replace(SPEC, pattern=(Attention(window=12, sink=4),))
-    visible = (16 * 16 / 2 + (64 - 16) * 16) / 64
+    visible = (16 * 17 / 2 + (64 - 16) * 16) / 64
     assert flops_per_token(spec, 64, training=False) == pytest.approx(2 * WEIGHTS + 4 * 16 * visible)
     short = flops_per_token(spec, 8, training=False)
     assert short == flops_per_token(SPEC, 8, training=False), "a window longer than the text is full attention"

@@ -1,0 +1,219 @@
+"""The compiled schedule of TPU kernels, without a TPU.
+
+    python -m benchmarks.tpu_schedule --generations v5p v6e --tiles 512,512,512 1024,1024,512
+
+libtpu's compiler writes each kernel's VLIW schedule: one bundle is one cycle, stalls aside. The hot region is the
+straight-line block that does a visited tile's products without a token mask; its bundles and the share of its matrix
+slots in use compare kernels without a chip. JAX's splash attention is compiled at the same tiles, beside ours. The
+compiler flags are read once per process, so every row is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+CODES = ("ours_fwd", "ours_bwd", "splash_fwd", "splash_bwd")
+MATRIX = ("MXU", "MATMUL")
+LABEL = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT))?\s*:")
+KERNEL = re.compile(r"block_sparse_attention_(?:fwd|dq|dkv|bwd)|splash\w*")
+DELAY = 5  # a branch takes effect after its delay slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """One kernel's figures; slots, spills and fills count uses in the hot region."""
+
+    kernel: str
+    bundles: int
+    hot_bundles: int
+    matrix_use: float
+    slots: dict[str, int]
+    spills: int
+    fills: int
+    vmem_mib: float
+
+
+def read_utilization(text: str) -> tuple[list[str], list[int], list[list[int]]]:
+    """(unit names, slots of each in a bundle, uses per bundle)."""
+    lines = text.splitlines()
+    names = [name.strip() for name in lines[1].split(",")]
+    capacity = [int(n) for n in lines[2].split()]
+    rows = [[int(n) for n in line.split()] for line in lines[4:] if line.strip()]
+    if len(names) != len(capacity) or any(len(row) != len(names) for row in rows):
+        raise ValueError(f"utilization dump: {len(names)} units, {len(capacity)} capacities, rows of other lengths")
+    return names, capacity, rows
+
+
+def block_starts(bundles: str) -> list[int]:
+    """Addresses at which straight-line blocks begin: after labels and after branches with their delay slots."""
+    starts = {0}
+    for line in bundles.splitlines():
+        if not (found := LABEL.match(line)):
+            continue
+        address = int(found[1], 16)
+        if found[2]:
+            starts.add(address)
+        if "sbr.rel" in line:
+            starts.add(address + DELAY)
+    return sorted(starts)
+
+
+def analyse(kernel: str, utilization: str, bundles: str, allocations: str) -> Schedule:
+    """The figures of one kernel from its three dumps."""
+    names, capacity, rows = read_utilization(utilization)
+    matrix = next(n for n, name in enumerate(names) if name in MATRIX)
+    starts = [start for start in block_starts(bundles) if start < len(rows)]
+    blocks = [rows[a:b] for a, b in zip(starts, [*starts[1:], len(rows)], strict=True)]
+    work = [sum(row[matrix] for row in block) for block in blocks]
+    # Blocks with as much matrix work as any hold a tile's products; the masked twin of the hot one is longer.
+    hot = min((block for block, n in zip(blocks, work, strict=True) if n >= 0.8 * max(work)), key=len)
+    total = [sum(column) for column in zip(*hot, strict=True)]
+    slots = dict(zip(names, total, strict=True))
+    size = sum(int(n, 16) for n in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", allocations))
+    return Schedule(
+        kernel=kernel,
+        bundles=len(rows),
+        hot_bundles=len(hot),
+        matrix_use=round(total[matrix] / (capacity[matrix] * len(hot)), 3),
+        slots=slots,
+        spills=slots.get("VSTORE:SPILL", 0),
+        fills=slots.get("VLOAD:FILL", 0),
+        vmem_mib=round(size / 2**20, 2),
+    )
+
+
+def read_dump(folder: pathlib.Path) -> Iterator[Schedule]:
+    """Every attention kernel in a dump folder."""
+    for path in sorted(folder.glob("*-final_bundles.txt")):
+        if "schedule-analysis" in path.name or not (found := KERNEL.search(path.name)):
+            continue
+        stem = re.sub(r"-\d+-final_bundles\.txt$", "", path.name)
+        beside = lambda suffix, stem=stem: next(folder.glob(f"{stem}-[0-9][0-9]-{suffix}.txt")).read_text(
+            errors="replace"
+        )
+        utilization = beside("final_hlo-static-per-bundle-utilization")
+        yield analyse(found[0], utilization, path.read_text(errors="replace"), beside("post-ra"))
+
+
+def compile_code(code: str, generation: str, tiles: tuple[int, int, int], length: int, heads: int, dim: int) -> None:
+    """Compile one row's program in this process (the flags must be in the environment already)."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import aot
+
+    forward, shapes = (_ours if code.startswith("ours") else _splash)(tiles, length, heads, dim)
+
+    def backward(*x):
+        return jax.grad(lambda *y: forward(*y).astype(jnp.float32).sum(), (0, 1, 2))(*x)
+
+    aot.compile_for(generation, backward if code.endswith("bwd") else forward, *shapes)
+
+
+def _ours(tiles, length, heads, dim):
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.attention import mosaic_tpu
+    from pallas_kernels.attention.call import Call
+    from pallas_kernels.masks import Causal
+
+    def forward(q, k, v):
+        call = Call(q, k, v, Causal(), None, None, 0, None, dim**-0.5, None, False)
+        return mosaic_tpu.attend_with(call, *tiles)[0]
+
+    return forward, [jax.ShapeDtypeStruct((1, length, heads, dim), jnp.bfloat16)] * 3
+
+
+def _splash(tiles, length, heads, dim):
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    q, kv, compute = tiles
+    sizes = kernel.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=compute,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=compute,
+        use_fused_bwd_kernel=True,
+    )
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    attend = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    return attend, [jax.ShapeDtypeStruct((heads, length, dim), jnp.bfloat16)] * 3
+
+
+def measure(code: str, generation: str, tiles: tuple[int, int, int], sizes: tuple[int, int, int]) -> list[Schedule]:
+    """Compile in a child process with the dump flags and read what it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        environment = {**os.environ, "LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
+        words = [code, generation, *map(str, tiles), *map(str, sizes)]
+        command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--child", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        found = list(read_dump(pathlib.Path(folder)))
+    if done.returncode or not found:
+        raise RuntimeError(f"{code} for {generation} at tiles {tiles} did not compile:\n{done.stderr[-2000:]}")
+    # A gradient program holds the forward kernel too; it has its own row.
+    return [row for row in found if code.endswith("bwd") != ("fwd" in row.kernel)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generations", nargs="+", default=["v5p", "v6e"])
+    parser.add_argument("--tiles", nargs="+", default=["128,128,128", "512,512,512", "1024,1024,512"])
+    parser.add_argument("--codes", nargs="+", default=list(CODES), choices=CODES)
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--output", type=pathlib.Path, default=None, help="JSON file to write")
+    parser.add_argument("--child", nargs=8, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        code, generation, *numbers = options.child
+        q, k, compute, length, heads, dim = map(int, numbers)
+        return compile_code(code, generation, (q, k, compute), length, heads, dim)
+    rows = []
+    print(f"{'generation':11}{'tile':15}{'kernel':36}{'hot':>7}{'matrix':>8}{'spills':>8}{'fills':>7}{'VMEM MiB':>10}")
+    for generation in options.generations:
+        for text in options.tiles:
+            q, k, compute = map(int, text.split(","))
+            for code in options.codes:
+                for row in measure(code, generation, (q, k, compute), (options.length, options.heads, options.dim)):
+                    rows.append({"generation": generation, "tiles": text, "code": code, **dataclasses.asdict(row)})
+                    name = f"{code.split('_')[0]} {row.kernel.removeprefix('block_sparse_attention_')}"
+                    print(
+                        f"{generation:11}{text:15}{name:36}{row.hot_bundles:7}{row.matrix_use:8.3f}{row.spills:8}"
+                        f"{row.fills:7}{row.vmem_mib:10.2f}",
+                        flush=True,
+                    )
+    if options.output:
+        _write(options, rows)
+
+
+def _write(options: argparse.Namespace, rows: list[dict]) -> None:
+    import importlib.metadata as metadata
+
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    call = {"length": options.length, "heads": options.heads, "dim": options.dim, "mask": "causal", "dtype": "bfloat16"}
+    when = time.strftime("%Y-%m-%d")
+    report = {"date": when, "versions": versions, "call": call, "unit": "bundles (cycles without stalls)", "rows": rows}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
