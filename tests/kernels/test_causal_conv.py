@@ -7,12 +7,12 @@ from pallas_kernels import causal_conv1d, causal_conv1d_step
 
 
 def draw(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def by_loop(x, w, bias, tail):
     width, t = len(w), x.shape[1]
-    padded = np.concatenate([tail, x], axis=1)
+    padded, w = np.concatenate([tail, x], axis=1), np.asarray(w)
     return np.stack([(padded[:, i : i + width] * w).sum(1) for i in range(t)], axis=1) + bias
 
 
@@ -41,7 +41,7 @@ def test_split_and_steps_equal_one_pass(cut):
 
 def test_segments_equal_separate_runs_and_padding_may_hold_nan():
     x, w, tail = draw(1, 12, 3), draw(4, 3, seed=1), draw(1, 3, 3, seed=2)
-    x[:, 9:] = np.nan
+    x = x.at[:, 9:].set(jnp.nan)
     ids = jnp.asarray([[1] * 5 + [2] * 2 + [3] * 2 + [0] * 3])
     y, last = causal_conv1d(x, w, tail=tail, segment_ids=ids)
     start = 0
@@ -75,6 +75,7 @@ def test_width_out_of_range(width):
         causal_conv1d(jnp.ones((1, 4, 3)), jnp.ones((width, 3)))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_shapes_and_names_that_do_not_fit():
     x, w = jnp.ones((1, 4, 3)), jnp.ones((4, 3))
     with pytest.raises(ValueError, match="w has 2 channels"):
