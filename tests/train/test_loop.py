@@ -60,5 +60,5 @@ def test_mesh_remat_scan_and_micro_batches_change_no_number(job, plain, tmp_path
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert (tmp_path / "config.gin").read_text() == "# resolved\n"
     said = capsys.readouterr().out
-    assert "MFLOP per token (2 per multiply-add" in said
+    assert "MFLOP per token (2 FLOPs a multiply-add" in said
     assert "--- word" in said
