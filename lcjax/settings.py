@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import gin
 from gin import config_parser
 
+from lcjax.parallel.platform import skip_absent_chips
 from lcjax.typecheck import Mismatch, coerce
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,6 +156,7 @@ def main(job_name: str, argv: Sequence[str] | None = None, parser: argparse.Argu
     """Parse the command line and build its job; bad input exits with status 2 and one sentence."""
     parser = parser or flags(f"Run the {job_name} job.")
     args = parser.parse_args(argv)
+    skip_absent_chips()
     with refusals(parser.prog):
         job, config = load(job_name, args.gin_file, args.gin_bindings)
     return Launch(job, args.output, config, args)
