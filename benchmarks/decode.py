@@ -13,7 +13,6 @@ import functools
 import json
 import pathlib
 import statistics
-import subprocess
 import time
 from typing import Any
 
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as pk
+from benchmarks import common
 from pallas_kernels.decode import api, mosaic_gpu
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -159,9 +159,7 @@ def main() -> None:
     copy = copy_bandwidth()
     cases = [(b, s, d) for d in (jnp.bfloat16, jnp.int8) for b in (1, 8) for s in (32768, 131072)]
     result = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jax": jax.__version__},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        **common.environment(),
         "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM},
         "copy_bytes_per_s": copy,
         "rows": dense_rows(copy, cases, variants),

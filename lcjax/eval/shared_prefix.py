@@ -89,21 +89,6 @@ class SharedPrefixGenerator(Generator):
                 state = programs.extend(state, tokens, whole, none, *settings)
         return state
 
-    def _decode(
-        self, rows: list[Any], programs: Programs, settings: tuple[Any, Any], state: Any, written: np.ndarray
-    ) -> Iterator[Any]:
-        """The engine's loop after prefill."""
-        batch = written.shape[0]
-        while True:
-            yield from self._take(rows, written)
-            active = np.array([i < len(rows) and not rows[i].completion.reason for i in range(batch)])
-            if not active.any():
-                return
-            began = time.perf_counter()
-            state, tokens = programs.decode(state._replace(active=jnp.asarray(active)), *settings)
-            written = np.asarray(tokens)
-            self.report.add_decode(int((written >= 0).sum()), time.perf_counter() - began)
-
 
 def answer_batch(generator: Answers, prompts: Sequence[tuple[int, ...]], limits: Sequence[int]) -> list[Completion]:
     """Greedy answers to prompt ids, in order, with at most `limits` new tokens each."""

@@ -150,14 +150,21 @@ class Generator:
         written = np.asarray(state.token)[:, None]
         self.report.add_prefill(sum(len(row.ids) for row in rows), time.perf_counter() - began)
         self.report.cache_bytes = max(self.report.cache_bytes, cache_bytes(state.caches))
+        yield from self._decode(rows, programs, settings, state, written)
+
+    def _decode(
+        self, rows: list[Any], programs: Programs, settings: tuple[Any, Any], state: Any, written: np.ndarray
+    ) -> Iterator[Piece]:
+        """Hand out the tokens `[B,N]` of the prefill, then decode until every row has its reason to end."""
+        batch = written.shape[0]
         while True:
             yield from self._take(rows, written)
             active = np.array([i < len(rows) and not rows[i].completion.reason for i in range(batch)])
             if not active.any():
                 return
             began = time.perf_counter()
-            state, written = programs.decode(state._replace(active=jnp.asarray(active)), *settings)
-            written = np.asarray(written)
+            state, tokens = programs.decode(state._replace(active=jnp.asarray(active)), *settings)
+            written = np.asarray(tokens)
             self.report.add_decode(int((written >= 0).sum()), time.perf_counter() - began)
 
     def _take(self, rows: list[_Row], written: np.ndarray) -> Iterator[Piece]:
