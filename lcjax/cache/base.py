@@ -53,6 +53,10 @@ class AttentionCache(Protocol):
         """Bytes of keys, values and states held for the whole batch."""
         ...
 
+    def positions(self) -> Array:
+        """The absolute position `[B,S]` of the token in each slot; -1 where a slot is known to be empty."""
+        ...
+
     def append(self, k: Array, v: Array, valid: Array | None = None) -> "AttentionCache":
         """k, v `[B,T,K,D]` follow the tokens held. `valid[B,T]` marks real tokens; padding is on the right."""
         ...

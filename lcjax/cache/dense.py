@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels as pk
 from lcjax.cache.base import (
@@ -71,6 +71,10 @@ class DenseCache:
             length=self.length + count,
             start=self.length,
         )
+
+    def positions(self) -> Int[Array, "B S"]:
+        """The absolute position of the token in each slot."""
+        return jnp.broadcast_to(jnp.arange(self.capacity, dtype=jnp.int32), self.k.shape[:2])
 
     def attend(
         self, q: Float[Array, "B T H D"], mask: Mask, **options: Unpack[Options]
