@@ -53,6 +53,10 @@ class DenseCache:
         """Bytes of keys and values: 2 B S K D times the width of the dtype (K and V of equal width)."""
         return self.k.nbytes + self.v.nbytes
 
+    def with_keys(self, k: Float[Array, "B S K E"]) -> "DenseCache":
+        """The same tokens with other keys in the slots."""
+        return replace(self, k=k)
+
     def append(
         self, k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], valid: Bool[Array, "B T"] | None = None
     ) -> "DenseCache":

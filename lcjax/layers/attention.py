@@ -1,6 +1,5 @@
 """The softmax attention mixer: project, normalise, rotate, attend (op or cache), project back."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
@@ -107,5 +106,5 @@ class AttentionLayer(nnx.Module):
             keys = tuple(apply_rope(cache.k, t) for t in found)
         if remap is not None:
             return remap.attend_cached(queries, keys, cache, **options), cache
-        shown = replace(cache, k=keys[0]) if late else cache
+        shown = cache.with_keys(keys[0]) if late else cache
         return shown.attend(queries[0], self.mixer.mask(), return_lse=False, **options)[0], cache

@@ -16,7 +16,7 @@ from lcjax.positions.laws import Frequencies, Length, Rope, require
 
 @dataclass(frozen=True)
 class MRope(Rope):
-    """Pairs [0, sections[0]) turn with the first axis, the next sections[1] with the second, the rest with the third."""
+    """The first sections[0] pairs turn with the first axis, the next sections[1] with the second, and so on."""
 
     sections: tuple[int, ...] = (16, 24, 24)
 
@@ -71,13 +71,12 @@ def grid_positions(parts: tuple[int | tuple[int, int, int], ...]) -> tuple[np.nd
     goes on one past the largest position. Also returns the delta that turns a token's index, beyond the end, into its
     position on every axis.
     """
-    found, start = [], 0
+    found: list[np.ndarray] = []
+    start = 0
     for part in parts:
-        if isinstance(part, int):
-            block = np.broadcast_to(np.arange(part), (3, part))
-        else:
-            block = np.stack(np.meshgrid(*map(np.arange, part), indexing="ij")).reshape(3, -1)
-        found.append(block + start)
+        axes = [np.arange(n, dtype=np.int32) for n in ((part,) if isinstance(part, int) else part)]
+        block = np.stack(axes * 3 if len(axes) == 1 else np.meshgrid(*axes, indexing="ij"))
+        found.append(block.reshape(3, -1) + start)
         start = int(found[-1].max()) + 1
-    positions = np.concatenate(found, axis=1).astype(np.int32)
+    positions = np.concatenate(found, axis=1)
     return positions, start - positions.shape[1]

@@ -1,12 +1,12 @@
 """Remaps: the key a query meets decides which of several rotations of the query, or of both, makes the score.
 
 A remap cuts the causal keys of a query into parts and names, for each part, the positions that query and key turn to;
-the parts' softmaxes are merged exactly. It works with any frequency law. Positions are those in the row or cache, not in a packed document: distances
-are the same, and the borders of the parts lie where the masks have them.
+the parts' softmaxes are merged exactly. It works with any frequency law. Positions are those in the row or cache, not
+in a packed document: distances are the same, and the borders of the parts lie where the masks have them.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +46,11 @@ class Remap:
 
 @dataclass(frozen=True)
 class DualChunk(Remap):
-    """Dual chunk attention (An et al., arXiv 2402.17463): no distance exceeds `size`, those up to `local` + 1 are exact.
+    """Dual chunk attention (An et al., arXiv 2402.17463): distances up to `local` + 1 are exact, none exceeds `size`.
 
     Keys turn to their position modulo the chunk of size - local tokens; a query to its own position modulo the chunk
-    for keys of its chunk, one chunk further (at most `size`) for the chunk before, to `size` for older ones. For a model
-    trained to L the authors take size 3L/4 and local L/8. A text within one chunk is plain rotary attention.
+    for keys of its chunk, one chunk further (at most `size`) for the chunk before, to `size` for older ones. For a
+    model trained to L the authors take size 3L/4 and local L/8. A text within one chunk is plain rotary attention.
     """
 
     rotates_at_read: ClassVar[bool] = False
@@ -61,7 +61,7 @@ class DualChunk(Remap):
     def __post_init__(self):
         if self.local < 1 or self.size <= self.local:
             raise ValueError(
-                f"DualChunk: size {self.size} does not fit local {self.local}; it must be above it, both >= 1"
+                f"DualChunk: size {self.size} does not fit: it must be above local {self.local}, and that at least 1"
             )
         if self.size > 2 * self.chunk:
             raise ValueError(
@@ -128,7 +128,7 @@ class SelfExtend(Remap):
     ) -> Float[Array, "B T H Dv"]:
         length, lag = v.shape[1], self.window
         if length <= lag:
-            return pk.block_sparse_attention(queries[0], keys[0], v, Causal(), **options)
+            return cast(jax.Array, pk.block_sparse_attention(queries[0], keys[0], v, Causal(), **options))
         options["scale"] = options.get("scale") or v.shape[-1] ** -0.5
         near = pk.block_sparse_attention(queries[0], keys[0], v, Causal() & Window(lag), return_lse=True, **options)
         ids = options.pop("segment_ids", None)
@@ -139,16 +139,18 @@ class SelfExtend(Remap):
             q[:, lag:], k[:, :-lag], v[:, :-lag], Causal(), segment_ids=pair, return_lse=True, **options
         )
         o = jnp.pad(o, ((0, 0), (lag, 0), (0, 0), (0, 0)))
-        return pk.merge_attention(near, (o, jnp.pad(lse, ((0, 0), (0, 0), (lag, 0)), constant_values=-jnp.inf)))[0]
+        return pk.merge_attention(
+            cast(Any, near), (o, jnp.pad(lse, ((0, 0), (0, 0), (lag, 0)), constant_values=-jnp.inf))
+        )[0]
 
     def attend_cached(self, queries: Rows, keys: Rows, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
         tokens = queries[0].shape[1]
         options["scale"] = options.get("scale") or queries[0].shape[-1] ** -0.5
-        near = replace(cache, k=keys[0]).attend(queries[0], Causal() & Window(self.window), **options)
+        near = cache.with_keys(keys[0]).attend(queries[0], Causal() & Window(self.window), **options)
         options.pop("sink_logits", None)
         q, k = self.far(queries, keys)
         # A cache that ends `window` tokens earlier: rows before its beginning see nothing.
         start = jnp.maximum(jnp.asarray(cache.start) - self.window, -tokens)
         held = jnp.maximum(jnp.asarray(cache.length) - self.window, 0)
-        far = replace(cache, k=k, start=start, length=held).attend(q, Causal(), **options)
+        far = replace(cache.with_keys(k), start=start, length=held).attend(q, Causal(), **options)
         return pk.merge_attention(near, far)[0]

@@ -84,9 +84,7 @@ def _reach(chunk: int, keys: int, length: int, q_offset: int | Array | None) -> 
     return min(-(-min(keys, first + length) // chunk), 3)
 
 
-def split_lists(
-    lists: BlockList, chunk: int, q_offset: int | Int[Array, "..."]
-) -> tuple[BlockList, BlockList, BlockList]:
+def split_lists(lists: BlockList, chunk: int, q_offset: int | Array) -> tuple[BlockList, BlockList, BlockList]:
     """The listed key blocks of each query block, by how many chunks back they are: 0, 1, or more."""
     for name, block in (("block_q", lists.block_q), ("block_k", lists.block_k)):
         if chunk % block:

@@ -14,7 +14,7 @@ def attend(
     chunk: int,
     *,
     q_offset: int | Int[Array, " B"] = 0,
-    allowed: Bool[Array, "B #H T S"] | bool = True,
+    allowed: Bool[Array, "B 1 T S"] | None = None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """(o, lse): the score of query i and key j takes query number min(i // chunk - j // chunk, 2), for j <= i.
@@ -30,9 +30,10 @@ def attend(
     j = jnp.arange(k.shape[1])
     phase = jnp.minimum(i // chunk - j // chunk, 2)  # [B,1,T,S]
     product = lambda q: jnp.einsum("bthd,bshd->bhts", q.astype(jnp.float32), k, precision="highest")
-    score = sum(jnp.where(phase == n, product(q), 0.0) for n, q in enumerate(queries))
-    score = score * (dim**-0.5 if scale is None else scale)
-    seen = jnp.broadcast_to((j <= i) & allowed, score.shape)
+    score = jnp.stack([jnp.where(phase == n, product(q), 0.0) for n, q in enumerate(queries)]).sum(0) * (
+        dim**-0.5 if scale is None else scale
+    )
+    seen = jnp.broadcast_to(j <= i if allowed is None else (j <= i) & allowed, score.shape)
     some = seen.any(-1)
     lse = jax.nn.logsumexp(jnp.where(seen, score, jnp.where(some[..., None], -jnp.inf, 0.0)), axis=-1)
     weight = jnp.exp(jnp.where(seen, score - lse[..., None], -jnp.inf))
