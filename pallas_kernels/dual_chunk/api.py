@@ -91,7 +91,7 @@ def split_lists(lists: BlockList, chunk: int, q_offset: int | Array) -> tuple[Bl
             raise ValueError(f"dual_chunk_attention: chunk {chunk} does not fit: lists.{name}={block} must divide it")
     if isinstance(q_offset, int) and q_offset % lists.block_q:
         raise ValueError(
-            f"dual_chunk_attention: q_offset {q_offset} is not a multiple of lists.block_q={lists.block_q}"
+            f"dual_chunk_attention: q_offset {q_offset} must be a multiple of lists.block_q={lists.block_q}"
         )
     idx, count = jnp.asarray(lists.idx), jnp.asarray(lists.count)
     batch, _, rows, width = idx.shape
