@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 
 from benchmarks import common
@@ -34,9 +35,21 @@ from lcjax.models.decoder import abstract
 from lcjax.models.spec import ModelSpec
 from lcjax.models.stack import apply_stacked
 from lcjax.positions import (
-    DPE, NTK, ByParts, DualChunk, DynamicLinear, DynamicNTK, DynamicYaRN, Giraffe, Linear, Llama3, Remap, Rope,
-    SelfExtend, YaRN,
-)  # fmt: skip
+    DPE,
+    NTK,
+    ByParts,
+    DualChunk,
+    DynamicLinear,
+    DynamicNTK,
+    DynamicYaRN,
+    Giraffe,
+    Linear,
+    Llama3,
+    Remap,
+    Rope,
+    SelfExtend,
+    YaRN,
+)
 from lcjax.positions.tables import Tables, of_tokens
 from pallas_kernels import block_sparse_attention, dual_chunk_attention
 from pallas_kernels.dual_chunk import reference
@@ -72,7 +85,7 @@ def entries(base: float, trained: int, length: int, pairs: int) -> list[Entry]:
         Entry("by parts (1, 32), temperature", ByParts(**shared), temperature=warm),
         Entry("llama3 (1, 4)", Llama3(**shared)),
         Entry("yarn", YaRN(**shared)),
-        Entry("yarn x2", YaRN(**(shared | {"factor": 2.0 * f}))),
+        Entry("yarn x2", YaRN(base, factor=2.0 * f, original_length=trained)),
         Entry("dynamic yarn", DynamicYaRN(base, original_length=trained, max_factor=f)),
         Entry("dynamic linear", DynamicLinear(base, original_length=trained, max_factor=f)),
         Entry("giraffe power 0.5", Giraffe(base, power=0.5)),
@@ -95,14 +108,12 @@ def entries(base: float, trained: int, length: int, pairs: int) -> list[Entry]:
     return found
 
 
-def program(spec: ModelSpec, graphdef: Any, remap: Remap | None) -> Callable[..., Any]:
-    """(params, tokens [B,T+1], tables) -> nll [B,T], for the attention pattern of `remap`."""
+def program(spec: ModelSpec, remap: Remap | None) -> Any:
+    """Jitted (params, tokens [B,T+1], tables) -> nll [B,T], for the attention pattern of `remap`."""
     spec = spec.with_positions(Rope(), remap)
     graphdef, _ = abstract(spec)
 
     def run(params: Any, tokens: jax.Array, tables: Tables) -> jax.Array:
-        from flax import nnx
-
         model = nnx.merge(graphdef, params)
         x = model.embed(tokens[:, :-1]).astype(spec.compute_dtype)
         length = jnp.full(x.shape[:1], x.shape[1])
@@ -128,7 +139,7 @@ def tables_of(entry: Entry, head_dim: int, length: int, reached: int) -> Tables:
 
 
 def pattern(remap: Remap | None) -> Remap | None:
-    """Entries with equal patterns share a program: of Self-Extend and DPE only the window matters once tables are made."""
+    """Entries of equal patterns share a program: once tables are made, only Self-Extend's and DPE's window matters."""
     return SelfExtend(1, remap.window) if isinstance(remap, SelfExtend) else remap
 
 
@@ -136,7 +147,6 @@ def laws(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     loaded = load_pretrained(str(args.model), dtype=args.dtype)
     spec, params = loaded.spec, loaded.params
-    graphdef, _ = abstract(spec)
     law = spec.laws[0][0]
     trained, dim, length = args.trained or spec.max_length, spec.head_dim, args.length
     texts = {path.stem: np.load(path)[: length + 1].astype(np.int32) for path in args.tokens}
@@ -152,7 +162,7 @@ def laws(args: argparse.Namespace) -> dict[str, Any]:
         key = str(pattern(entry.remap))
         if key not in jobs:
             jobs[key] = (pattern(entry.remap), first[None], tables_of(entry, dim, length, length))
-    make = lambda job: program(spec, graphdef, job[0]).lower(params, *job[1:]).compile()
+    make = lambda job: program(spec, job[0]).lower(params, *job[1:]).compile()
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         compiled = dict(zip(jobs, pool.map(make, jobs.values()), strict=True))
     print(f"{len(jobs)} programs after {time.perf_counter() - began:.1f} s", flush=True)
@@ -219,13 +229,12 @@ def shapes(length: int, heads: int, kv_heads: int, dim: int) -> tuple[Any, ...]:
 
 def dual_chunk(args: argparse.Namespace) -> dict[str, Any]:
     chunk, implementation = args.chunk, args.implementation
-    ours = lambda q, k, v: dual_chunk_attention(q, k, v, chunk=chunk, implementation=implementation)
+    op = functools.partial(dual_chunk_attention, implementation=implementation)
+    ours = functools.partial(op, chunk=chunk)
     dense = lambda q, k, v: block_sparse_attention(q[0], k, v, Causal(), implementation=implementation)
     small = shapes(args.gate_length, 4, 2, 128)
     gate = {
-        "actual": jax.jit(
-            with_gradient(lambda *x: dual_chunk_attention(*x, chunk=args.gate_chunk, implementation=implementation))
-        ),
+        "actual": jax.jit(with_gradient(functools.partial(op, chunk=args.gate_chunk))),
         "wanted": jax.jit(with_gradient(lambda *x: reference.attend(*x, args.gate_chunk)[0])),
     }
     large = shapes(args.length, 32, 8, 128)

@@ -172,7 +172,7 @@ def test_xpos_decays_with_distance_and_nothing_else():
     plain = lambda x, p: apply_rope(x, rope_table(Rope(1e4), D, jnp.array([[p]])))
     want = per_pair(np.asarray((plain(q, 40) * plain(k, 10))[0, 0, 0])) * zeta ** (30 / 64)
     np.testing.assert_allclose(per_pair(score(40, 10)), want, atol=2e-5)
-    with pytest.raises(ValueError, match="scale_base 64.0 is too small for 8192 tokens"):
+    with pytest.raises(ValueError, match=r"scale_base 64\.0 is too small for 8192 tokens"):
         of_tokens(law, None, law.frequencies(D), D, jnp.zeros((1, 16_384), jnp.int32), 8192)
 
 

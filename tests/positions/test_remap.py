@@ -33,7 +33,7 @@ named = lambda x: type(x).__name__
 
 
 def distances(remap):
-    """[T,T,n] positions of query minus key for each pair of tokens and of features, all causal keys, all heads [H,...]."""
+    """[H,T,T,n]: position of the query minus that of the key, for each pair of tokens and of features."""
     p = jnp.arange(LENGTH)[None]
     wide = lambda x: np.broadcast_to(np.asarray(x if x.ndim == 3 else x[..., None])[0], (LENGTH, D // 2))
     queries, keys = [wide(x) for x in remap.queries(p)], [wide(x) for x in remap.keys(p)]
