@@ -219,11 +219,10 @@ def with_gradient(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 def shapes(length: int, heads: int, kv_heads: int, dim: int) -> tuple[Any, ...]:
     """Three queries, k, v, do in bfloat16."""
-    keys = jax.random.split(jax.random.key(0), 6)
+    keys = list(jax.random.split(jax.random.key(0), 6))
     sizes = (heads, heads, heads, kv_heads, kv_heads, heads)
-    made = jax.jit(
-        lambda: [jax.random.normal(k, (1, length, h, dim), jnp.bfloat16) for k, h in zip(keys, sizes, strict=True)]
-    )()
+    draw = jax.jit(lambda key, h: jax.random.normal(key, (1, length, h, dim), jnp.bfloat16), static_argnums=1)
+    made = [draw(key, h) for key, h in zip(keys, sizes, strict=True)]
     return tuple(made[:3]), *made[3:]
 
 

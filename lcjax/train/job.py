@@ -10,7 +10,9 @@ from lcjax.checkpoint.manifest import Sections, describe
 from lcjax.data.spec import DataSpec
 from lcjax.models.spec import ModelSpec
 from lcjax.parallel.mesh import make_mesh
+from lcjax.positions.sampling import Sampler
 from lcjax.serve.sampling import Sampling
+from lcjax.serve.source import Pretrained
 from lcjax.train.losses import CrossEntropy
 from lcjax.train.optimizers import Optimizer
 from lcjax.train.step import StepOptions
@@ -74,6 +76,8 @@ class Train:
 
     batch: rows of one update, over all processes and micro-batches. length: tokens of a row.
     abort_after: updates in a row that may be skipped for not being finite before the run stops.
+    init: a model whose weights a new run starts from (None: random); its shapes must be those of `model`.
+    positions: how rows get their rotary positions (None: tokens since the document's start).
     """
 
     model: ModelSpec
@@ -83,6 +87,8 @@ class Train:
     batch: int
     length: int
     tokenizer: str = "bytes"
+    init: Pretrained | None = None
+    positions: Sampler | None = None
     loss: CrossEntropy = field(default_factory=CrossEntropy)
     options: StepOptions = field(default_factory=StepOptions)
     mesh: MeshSpec = MeshSpec()
@@ -134,6 +140,7 @@ class Train:
             "data": {**data, "batch": self.batch, "length": self.length, "stream": stream},
             "tokenizer": tokenizer,
             "about": {"tokenizer": self.tokenizer},
+            "positions": describe(self.positions),
             "seed": self.seed,
             "mesh": ", ".join(f"{axis}={degree}" for axis, degree in mesh.shape.items()),
         }

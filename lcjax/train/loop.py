@@ -81,6 +81,8 @@ def prepare(job: Train, output: Path, config: str) -> Run:
     restored = manager.restore(shapes, sections, accept=job.checkpoints.accept)
     if restored is None:
         state, step = states.create(job.model, optimizer, job.seed, shapes), 0
+        if job.init is not None:
+            state = states.warm_start(state, job.init.load().params)
     else:
         state, step = restored.state, restored.step
         batches.set_state(restored.data_state)
@@ -98,7 +100,7 @@ def compile_step(run: Run) -> Any:
     sharding = batch_sharding(run.mesh)
     batch = {
         name: jax.ShapeDtypeStruct((job.batch, job.length), dtype, sharding=sharding)
-        for name, dtype in BATCH_DTYPES.items()
+        for name, dtype in dtypes(job).items()
     }
     step = make_step(graphdef, optimizer, schedule, job.loss, job.options)
     with jax.set_mesh(run.mesh):
@@ -160,9 +162,20 @@ def steps(run: Run, compiled: Any, stop: Preemption, progress: Progress) -> None
         run.manager.wait()
 
 
+def dtypes(job: Train) -> dict[str, Any]:
+    """Of the arrays of a batch: sampled positions are fractions."""
+    return BATCH_DTYPES if job.positions is None else BATCH_DTYPES | {"positions": np.float32}
+
+
 def next_rows(run: Run) -> dict[str, np.ndarray]:
+    """This process's rows of the next batch, with the positions that the job samples."""
+    sampler = run.job.positions
     try:
-        return next(run.batches)
+        rows = next(run.batches)
+        if sampler is None:
+            return rows
+        first = jax.process_index() * len(rows["inputs"])
+        return rows | {"positions": sampler.positions(rows["inputs"], run.job.seed, run.step, first)}
     except StopIteration:
         raise TrainingStopped(
             f"the data ended after {run.step} batches: lower train.steps or let the data repeat"
@@ -174,7 +187,7 @@ def place(run: Run, rows: dict[str, np.ndarray]) -> Batch:
     sharding = batch_sharding(run.mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, np.asarray(rows[name], dtype))
-        for name, dtype in BATCH_DTYPES.items()
+        for name, dtype in dtypes(run.job).items()
     }
 
 

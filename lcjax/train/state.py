@@ -52,6 +52,30 @@ def create(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, 
     return jax.device_put(initialise(spec, optimizer, seed), shardings(shapes))
 
 
+def warm_start(state: TrainState, params: nnx.State) -> TrainState:
+    """The state with these weights in place of its own; what only the new model has (a CLEX flow) stays.
+
+    Raises ValueError naming the first weight that is missing, left over or of another shape.
+    """
+    given = dict(nnx.to_flat_state(params))
+    named = lambda path: ".".join(map(str, path))
+
+    def take(path: Any, own: nnx.Variable) -> nnx.Variable:
+        value = given.pop(path, None)
+        if value is None:
+            if path[0] == "flows":
+                return own
+            raise ValueError(f"train.init has no weight {named(path)}; its model differs from train.model")
+        if value.shape != own.shape:
+            raise ValueError(f"train.init: {named(path)} has shape {value.shape}, train.model needs {own.shape}")
+        return own.replace(jax.device_put(value[...].astype(own.dtype), own[...].sharding))
+
+    taken = [(path, take(path, own)) for path, own in nnx.to_flat_state(state.params)]
+    if given:
+        raise ValueError(f"train.init has a weight {named(next(iter(given)))} that train.model lacks")
+    return dataclasses.replace(state, params=nnx.from_flat_state(taken))
+
+
 def abstract_state(spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state's shapes with their shardings on `mesh`: nothing is allocated."""
     sizes = dict(mesh.shape)
