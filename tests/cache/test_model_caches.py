@@ -1,10 +1,5 @@
 """Cached decoding of whole models: every mixer kind, any chunks, ragged batches."""
 
-from functools import partial
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -26,37 +21,6 @@ def build(pattern):
         pattern=pattern, dtype="float32",
     )  # fmt: skip
     return spec, *nnx.split(Decoder(spec, rngs=nnx.Rngs(1)), nnx.Param)
-
-
-@partial(jax.jit, static_argnums=0)
-def step(graphdef, params, tokens, caches, valid=None):
-    model = nnx.merge(graphdef, params)
-    x, caches = model.hidden(tokens, caches=caches, valid=valid)
-    return model.logits(x), caches
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-def test_chunks_and_single_tokens_equal_one_shot(name):
-    spec, graphdef, params = build(PATTERNS[name])
-    tokens = jax.random.randint(jax.random.key(2), (B, T), 0, spec.vocab_size)
-    want = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))(params, tokens)
-    caches, place, got = init_caches(spec, B, T, chunk=CHUNK), 0, []
-    for size in (CHUNK, CHUNK, *(1,) * (T - 2 * CHUNK)):
-        logits, caches = step(graphdef, params, tokens[:, place : place + size], caches)
-        got.append(logits)
-        place += size
-    np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=3e-5)
-    # Padded chunks: rows of 19 and 24 tokens.
-    lengths = np.array([19, 24])
-    caches = init_caches(spec, B, T, chunk=CHUNK)
-    for begin in (0, CHUNK):
-        valid = jnp.asarray(np.arange(begin, begin + CHUNK) < lengths[:, None])
-        _, caches = step(graphdef, params, tokens[:, begin : begin + CHUNK], caches, valid)
-    following = jnp.stack([tokens[row, n] for row, n in enumerate(lengths)])[:, None]
-    logits, caches = step(graphdef, params, following, caches)
-    assert caches[0].length.tolist() == [20, 25]
-    for row, n in enumerate(lengths):
-        np.testing.assert_allclose(logits[row, 0], want[row, n], atol=3e-5)
 
 
 def test_one_cache_per_mixer():
