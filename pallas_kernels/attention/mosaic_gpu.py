@@ -143,7 +143,7 @@ def _every_key_is_seen(call: Call, plan: Plan) -> bool:
     """Known beforehand: each query sees the key at its own position, and there are no other keys."""
     plain = call.kv_length is None and call.segment_ids is None and call.lists is None
     square = call.q.shape[1] == call.k.shape[1] and isinstance(call.q_offset, int) and call.q_offset == 0
-    if not (plain and square and isinstance(plan.sink, np.ndarray)):
+    if not (plain and square and isinstance(plan.sink, np.ndarray) and isinstance(plan.window, np.ndarray)):
         return False
     return bool(((plan.window > 0) | (plan.sink == INF)).all())
 
