@@ -59,7 +59,9 @@ class Adapter(nnx.Module):
         """The layer's product y = x W, adapted; W is never copied."""
         down, up = self.down[...].astype(x.dtype), self.up[...].astype(x.dtype)
         last = tuple(range(x.ndim - self.inputs, x.ndim))
-        small = jax.lax.dot_general(x, down, ((last, tuple(range(self.inputs))), ((), ())), precision=precision(x.dtype))
+        small = jax.lax.dot_general(
+            x, down, ((last, tuple(range(self.inputs))), ((), ())), precision=precision(x.dtype)
+        )
         y = y + self.scale * jnp.tensordot(small, up, axes=1, precision=precision(x.dtype))
         return y if self.magnitude is None else y * self.gain(kernel).astype(y.dtype)
 

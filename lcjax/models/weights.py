@@ -58,6 +58,11 @@ def _drawn(spec: ModelSpec, paths: Collection[tuple[Any, ...]], key: jax.Array) 
     return {path: drawn[dotted(path)] for path in paths}
 
 
+def cast(params: nnx.State, dtype: Any) -> nnx.State:
+    """The same parameters in another dtype."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
 def matching(patterns: Collection[str]) -> Callable[[tuple[Any, ...], Any], bool]:
     """An `nnx.split_state` filter: the parameters whose dotted path one of the regular expressions finds itself in."""
     return lambda path, _: any(re.search(pattern, dotted(path)) for pattern in patterns)
