@@ -46,7 +46,10 @@ CONFIGURABLES = {
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
-    "GatedLinear": "lcjax.models.spec:GatedLinear",
+    "GatedLinear": "lcjax.models.recurrent:GatedLinear",
+    "Linearized": "lcjax.models.recurrent:Linearized",
+    "DeltaNet": "lcjax.models.recurrent:DeltaNet",
+    "Mamba2": "lcjax.models.recurrent:Mamba2",
     "Rope": "lcjax.positions.laws:Rope",
     "LinearRope": "lcjax.positions.laws:Linear",
     "DynamicNTK": "lcjax.positions.laws:DynamicNTK",

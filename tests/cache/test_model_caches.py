@@ -10,7 +10,8 @@ from flax import nnx
 
 from lcjax.cache import DenseCache, RecurrentCache, RingCache, cache_bytes, init_caches
 from lcjax.models.decoder import Decoder
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 
 B, T, CHUNK = 2, 40, 12
 PATTERNS = {
