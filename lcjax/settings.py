@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGURABLES = {
     # training
     "train": "lcjax.train.job:Train",
+    "Stage": "lcjax.train.job:Stage",
     "AdamW": "lcjax.train.optimizers:AdamW",
     "Cosine": "lcjax.train.optimizers:Cosine",
     "WarmupStableDecay": "lcjax.train.optimizers:WarmupStableDecay",
@@ -45,13 +46,18 @@ CONFIGURABLES = {
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
-    "GatedLinear": "lcjax.models.spec:GatedLinear",
+    "GatedLinear": "lcjax.models.recurrent:GatedLinear",
+    "Linearized": "lcjax.models.recurrent:Linearized",
+    "DeltaNet": "lcjax.models.recurrent:DeltaNet",
+    "Mamba2": "lcjax.models.recurrent:Mamba2",
     "Rope": "lcjax.positions.laws:Rope",
     "LinearRope": "lcjax.positions.laws:Linear",
     "DynamicNTK": "lcjax.positions.laws:DynamicNTK",
     "YaRN": "lcjax.positions.laws:YaRN",
     "Llama3Rope": "lcjax.positions.laws:Llama3",
     "LongRoPE": "lcjax.positions.laws:LongRoPE",
+    # methods
+    "Lora": "lcjax.methods.lora:Lora",
     # data
     "DataSpec": "lcjax.data.spec:DataSpec",
     "Mixture": "lcjax.data.spec:Mixture",

@@ -7,11 +7,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from lcjax.layers.adapter import attach
 from lcjax.layers.attention import Context
 from lcjax.layers.block import Block
 from lcjax.layers.linear import Embed, Linear, precision
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
+from lcjax.models.recurrent import Linearized
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.models.stack import apply_stacked
 from lcjax.parallel.rules import constrain
@@ -36,14 +38,21 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(spec.width, "embed", eps=spec.norm_eps, offset=spec.norm_offset, **init)
         head = Weight((spec.width, spec.vocab_size), ("embed", "vocab"), std=spec.width**-0.5)
         self.head = None if spec.tie_embeddings else Linear(head, **init)
+        if spec.adapters is not None:
+            attach(self, spec.adapters, **init)
 
-    def _context(self, positions: Int[Array, "B T"], segment_ids: Any, valid: Any) -> Context:
+    def context(self, positions: Int[Array, "B T"], segment_ids: Any, valid: Any) -> Context:
         """Rotary tables once per law; laws that follow the length see the batch's largest real position + 1."""
         reached = positions if valid is None else jnp.where(valid, positions, 0)
         length = jnp.max(reached) + 1
-        laws = {mixer.rope for mixer in self.spec.layers if isinstance(mixer, Attention) and mixer.rope is not None}
+        laws = {mixer.rope for mixer in self.spec.layers if isinstance(mixer, Attention | Linearized) and mixer.rope}
         tables = {law: rope_table(law, self.spec.head_dim, positions, length) for law in laws}
         return Context(tables, segment_ids, valid)
+
+    def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
+        """What the first layer reads."""
+        x = self.embed(tokens).astype(jnp.float32) * self.spec.embed_scale
+        return constrain(x.astype(self.spec.compute_dtype), HIDDEN_AXES)
 
     def hidden(
         self,
@@ -75,10 +84,8 @@ class Decoder(nnx.Module):
         if positions is None:
             start = 0 if caches is None else caches[0].length[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        context = self._context(positions, segment_ids, valid)
-        dtype = self.spec.compute_dtype
-        x = (self.embed(tokens).astype(jnp.float32) * self.spec.embed_scale).astype(dtype)
-        x = constrain(x, HIDDEN_AXES)
+        context = self.context(positions, segment_ids, valid)
+        x = self.embedded(tokens)
         if caches is None:
             x = apply_stacked(list(self.layers), x, context, remat, scan)
             return self.norm(x), None

@@ -3,7 +3,8 @@
 import pytest
 
 from lcjax.cache import DenseCache, RecurrentCache, RingCache, cache_bytes, init_caches
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 
 B, CHUNK = 2, 12
 

@@ -8,7 +8,8 @@ from flax import nnx
 
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.flops import flops_per_token, param_count, visible_keys
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 from lcjax.models.stack import runs
 
 FULL, STREAM = Attention(), Attention(window=7, sink=2)

@@ -3,7 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from lcjax.models.spec import Attention, GatedLinear, Mixer, ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, Mixer, ModelSpec
 from lcjax.positions import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, YaRN
 
 SIZES = {
