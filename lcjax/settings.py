@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGURABLES = {
     # training
     "train": "lcjax.train.job:Train",
+    "Stage": "lcjax.train.job:Stage",
     "AdamW": "lcjax.train.optimizers:AdamW",
     "Cosine": "lcjax.train.optimizers:Cosine",
     "WarmupStableDecay": "lcjax.train.optimizers:WarmupStableDecay",
@@ -45,7 +46,10 @@ CONFIGURABLES = {
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
-    "GatedLinear": "lcjax.models.spec:GatedLinear",
+    "GatedLinear": "lcjax.models.recurrent:GatedLinear",
+    "Linearized": "lcjax.models.recurrent:Linearized",
+    "DeltaNet": "lcjax.models.recurrent:DeltaNet",
+    "Mamba2": "lcjax.models.recurrent:Mamba2",
     "Rope": "lcjax.positions.laws:Rope",
     "LinearRope": "lcjax.positions.laws:Linear",
     "DynamicNTK": "lcjax.positions.laws:DynamicNTK",
@@ -66,6 +70,8 @@ CONFIGURABLES = {
     "E2LLM": "lcjax.positions.sampling:E2LLM",
     "CLEXPositions": "lcjax.positions.sampling:CLEXPositions",
     "LongRecipe": "lcjax.positions.sampling:LongRecipe",
+    # methods
+    "Lora": "lcjax.methods.lora:Lora",
     # data
     "DataSpec": "lcjax.data.spec:DataSpec",
     "Mixture": "lcjax.data.spec:Mixture",

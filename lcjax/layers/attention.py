@@ -31,47 +31,69 @@ class Context(NamedTuple):
     valid: Bool[Array, "B T"] | None = None
 
 
-class AttentionLayer(nnx.Module):
-    """Grouped-query attention with the mask, scale and rotary law of its `Attention` record."""
+class HeadProjections(nnx.Module):
+    """Base of the layers that project to query and (grouped) key and value heads, and back; with q/k norms if any."""
 
-    def __init__(self, spec: ModelSpec, mixer: Attention, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
-        self.mixer = mixer
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         width, heads, groups, dim = spec.width, spec.num_heads, spec.num_kv_heads, spec.head_dim
+        init: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
         query = Weight((width, heads, dim), ("embed", "heads", "head_dim"), std=width**-0.5)
         key = Weight((width, groups, dim), ("embed", "kv_heads", "head_dim"), std=width**-0.5)
         out = Weight(
             (heads, dim, width), ("heads", "head_dim", "embed"), std=(2 * spec.num_layers * heads * dim) ** -0.5
         )
-        self.query = Linear(query, bias=spec.qkv_bias, rngs=rngs, param_dtype=param_dtype)
-        self.key = Linear(key, bias=spec.qkv_bias, rngs=rngs, param_dtype=param_dtype)
-        self.value = Linear(key, bias=spec.qkv_bias, rngs=rngs, param_dtype=param_dtype)
-        self.out = Linear(out, inputs=2, bias=spec.out_bias, rngs=rngs, param_dtype=param_dtype)
-        norm: dict[str, Any] = {
-            "eps": spec.norm_eps,
-            "offset": spec.norm_offset,
-            "rngs": rngs,
-            "param_dtype": param_dtype,
-        }
+        self.query = Linear(query, bias=spec.qkv_bias, **init)
+        self.key = Linear(key, bias=spec.qkv_bias, **init)
+        self.value = Linear(key, bias=spec.qkv_bias, **init)
+        self.out = Linear(out, inputs=2, bias=spec.out_bias, **init)
+        norm: dict[str, Any] = {"eps": spec.norm_eps, "offset": spec.norm_offset, **init}
         self.query_norm = RMSNorm(dim, "head_dim", **norm) if spec.qk_norm else None
         self.key_norm = RMSNorm(dim, "head_dim", **norm) if spec.qk_norm else None
-        self.sink_logits = Weight((heads,), ("heads",)).param(rngs, param_dtype) if mixer.sink_logits else None
 
-    def __call__(
-        self, x: Float[Array, "B T width"], context: Context, cache: AttentionCache | None = None
-    ) -> tuple[Float[Array, "B T width"], AttentionCache | None]:
+    def project(
+        self, x: Float[Array, "B T width"]
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """q, k (normed, not rotated) and v."""
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
+        return q, k, v
+
+    def mix(
+        self, x: Float[Array, "B T width"], context: Context, cache: Any = None
+    ) -> tuple[Float[Array, "B T H D"], Any]:
+        """The heads' outputs before the output projection, and the advanced cache."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Float[Array, "B T width"], context: Context, cache: Any = None
+    ) -> tuple[Float[Array, "B T width"], Any]:
+        o, cache = self.mix(x, context, cache)
+        return self.out(o), cache
+
+
+class AttentionLayer(HeadProjections):
+    """Grouped-query attention with the mask, scale and rotary law of its `Attention` record."""
+
+    def __init__(self, spec: ModelSpec, mixer: Attention, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        super().__init__(spec, rngs=rngs, param_dtype=param_dtype)
+        self.mixer = mixer
+        logits = Weight((spec.num_heads,), ("heads",))
+        self.sink_logits = logits.param(rngs, param_dtype) if mixer.sink_logits else None
+
+    def mix(
+        self, x: Float[Array, "B T width"], context: Context, cache: AttentionCache | None = None
+    ) -> tuple[Float[Array, "B T H D"], AttentionCache | None]:
+        """Softmax attention through the op, or through the cache."""
+        q, k, v = self.project(x)
         options: dict[str, Any] = {
             "scale": self.mixer.scale,
             "soft_cap": self.mixer.soft_cap,
             "sink_logits": None if self.sink_logits is None else self.sink_logits[...],
         }
         if cache is None:
-            o = self._attend(q, k, v, context, options)
-        else:
-            o, cache = self._attend_cached(q, k, v, context, cache, options)
-        return self.out(o), cache
+            return self._attend(q, k, v, context, options), None
+        return self._attend_cached(q, k, v, context, cache, options)
 
     def _tables(self, context: Context) -> Tables | None:
         rope, remap = self.mixer.rope, self.mixer.remap

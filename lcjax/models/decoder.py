@@ -7,6 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from lcjax.layers.adapter import attach
 from lcjax.layers.attention import Context
 from lcjax.layers.block import Block
 from lcjax.layers.linear import Embed, Linear, precision
@@ -41,8 +42,10 @@ class Decoder(nnx.Module):
         learnt = dict.fromkeys(law for law, _ in spec.laws if isinstance(law, CLEX))
         self.flows = nnx.List([Flow(law, spec.head_dim, rngs=rngs) for law in learnt])
         self.head = None if spec.tie_embeddings else Linear(head, **init)
+        if spec.adapters is not None:
+            attach(self, spec.adapters, **init)
 
-    def _context(self, positions: Positions, start: Any, segment_ids: Any, valid: Any) -> Context:
+    def context(self, positions: Positions, start: Any, segment_ids: Any, valid: Any) -> Context:
         """Frequencies once per law, tables once per law and remap. `start`: of the columns, 0 without caches.
 
         Laws that follow the length see each row's largest real position + 1.
@@ -66,6 +69,11 @@ class Decoder(nnx.Module):
             for law, remap in self.spec.laws
         }
         return Context(frequencies, tables, reached + 1, segment_ids, valid)
+
+    def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
+        """What the first layer reads."""
+        x = self.embed(tokens).astype(jnp.float32) * self.spec.embed_scale
+        return constrain(x.astype(self.spec.compute_dtype), HIDDEN_AXES)
 
     def hidden(
         self,
@@ -98,10 +106,8 @@ class Decoder(nnx.Module):
         start = 0 if caches is None else caches[0].length[:, None]
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        context = self._context(positions, start, segment_ids, valid)
-        dtype = self.spec.compute_dtype
-        x = (self.embed(tokens).astype(jnp.float32) * self.spec.embed_scale).astype(dtype)
-        x = constrain(x, HIDDEN_AXES)
+        context = self.context(positions, start, segment_ids, valid)
+        x = self.embedded(tokens)
         if caches is None:
             x = apply_stacked(list(self.layers), x, context, remat, scan)
             return self.norm(x), None

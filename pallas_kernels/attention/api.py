@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import library, reference, xla
 from pallas_kernels.attention.call import Call
+from pallas_kernels.checks import check_values
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Mask
 from pallas_kernels.merge import add_sink_logits
@@ -55,7 +54,8 @@ def block_sparse_attention(
     Args:
       mask: from `pallas_kernels.masks`, over absolute positions.
       lists: key blocks chosen at run time, in addition to the mask's own blocks and under its causality.
-      segment_ids: a query sees only keys of its own segment. [B,T] when S == T, or a pair ([B,T], [B,S]).
+      segment_ids: a query sees only keys of its own segment. [B,T] when S == T, or a pair ([B,T], [B,S]). Sinks are the
+        first keys of the query's segment; a segment is a run of equal ids among the keys.
       q_offset: position of the first query, one for all or one per batch row (chunked prefill).
       kv_length: keys at or beyond it do not exist (a cache partly filled).
       scale: of the scores, D**-0.5 by default.
@@ -142,6 +142,7 @@ def _segments(mask, segment_ids, batch, length, keys) -> tuple[Array, Array] | N
         if length != keys:
             raise ValueError(f"segment_ids: one array with {length} queries and {keys} keys; pass ([B,T], [B,S])")
         segment_ids = (segment_ids, segment_ids)
+    mask.check_packed()
     for name, ids, size in (("queries", segment_ids[0], length), ("keys", segment_ids[1], keys)):
         if ids.shape != (batch, size):
             raise ValueError(f"segment_ids: shape {ids.shape} for {name}, expected ({batch}, {size})")
@@ -159,6 +160,7 @@ def _offset(q_offset, batch: int) -> int | Array:
         return q_offset
     if q_offset.shape not in ((), (batch,)) or not jnp.issubdtype(q_offset.dtype, jnp.integer):
         raise ValueError(f"q_offset: {q_offset.dtype}{q_offset.shape}, expected an integer or int32 [{batch}]")
+    check_values(lambda offset: offset >= 0, "q_offset: {found} is negative", q_offset)
     return jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
 
 
@@ -167,9 +169,8 @@ def _lengths(kv_length, batch: int, keys: int) -> Array | None:
         return None
     if kv_length.shape != (batch,) or not jnp.issubdtype(kv_length.dtype, jnp.integer):
         raise ValueError(f"kv_length: {kv_length.dtype}{kv_length.shape}, expected int32 [{batch}]")
-    values = None if isinstance(kv_length, jax.core.Tracer) else np.asarray(kv_length)
-    if values is not None and (values.min() < 0 or values.max() > keys):
-        raise ValueError(f"kv_length: {values} must lie in 0..{keys}, the number of keys")
+    message = f"kv_length: {{found}} is outside 0..{keys}, the number of keys"
+    check_values(lambda n: (n >= 0) & (n <= keys), message, kv_length)
     return jnp.asarray(kv_length, jnp.int32)
 
 

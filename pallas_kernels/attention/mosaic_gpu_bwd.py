@@ -30,11 +30,15 @@ from pallas_kernels.attention.mosaic_gpu_common import (
     Static,
     Work,
     accumulate,
+    all_sinks,
     fields,
     iota,
+    key_copies,
     launch,
+    load_keys,
     mask_rows,
     one_segment,
+    sinks,
     spread,
     steps,
     tiled,
@@ -108,9 +112,9 @@ def backward_dq(
         "k_s": tiled((stages, keys, s.dim), dtype),
         "v_s": tiled((stages, keys, s.dim_v), dtype),
         "q_ready": plgpu.Barrier(num_barriers=WGS, num_arrivals=3),
-        "k_ready": plgpu.Barrier(num_barriers=stages),
+        "k_ready": plgpu.Barrier(num_barriers=stages, num_arrivals=key_copies(s, keys)),
         "k_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WGS),
-        "v_ready": plgpu.Barrier(num_barriers=stages),
+        "v_ready": plgpu.Barrier(num_barriers=stages, num_arrivals=key_copies(s, keys)),
         "v_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WGS),
     }
     body = functools.partial(_dq_kernel, static=s, tiles=tiles, row_tiles=row_tiles)
@@ -150,12 +154,11 @@ def _dq_kernel(
         @pl.loop(0, total)
         def _step(n):
             slot = slot_of(n)
-            first = plan.place(n).first
+            place = plan.place(n)
             for name, src in (("v", g.v), ("k", g.k)):
                 free = m[name + "_free"].at[slot]
                 pl.when(n >= tiles.dq_stages)(lambda free=free: plgpu.barrier_wait(free))
-                src = src.at[batch, pl.ds(first, tiles.dq_block_k), kv_head]
-                plgpu.copy_gmem_to_smem(src, m[name + "_s"].at[slot], m[name + "_ready"].at[slot])
+                load_keys(s, place, src.at[batch, :, kv_head], m[name + "_s"].at[slot], m[name + "_ready"].at[slot])
 
         _drain(total, tiles.dq_stages, m["k_free"], m["v_free"])
 
@@ -330,7 +333,7 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
         plgpu.barrier_wait(m["q_ready"].at[slot])
         plgpu.barrier_wait(m["do_ready"].at[slot])
 
-        def products(x_ref, dp_ref):
+        def products(x_ref, dp_ref, start_dv):
             plgpu.wgmma(x_ref, m["k_s"].at[wg], q_s.transpose((1, 0)))
             plgpu.wgmma(dp_ref, m["v_s"].at[wg], do_s.transpose((1, 0)))
             x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
@@ -338,15 +341,13 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
             seen = lax.cond((tile >= inner[0]) & (tile < inner[1]), lambda: x, edge)
             lse = plgpu.load(m["lse_s"].at[slot], layout=COLS)
             p = jnp.exp2(seen * factor - spread(lse, shape, 1))
+            p16 = p.astype(g.k.dtype)
+            started = start_dv(p16)
             delta = plgpu.load(m["delta_s"].at[slot], layout=COLS)
-            ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta, shape, 1))
-            return p.astype(g.k.dtype), (ds if s.soft_cap is None else ds * (1 - x * x)).astype(g.k.dtype)
+            ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=started) - spread(delta, shape, 1))
+            return p16, (ds if s.soft_cap is None else ds * (1 - x * x)).astype(g.k.dtype)
 
-        acc = plgpu.ACC(shape, jnp.float32)
-
-        def compute():
-            p16, ds16 = pl.run_scoped(products, acc, acc)
-            return _accumulate_two(dv, p16, do_s, dk, ds16, q_s, s.interpret)
+        compute = functools.partial(_add_products, products, dv, do_s, dk, q_s, shape, s.interpret)
 
         if g.rules.expiry is None:
             new_dv, new_dk = compute()
@@ -368,12 +369,19 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
     plgpu.wait_smem_to_gmem(0)
 
 
-def _accumulate_two(dv, p, do_s, dk, ds, q_s, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def _add_products(products, dv, do_s, dk, q_s, shape, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """dV + p @ do and dK + ds @ q; the first product runs while `products` turns p into ds."""
+    acc = plgpu.ACC(shape, jnp.float32)
     if interpret:
+        p, ds = pl.run_scoped(functools.partial(products, start_dv=lambda _: 0), acc, acc)
         return accumulate(dv, p, do_s, True), accumulate(dk, ds, q_s, True)
 
     def compute(refs):
-        plgpu.wgmma(refs[0], p, do_s)
+        def start_dv(p) -> int:
+            plgpu.wgmma(refs[0], p, do_s)
+            return 1
+
+        _, ds = pl.run_scoped(functools.partial(products, start_dv=start_dv), acc, acc)
         plgpu.wgmma(refs[1], ds, q_s)
 
     return pl.run_state(compute)((plgpu.ACC.init(dv), plgpu.ACC.init(dk)))
@@ -387,7 +395,7 @@ def _mask_columns(g: Inputs, s: Static, w: Column, pattern, field, first, row, x
 
     def edge():
         j, i = first + iota(shape, 0), row_lo + iota(shape, 1)
-        keep = (j < sink) | (i - j < window)
+        keep = sinks(g, w.batch, first, j, sink, 0) | (i - j < window)
         unit = lax.div(first, tb.UNIT)
         if g.rules.expiry is not None:
             unit = jnp.minimum(unit, g.rules.expiry.shape[1] - 1)
@@ -406,5 +414,6 @@ def _mask_columns(g: Inputs, s: Static, w: Column, pattern, field, first, row, x
     if g.segments is None:
         return edge()
     same = one_segment(g, w.batch, lax.div(row, WG), shape[1] // WG, lax.div(first, tb.UNIT), 1)
-    full = (first + WG <= limit) & ((first + WG <= sink) | (row_lo + shape[1] - 1 - first < window))
+    full = all_sinks(g, w.batch, first, WG, sink) | (row_lo + shape[1] - 1 - first < window)
+    full &= first + WG <= limit
     return lax.cond(same & full & ((first + WG <= row_lo + 1) | (not s.causal)), lambda: x, edge)

@@ -15,7 +15,8 @@ from lcjax.eval.tasks.longwriter import LongWrite
 from lcjax.eval.tasks.needle_threading import MultiNeedle, SingleNeedle
 from lcjax.eval.tasks.needles import NiahSingle1, NiahSingle2
 from lcjax.eval.tasks.reasoning import reasoning
-from lcjax.models.spec import Attention, GatedLinear
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention
 from lcjax.serve.engine import Completion, Engine, Generator
 from lcjax.serve.report import Report
 from lcjax.serve.source import Loaded, random_model
