@@ -14,7 +14,8 @@ from lcjax.layers.linear import Linear
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
 from lcjax.models.spec import GatedLinear, ModelSpec
-from pallas_kernels import causal_conv1d, gated_linear_attention, recurrent_step
+from lcjax.parallel import ops
+from pallas_kernels import recurrent_step
 
 GATE_TEMPERATURE = 16.0  # keeps one step's decay above exp(-1) for any sane logit
 
@@ -67,13 +68,10 @@ class GatedLinearLayer(nnx.Module):
         tails = {}
         for name, taps in self.convs.items():
             x = streams[name]
-            flat = x.reshape(*x.shape[:2], -1)  # [B,T,H*D]
-            w = taps[...].astype(x.dtype).reshape(self.mixer.conv_width, -1)
             tail = None if cache is None else cache.tails[name].astype(x.dtype)
-            y, _ = causal_conv1d(flat, w, tail=tail, segment_ids=context.segment_ids)
-            streams[name] = y.reshape(x.shape)
+            streams[name] = ops.causal_conv(x, taps[...].astype(x.dtype), tail=tail, segment_ids=context.segment_ids)
             if tail is not None:
-                tails[name] = ragged_tail(flat, tail, context.valid)
+                tails[name] = ragged_tail(x.reshape(*x.shape[:2], -1), tail, context.valid)
         return streams, tails
 
     def __call__(
@@ -92,7 +90,7 @@ class GatedLinearLayer(nnx.Module):
             o, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], now, cache.state, normalise=self.mixer.normalise)
             o = o[:, None]
         else:
-            o, state = gated_linear_attention(
+            o, state = ops.gated_linear(
                 q, k, v, decay,
                 initial_state=None if cache is None else cache.state,
                 segment_ids=context.segment_ids,

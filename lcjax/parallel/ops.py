@@ -1,0 +1,181 @@
+"""The kernels as layers call them: on one device the op itself, on a mesh the same result from its shards.
+
+Mosaic kernels cannot be split by the compiler, so under a mesh every op runs in `shard_map`: the batch over data and
+fsdp, heads over tensor, the length over context. Layers and caches call these and know no mesh.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels as pk
+from lcjax.parallel import dense, recurrent, sparse
+from lcjax.parallel.layout import Layout, current_layout, exchange, per_shard
+from pallas_kernels import LinearState
+from pallas_kernels.masks import Mask
+from pallas_kernels.merge import add_sink_logits
+
+QUERY = ("batch", "length", "heads", "dim")
+type Result = tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K Dv"],
+    mask: Mask,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
+    q_offset: Int[Array, " B"] | None = None,
+    kv_length: Int[Array, " B"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T H Dv"] | Result:
+    """As `pallas_kernels.block_sparse_attention`.
+
+    Without q_offset and kv_length the sequence may be split over the mesh's context axis. Keys of a cache are whole on
+    every shard.
+    """
+    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "return_lse": True}
+    cached = q_offset is not None or kv_length is not None or q.shape[1] != k.shape[1]
+    layout = current_layout(q.shape[0], (q.shape[2], k.shape[2]), None if cached else q.shape[1])
+    if layout is None:
+        return pk.block_sparse_attention(
+            q, k, v, mask, segment_ids=segment_ids, sink_logits=sink_logits, q_offset=q_offset, kv_length=kv_length,
+            **(options | {"return_lse": return_lse}),
+        )  # fmt: skip
+    numbers, rebuild = _traced_numbers(_one_pattern_per_shard(mask, layout, q.shape[2]))
+
+    def shard(q, k, v, numbers, ids, logits, offset, held):
+        local = rebuild(numbers)
+        if layout.length is None:
+            o, lse = pk.block_sparse_attention(
+                q, k, v, local, segment_ids=ids, q_offset=offset, kv_length=held, **options
+            )
+        else:
+            split = dense.Split(layout.length, layout.shards, scale, soft_cap)
+            o, lse = _over_context(dense.Shard(q, k, v, ids), local, split)
+        return (o, lse) if logits is None else add_sink_logits(o, lse, logits)
+
+    rows, per_head = layout.spec("batch"), layout.spec("heads")
+    specs = (
+        layout.spec(*QUERY), layout.spec(*QUERY), layout.spec(*QUERY), PartitionSpec(),
+        layout.spec("batch", "length"), per_head, rows, rows,
+    )  # fmt: skip
+    arguments = (q, k, v, numbers, segment_ids, sink_logits, q_offset, kv_length)
+    specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
+    o, lse = per_shard(shard, specs, (layout.spec(*QUERY), layout.spec("batch", "heads", "length")))(*arguments)
+    return (o, lse) if return_lse else o
+
+
+def _over_context(x: dense.Shard, mask: Mask, split: dense.Split) -> Result:
+    """Bounded masks exchange what they read; full attention goes by the exchange that was chosen."""
+    (_, length, heads, _), kv_heads = x.q.shape, x.k.shape[2]
+    if plan := sparse.plan_exchange(mask, heads, length, split.shards):
+        return sparse.bounded(x, plan, split)
+    plain = mask.causal and mask.plan(heads, 1, 1, 1, 1).dense and mask.lists is None
+    chosen = exchange()
+    dealt = dense.splits_heads(heads, kv_heads, split.shards)
+    if chosen == "heads" and not dealt:
+        raise ValueError(
+            f"attention exchange 'heads': {heads} query and {kv_heads} KV heads of a chip do not split over "
+            f"context={split.shards}: choose 'ring' or 'gather'"
+        )
+    if chosen == "heads" or (chosen == "auto" and plain and dealt and kv_heads >= split.shards):
+        return dense.by_heads(x, mask, split)
+    if plain and chosen != "gather":
+        return dense.ring(x, split)
+    return dense.gathered(x, mask, split)
+
+
+def gated_linear(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B T H Dk"],
+    v: Float[Array, "B T H Dv"],
+    log_decay: Float[Array, "B T H *Dk"] | None = None,
+    *,
+    initial_state: LinearState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    normalise: bool = False,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B T H Dv"], LinearState]:
+    """As `pallas_kernels.gated_linear_attention`; a row with an initial state is not split over the context axis."""
+    layout = current_layout(q.shape[0], (q.shape[2],), None if initial_state is not None else q.shape[1])
+    if layout is None:
+        return pk.gated_linear_attention(
+            q, k, v, log_decay,
+            initial_state=initial_state, segment_ids=segment_ids, normalise=normalise, scale=scale,
+        )  # fmt: skip
+
+    def shard(q, k, v, log_decay, ids, state):
+        if layout.length is not None:
+            split = dense.Split(layout.length, layout.shards, scale, None)
+            return recurrent.linear(q, k, v, log_decay, ids, split, normalise)
+        return pk.gated_linear_attention(
+            q, k, v, log_decay, initial_state=state, segment_ids=ids, normalise=normalise, scale=scale
+        )
+
+    wide, state = layout.spec(*QUERY), layout.spec("batch", "heads")
+    decay = layout.spec(*QUERY[: 3 if log_decay is None else log_decay.ndim])
+    arguments = (q, k, v, log_decay, segment_ids, initial_state)
+    specs = (wide, wide, wide, decay, layout.spec("batch", "length"), state)
+    specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
+    return per_shard(shard, specs, (wide, LinearState(state, state if normalise else None)))(*arguments)
+
+
+def causal_conv(
+    x: Float[Array, "B T H D"],
+    taps: Float[Array, "W H D"],
+    *,
+    tail: Float[Array, "B W1 C"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T H D"]:
+    """`pallas_kernels.causal_conv1d` over the H*D channels of heads; a row with a tail is not split over context."""
+    layout = current_layout(x.shape[0], (x.shape[2],), None if tail is not None else x.shape[1])
+    flat = lambda a: a.reshape(*a.shape[:2], -1)
+    weights = taps.reshape(taps.shape[0], -1)
+    if layout is None or layout.length is None:  # shifted multiply-adds: the compiler splits them itself
+        return pk.causal_conv1d(flat(x), weights, tail=tail, segment_ids=segment_ids)[0].reshape(x.shape)
+    if x.shape[1] // layout.shards < taps.shape[0] - 1:
+        raise ValueError(
+            f"a convolution of width {taps.shape[0]} reaches over more than one shard of "
+            f"{x.shape[1] // layout.shards} tokens: lower the mesh axis context"
+        )
+    split = dense.Split(layout.length, layout.shards, None, None)
+    shard = lambda x, taps, ids: recurrent.conv(flat(x), taps.reshape(taps.shape[0], -1), ids, split).reshape(x.shape)
+    ids = None if segment_ids is None else layout.spec("batch", "length")
+    specs = (layout.spec(*QUERY), layout.spec("taps", "heads", "dim"), ids)
+    return per_shard(shard, specs, layout.spec(*QUERY))(x, taps, segment_ids)
+
+
+def _traced_numbers(mask: Mask) -> tuple[list[Array], Any]:
+    """A mask's arrays, which have to be arguments of a shard's function, and how to put them back."""
+    leaves, tree = jax.tree.flatten(mask)
+    places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    def rebuild(numbers: list[Array]) -> Mask:
+        new = list(leaves)
+        for n, number in zip(places, numbers, strict=True):
+            new[n] = number
+        return jax.tree.unflatten(tree, new)
+
+    return [leaves[n] for n in places], rebuild
+
+
+def _one_pattern_per_shard(mask: Mask, layout: Layout, heads: int) -> Mask:
+    """The mask of a shard's heads; refused where shards differ, since all run one program."""
+    assigned = mask.patterns()[1]
+    ways = 1 if layout.heads is None else jax.sharding.get_abstract_mesh().shape[layout.heads]
+    if assigned is None or ways == 1:
+        return mask
+    parts = {tuple(assigned[n : n + heads // ways]) for n in range(0, heads, heads // ways)}
+    if len(parts) > 1:
+        raise ValueError(
+            f"a mask per head gives the {ways} parts of the mesh axis tensor different patterns: use tensor=1, or "
+            "masks that repeat from part to part"
+        )
+    return pk.masks.PerHead(mask.masks, parts.pop())
