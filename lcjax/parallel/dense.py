@@ -7,7 +7,7 @@ the result back after; the layout outside never changes.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,11 @@ class Split(NamedTuple):
     scale: float | None
     soft_cap: float | None
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"scale": self.scale, "soft_cap": self.soft_cap, "return_lse": True}
+
+def attend(split: Split, q: Array, k: Array, v: Array, mask: Mask, **options: Any) -> Result:
+    """The op on what a shard holds, with lse."""
+    options |= {"scale": split.scale, "soft_cap": split.soft_cap, "return_lse": True}
+    return cast(Result, block_sparse_attention(q, k, v, mask, **options))
 
 
 def by_heads(x: Shard, mask: Mask, split: Split) -> Result:
@@ -50,7 +52,7 @@ def by_heads(x: Shard, mask: Mask, split: Split) -> Result:
     back = functools.partial(lax.all_to_all, axis_name=split.axis, split_axis=1, concat_axis=2, tiled=True)
     k, v = (jnp.repeat(a, copies, axis=2) if copies > 1 else a for a in (x.k, x.v))
     ids = None if x.ids is None else lax.all_gather(x.ids, split.axis, axis=1, tiled=True)
-    o, lse = block_sparse_attention(out(x.q), out(k), out(v), mask, segment_ids=ids, **split.options)
+    o, lse = attend(split, out(x.q), out(k), out(v), mask, segment_ids=ids)
     return back(o), jnp.swapaxes(back(jnp.swapaxes(lse, 1, 2)), 1, 2)
 
 
@@ -69,11 +71,7 @@ def gathered(x: Shard, mask: Mask, split: Split) -> Result:
     parts = []
     for rows, chunk in ((slice(0, half), place), (slice(half, None), 2 * split.shards - 1 - place)):
         pair = None if own is None else (own[:, rows], ids)
-        parts.append(
-            block_sparse_attention(
-                q[:, rows], k, v, mask, segment_ids=pair, q_offset=jnp.int32(chunk * half), **split.options
-            )
-        )
+        parts.append(attend(split, q[:, rows], k, v, mask, segment_ids=pair, q_offset=jnp.int32(chunk * half)))
     o, lse = (jnp.concatenate([p[n] for p in parts], axis=1 + n) for n in (0, 1))
     return unzigzag(o, split), jnp.swapaxes(unzigzag(jnp.swapaxes(lse, 1, 2), split), 1, 2)
 
@@ -83,7 +81,7 @@ def ring(x: Shard, split: Split) -> Result:
 
     A shard keeps one shard of keys beside its own, forward and backward.
     """
-    dealt = Shard(*(None if a is None else zigzag(a, split) for a in x))
+    dealt = jax.tree.map(lambda a: zigzag(a, split), x)
     o, lse = _ring(split, dealt)
     return unzigzag(o, split), jnp.swapaxes(unzigzag(jnp.swapaxes(lse, 1, 2), split), 1, 2)
 
@@ -203,16 +201,14 @@ def _ring(split: Split, x: Shard) -> Result:
 def _ring_forward(split: Split, x: Shard):
     pair = None if x.ids is None else (x.ids, x.ids)
     visiting = _next(_Keys(x.k, x.v, x.ids), split)
-    o, lse = block_sparse_attention(x.q, x.k, x.v, Causal(), segment_ids=pair, **split.options)
+    o, lse = attend(split, x.q, x.k, x.v, Causal(), segment_ids=pair)
 
     def body(step: Any, carry: Any, *, last: bool) -> Any:
         keys, result = carry
         following = None if last else _next(keys, split)
         p = _pieces(split, step, x.q.shape[1])
         pair = None if x.ids is None else (p.queries(x.ids), p.keys(keys.ids))
-        part = block_sparse_attention(
-            p.queries(x.q), p.keys(keys.k), p.keys(keys.v), Full(), segment_ids=pair, **split.options
-        )
+        part = attend(split, p.queries(x.q), p.keys(keys.k), p.keys(keys.v), Full(), segment_ids=pair)
         return following, p.merge(result, part)
 
     _, (o, lse) = _around(split, body, (visiting, (o.astype(jnp.float32), lse)))
@@ -226,7 +222,7 @@ def _ring_backward(split: Split, residuals: Any, cotangents: Any):
     zeros = lambda a: jnp.zeros(a.shape, jnp.float32)
 
     def part(q: Array, k: Array, v: Array, mask: Mask, ids: Any, whole: Any, cotangent: Any):
-        call = lambda q, k, v: block_sparse_attention(q, k, v, mask, segment_ids=ids, whole=whole, **split.options)
+        call = lambda q, k, v: attend(split, q, k, v, mask, segment_ids=ids, whole=whole)
         return jax.vjp(call, q, k, v)[1](cotangent)
 
     def body(step: Any, carry: Any, *, last: bool) -> Any:

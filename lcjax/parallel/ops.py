@@ -4,17 +4,20 @@ Mosaic kernels cannot be split by the compiler, so under a mesh every op runs in
 fsdp, heads over tensor, the length over context. Layers and caches call these and know no mesh.
 """
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
 from lcjax.parallel import dense, recurrent, sparse
 from lcjax.parallel.layout import Layout, current_layout, exchange, per_shard
+from lcjax.parallel.work import counting, stand_in, visible_pairs
 from pallas_kernels import LinearState
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import Mask, PerHead
 from pallas_kernels.merge import add_sink_logits
 
 QUERY = ("batch", "length", "heads", "dim")
@@ -40,13 +43,15 @@ def attention(
     Without q_offset and kv_length the sequence may be split over the mesh's context axis. Keys of a cache are whole on
     every shard.
     """
-    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "return_lse": True}
+    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
     cached = q_offset is not None or kv_length is not None or q.shape[1] != k.shape[1]
+    if counting():
+        return _counted_attention(q, k, v, mask, return_lse)
     layout = current_layout(q.shape[0], (q.shape[2], k.shape[2]), None if cached else q.shape[1])
     if layout is None:
         return pk.block_sparse_attention(
             q, k, v, mask, segment_ids=segment_ids, sink_logits=sink_logits, q_offset=q_offset, kv_length=kv_length,
-            **(options | {"return_lse": return_lse}),
+            return_lse=return_lse, **options,
         )  # fmt: skip
     numbers, rebuild = _traced_numbers(_one_pattern_per_shard(mask, layout, q.shape[2]))
 
@@ -54,7 +59,7 @@ def attention(
         local = rebuild(numbers)
         if layout.length is None:
             o, lse = pk.block_sparse_attention(
-                q, k, v, local, segment_ids=ids, q_offset=offset, kv_length=held, **options
+                q, k, v, local, segment_ids=ids, q_offset=offset, kv_length=held, return_lse=True, **options
             )
         else:
             split = dense.Split(layout.length, layout.shards, scale, soft_cap)
@@ -75,7 +80,7 @@ def attention(
 def _over_context(x: dense.Shard, mask: Mask, split: dense.Split) -> Result:
     """Bounded masks exchange what they read; full attention goes by the exchange that was chosen."""
     (_, length, heads, _), kv_heads = x.q.shape, x.k.shape[2]
-    if plan := sparse.plan_exchange(mask, heads, length, split.shards):
+    if plan := sparse.plan_exchange(mask, heads, length, split.shards, x.ids is not None):
         return sparse.bounded(x, plan, split)
     plain = mask.causal and mask.plan(heads, 1, 1, 1, 1).dense and mask.lists is None
     chosen = exchange()
@@ -104,6 +109,10 @@ def gated_linear(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], LinearState]:
     """As `pallas_kernels.gated_linear_attention`; a row with an initial state is not split over the context axis."""
+    if counting():
+        shape = jax.eval_shape(lambda: LinearState(*_blank_state(q, v, normalise)))
+        flops = 4 * math.prod(q.shape) * v.shape[-1]  # writing and reading the state
+        return stand_in(flops, (jax.ShapeDtypeStruct(v.shape, v.dtype), shape), q, k, v, log_decay)
     layout = current_layout(q.shape[0], (q.shape[2],), None if initial_state is not None else q.shape[1])
     if layout is None:
         return pk.gated_linear_attention(
@@ -119,7 +128,8 @@ def gated_linear(
             q, k, v, log_decay, initial_state=state, segment_ids=ids, normalise=normalise, scale=scale
         )
 
-    wide, state = layout.spec(*QUERY), layout.spec("batch", "heads")
+    wide: Any = layout.spec(*QUERY)
+    state: Any = layout.spec("batch", "heads")
     decay = layout.spec(*QUERY[: 3 if log_decay is None else log_decay.ndim])
     arguments = (q, k, v, log_decay, segment_ids, initial_state)
     specs = (wide, wide, wide, decay, layout.spec("batch", "length"), state)
@@ -135,6 +145,8 @@ def causal_conv(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H D"]:
     """`pallas_kernels.causal_conv1d` over the H*D channels of heads; a row with a tail is not split over context."""
+    if counting():
+        return stand_in(2 * math.prod(x.shape) * taps.shape[0], jax.ShapeDtypeStruct(x.shape, x.dtype), x, taps)
     layout = current_layout(x.shape[0], (x.shape[2],), None if tail is not None else x.shape[1])
     flat = lambda a: a.reshape(*a.shape[:2], -1)
     weights = taps.reshape(taps.shape[0], -1)
@@ -150,6 +162,21 @@ def causal_conv(
     ids = None if segment_ids is None else layout.spec("batch", "length")
     specs = (layout.spec(*QUERY), layout.spec("taps", "heads", "dim"), ids)
     return per_shard(shard, specs, layout.spec(*QUERY))(x, taps, segment_ids)
+
+
+def _counted_attention(q: Array, k: Array, v: Array, mask: Mask, return_lse: bool) -> Any:
+    """A stand-in with the work of the pairs that the mask allows; against a cache, of every pair."""
+    batch, length, heads, dim = q.shape
+    pairs = heads * length * k.shape[1] if length != k.shape[1] else visible_pairs(mask, heads, length)
+    o = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)
+    lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    return stand_in(2 * batch * pairs * (dim + v.shape[3]), (o, lse) if return_lse else o, q, k, v)
+
+
+def _blank_state(q: Array, v: Array, normalise: bool) -> tuple[Array, Array | None]:
+    batch, _, heads, dim = q.shape
+    s = jnp.zeros((batch, heads, dim, v.shape[3]), jnp.float32)
+    return s, s[..., 0] if normalise else None
 
 
 def _traced_numbers(mask: Mask) -> tuple[list[Array], Any]:
@@ -168,14 +195,13 @@ def _traced_numbers(mask: Mask) -> tuple[list[Array], Any]:
 
 def _one_pattern_per_shard(mask: Mask, layout: Layout, heads: int) -> Mask:
     """The mask of a shard's heads; refused where shards differ, since all run one program."""
-    assigned = mask.patterns()[1]
     ways = 1 if layout.heads is None else jax.sharding.get_abstract_mesh().shape[layout.heads]
-    if assigned is None or ways == 1:
+    if ways == 1 or not isinstance(mask, PerHead):
         return mask
-    parts = {tuple(assigned[n : n + heads // ways]) for n in range(0, heads, heads // ways)}
+    parts = {mask.heads[n : n + heads // ways] for n in range(0, heads, heads // ways)}
     if len(parts) > 1:
         raise ValueError(
             f"a mask per head gives the {ways} parts of the mesh axis tensor different patterns: use tensor=1, or "
             "masks that repeat from part to part"
         )
-    return pk.masks.PerHead(mask.masks, parts.pop())
+    return PerHead(mask.masks, parts.pop())

@@ -3,7 +3,7 @@
 Runs inside `shard_map`, shard r holding positions [r C, (r+1) C).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,12 +84,12 @@ def _total_decay(q: Array, log_decay: Array | None, documents: Documents | None)
 
 def _compose(owns: LinearState, decays: Array, place: Array, shards: int) -> tuple[LinearState, LinearState]:
     """(state entering shard `place`, state after the last shard) from all shards' own states and decays `[n,...]`."""
-    state: Any = jax.tree.map(lambda s: jnp.zeros_like(s[0]), owns)
+    state = jax.tree.map(lambda s: jnp.zeros_like(s[0]), owns)
     entering = state
     for r in range(shards):
         entering = jax.tree.map(lambda now, kept, here=(place == r): jnp.where(here, now, kept), state, entering)
-        z = None if owns.z is None else decays[r] * state.z + owns.z[r]
-        state = LinearState(decays[r][..., None] * state.s + owns.s[r], z)
+        faded = lambda s, own, r=r: decays[r].reshape(decays[r].shape + (1,) * (s.ndim - 3)) * s + own[r]
+        state = jax.tree.map(faded, state, owns)
     return entering, state
 
 

@@ -8,6 +8,9 @@ sets, attended separately and merged by their log-sum-exp:
   reads, in ascending order.
 
 Both are calls of the same op in shifted coordinates; the shifts depend on the shard, so they are traced numbers.
+
+Sinks of packed rows are the first keys of the query's document, wherever that begins: of the far keys, those of the
+document that runs into the shard are put before the near ones, where the op finds them as the start of their segment.
 """
 
 import math
@@ -17,10 +20,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
-from lcjax.parallel.dense import Result, Shard, Split
-from pallas_kernels import block_sparse_attention, merge_attention
+from lcjax.parallel.dense import Result, Shard, Split, attend
+from pallas_kernels import merge_attention
 from pallas_kernels.masks import Causal, Intervals, Mask, Sink, Window, per_head
 from pallas_kernels.plan import INF, Plan
 
@@ -36,14 +39,20 @@ class Exchange:
     shards: int
     halo: int  # tokens before the shard that come along, a multiple of the plan's block
     far: np.ndarray  # [shards, m] blocks that each shard gives to all, ascending, -1 where it has fewer
+    document_sinks: int  # sinks of each document, in packed rows; those of the plan are then 0
 
     @property
     def received(self) -> int:
         """Keys that a shard gets from others or keeps a copy of, in tokens."""
-        return self.halo + self.far.size * self.plan.block_k
+        return self.halo + self.far.size * self.plan.block_k + 2 * self.shards * self.document_sinks
+
+    @property
+    def lead(self) -> int:
+        """Places before the halo for a document's sinks, in whole blocks."""
+        return -(-self.document_sinks // self.plan.block_k) * self.plan.block_k
 
 
-def plan_exchange(mask: Mask, heads: int, shard: int, shards: int) -> Exchange | None:
+def plan_exchange(mask: Mask, heads: int, shard: int, shards: int, packed: bool) -> Exchange | None:
     """The exchange for a causal mask, or None where its numbers are not known or it reads most of the sequence."""
     if mask.lists is not None or not mask.causal:
         return None
@@ -58,7 +67,12 @@ def plan_exchange(mask: Mask, heads: int, shard: int, shards: int) -> Exchange |
     if reach >= length:
         return None
     halo = min(-(-reach // unit) * unit, (shards - 1) * shard)
-    exchange = Exchange(plan, shard, shards, halo, _far_blocks(plan, shard, shards, halo))
+    sinks = int(plan.sink.max()) if packed else 0
+    if sinks and (sinks > shard or (plan.sink != sinks).any()):
+        return None
+    if sinks:
+        plan = plan.without_sinks()
+    exchange = Exchange(plan, shard, shards, halo, _far_blocks(plan, shard, shards, halo), sinks)
     return exchange if exchange.received < length - shard else None
 
 
@@ -106,11 +120,50 @@ def _near(x: Shard, exchange: Exchange, split: Split, start: Array, held: Array)
         return lax.dynamic_slice_in_dim(joined, exchange.halo - held, exchange.halo + exchange.shard, axis=1)
 
     first = start - held
+    k, v, ids = behind_halo(x.k), behind_halo(x.v), None if x.ids is None else behind_halo(x.ids)
+    if exchange.document_sinks and ids is not None:
+        sinks = _sinks_before(x, exchange, split, first)
+        k, v, ids = (jnp.concatenate(pair, axis=1) for pair in zip(sinks, (k, v, ids), strict=True))
     mask = _masks(exchange.plan, lambda p: _near_terms(exchange, p, first))
-    ids = None if x.ids is None else (x.ids, behind_halo(x.ids))
-    return block_sparse_attention(
-        x.q, behind_halo(x.k), behind_halo(x.v), Causal() & mask, segment_ids=ids, q_offset=held, **split.options
-    )
+    pair = None if ids is None else (x.ids, ids)
+    return attend(split, x.q, k, v, Causal() & mask, segment_ids=pair, q_offset=exchange.lead + held)
+
+
+def _sinks_before(x: Shard, exchange: Exchange, split: Split, near: Array) -> tuple[Array, Array, Array]:
+    """(k, v, ids), `lead` keys: the sinks, before position `near`, of the document that runs into the shard.
+
+    They stand right-aligned: with the keys behind them they are one run of the document from its first key, or from
+    its sinks on to where the near keys begin. Every shard offers the first keys of the last document that begins in
+    it and, should that be short of it, its own first keys.
+    """
+    assert x.ids is not None
+    size, count = x.ids.shape[1], exchange.document_sinks
+    place = lax.axis_index(split.axis)
+    start, index = place * size, jnp.arange(size)
+    begins = x.ids != jnp.concatenate([halo_before(x.ids, 1, split), x.ids[:, :-1]], axis=1)
+    begins = begins.at[:, 0].set(begins[:, 0] | (place == 0))
+    last = jnp.max(jnp.where(begins, index, -1), axis=1)  # [B] where the last document begins, -1: on an earlier shard
+    offered = jnp.minimum(jnp.maximum(last, 0)[:, None] + jnp.arange(count), size - 1)  # [B,n]
+    offered = jnp.concatenate([offered, jnp.broadcast_to(jnp.arange(count), offered.shape)], axis=1)
+
+    def everyones(a: Array) -> Array:
+        return lax.all_gather(_pick(a, offered), split.axis, axis=1, tiled=True)  # [B, shards * 2n, ...]
+
+    starts = lax.all_gather(jnp.where(last < 0, -1, start + last), split.axis)  # [shards, B]
+    earlier = jnp.arange(split.shards)[:, None] < place
+    document = jnp.max(jnp.where(earlier, starts, 0), axis=0)[:, None]  # [B,1] its first position
+    held = jnp.clip(near - document, 0, count)
+    nth = jnp.arange(exchange.lead) - (exchange.lead - held)  # [B, lead] which of its keys, negative: none
+    position = document + nth
+    owner, home = position // size, document // size
+    slot = 2 * count * owner + jnp.where(owner == home, nth, count + position % size)
+    slot = jnp.clip(slot, 0, 2 * count * split.shards - 1)
+    k, v, ids = (_pick(everyones(a), slot) for a in (x.k, x.v, x.ids))
+    return k, v, jnp.where(nth >= 0, ids, jnp.iinfo(jnp.int32).min + 2)
+
+
+def _pick(a: Shaped[Array, "B S *rest"], index: Int[Array, "B n"]) -> Shaped[Array, "B n *rest"]:
+    return jnp.take_along_axis(a, index.reshape(*index.shape, *(1,) * (a.ndim - 2)), axis=1)
 
 
 def halo_before(own: Shaped[Array, "B C *rest"], tokens: int, split: Split) -> Shaped[Array, "B n *rest"]:
@@ -134,7 +187,7 @@ def _far(x: Shard, exchange: Exchange, split: Split, start: Array, near: Array) 
 
     mask = _masks(exchange.plan, lambda p: _far_terms(exchange, p, start, near))
     ids = None if x.ids is None else (x.ids, everyones(x.ids))
-    return block_sparse_attention(x.q, everyones(x.k), everyones(x.v), mask, segment_ids=ids, **split.options)
+    return attend(split, x.q, everyones(x.k), everyones(x.v), mask, segment_ids=ids)
 
 
 def _masks(plan: Plan, terms: Any) -> Mask:
@@ -153,13 +206,21 @@ def _near_terms(exchange: Exchange, p: int, first: Array) -> list[Mask]:
     """Pattern p where position `first` is called 0."""
     plan = exchange.plan
     terms: list[Mask] = [Window(int(plan.window[p]))]
-    if (plan.sink > 0).any():
+    if exchange.document_sinks:
+        terms.append(Sink(exchange.document_sinks))
+    elif (plan.sink > 0).any():
         terms.append(Sink(jnp.maximum(int(plan.sink[p]) - first, 0)))
     if plan.expiry is not None or plan.second is not None:
         count = (exchange.halo + exchange.shard) // plan.block_k
         slice_of = lambda row: lax.dynamic_slice_in_dim(jnp.asarray(row), first // plan.block_k, count)
-        expiry, second = (None if row is None else slice_of(row) for row in _columns(plan, p))
-        terms.append(Intervals(plan.block_k, _earlier(expiry, first), _earlier(second, first)))
+        ahead = exchange.lead // plan.block_k
+
+        def moved(row: np.ndarray) -> Array:
+            later = _earlier(slice_of(row), first - exchange.lead)
+            return jnp.pad(later, ((ahead, 0), *((0, 0),) * (row.ndim - 1)))
+
+        expiry, second = _columns(plan, p)
+        terms.append(Intervals(plan.block_k, moved(expiry), None if second is None else moved(second)))
     return terms
 
 
@@ -168,11 +229,12 @@ def _far_terms(exchange: Exchange, p: int, start: Array, near: Array) -> list[Ma
     plan, blocks = exchange.plan, exchange.far.reshape(-1)
     exists = jnp.asarray(blocks >= 0) & (jnp.asarray(blocks) * plan.block_k < near)
     # The sink's blocks are the first ones gathered, so that their places are their positions.
-    terms: list[Mask] = [Sink(jnp.minimum(int(plan.sink[p]), near))]
+    terms: list[Mask] = [Sink(jnp.minimum(int(plan.sink[p]), near))] if (plan.sink > 0).any() else []
     if plan.expiry is not None or plan.second is not None:
-        expiry, second = (None if row is None else jnp.asarray(row[blocks]) for row in _columns(plan, p))
-        expiry = jnp.where(exists, _earlier(expiry, start), 0)
-        second = None if second is None else jnp.where(exists[:, None], _earlier(second, start), 0)
+        expiry, second = _columns(plan, p)
+        expiry = jnp.where(exists, _earlier(jnp.asarray(expiry[blocks]), start), 0)
+        if second is not None:
+            second = jnp.where(exists[:, None], _earlier(jnp.asarray(second[blocks]), start), 0)
         terms.append(Intervals(plan.block_k, expiry, second))
     return terms
 
@@ -184,6 +246,6 @@ def _columns(plan: Plan, p: int) -> tuple[np.ndarray, np.ndarray | None]:
     return np.asarray(expiry[p]), None if plan.second is None else np.asarray(plan.second[p])
 
 
-def _earlier(rows: Array | None, by: Array) -> Any:
-    """Row numbers counted from position `by`; what never ends still doesn't."""
-    return None if rows is None else jnp.where(rows == INF, INF, jnp.maximum(rows - by, 0))
+def _earlier(rows: Array, by: Array) -> Array:
+    """Row numbers counted from position `by`; what never ends still doesn't, and what is empty stays empty."""
+    return jnp.where((rows == INF) | (rows == 0), rows, jnp.maximum(rows - by, 0))
