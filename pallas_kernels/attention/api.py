@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import library, reference, xla
 from pallas_kernels.attention.call import Call
+from pallas_kernels.checks import check_values
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Mask
 from pallas_kernels.merge import add_sink_logits
@@ -166,6 +165,7 @@ def _offset(q_offset, batch: int) -> int | Array:
         return q_offset
     if q_offset.shape not in ((), (batch,)) or not jnp.issubdtype(q_offset.dtype, jnp.integer):
         raise ValueError(f"q_offset: {q_offset.dtype}{q_offset.shape}, expected an integer or int32 [{batch}]")
+    check_values(lambda offset: offset >= 0, "q_offset: {found} is negative", q_offset)
     return jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
 
 
@@ -174,9 +174,8 @@ def _lengths(kv_length, batch: int, keys: int) -> Array | None:
         return None
     if kv_length.shape != (batch,) or not jnp.issubdtype(kv_length.dtype, jnp.integer):
         raise ValueError(f"kv_length: {kv_length.dtype}{kv_length.shape}, expected int32 [{batch}]")
-    values = None if isinstance(kv_length, jax.core.Tracer) else np.asarray(kv_length)
-    if values is not None and (values.min() < 0 or values.max() > keys):
-        raise ValueError(f"kv_length: {values} must lie in 0..{keys}, the number of keys")
+    message = f"kv_length: {{found}} is outside 0..{keys}, the number of keys"
+    check_values(lambda n: (n >= 0) & (n <= keys), message, kv_length)
     return jnp.asarray(kv_length, jnp.int32)
 
 

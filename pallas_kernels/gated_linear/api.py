@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.checks import check_values
 from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments
 from pallas_kernels.gated_linear.reference import gated_linear_reference, step
 from pallas_kernels.gated_linear.segments import Segments, read_segments
@@ -67,12 +67,6 @@ def gated_linear_attention(
         raise ValueError(
             "normalise=True has no meaning with beta, whose writes are not a sum of weights: leave one of them out"
         )
-    if log_decay is not None and not isinstance(log_decay, jax.core.Tracer):
-        largest = float(np.max(np.asarray(log_decay, np.float32), initial=-np.inf))
-        if not largest <= 0 and segment_ids is None:
-            raise ValueError(
-                f"log_decay has the value {largest}: a log-decay is at most 0, so that states fade and never grow"
-            )
     state = _initial_state(q, v, initial_state, normalise)
     segments = None if segment_ids is None else read_segments(segment_ids)
     scale = float(scale if scale is not None else 1.0 if normalise else q.shape[-1] ** -0.5)
@@ -112,13 +106,16 @@ def _without_segments(backend: Callable[[Problem], tuple[Array, LinearState]], p
 
 
 def _check_decay(log_decay, segments: Segments | None) -> None:
-    if log_decay is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((log_decay, segments))):
+    if log_decay is None:
         return
-    used = np.asarray(log_decay, np.float64)
-    used = used if segments is None else used[np.asarray(segments.valid)]
-    wrong = used[~(used <= 0)]
-    if wrong.size:
-        raise ValueError(f"log_decay has the value {wrong.max()}: at most 0 is allowed, so that states never grow")
+    message = "log_decay has the value {found}: at most 0 is allowed, so that states never grow"
+    if segments is None:
+        check_values(lambda g: g <= 0, message, log_decay)
+        return
+    trailing = (1,) * (log_decay.ndim - 2)
+    check_values(
+        lambda g, valid: (g <= 0) | ~valid.reshape(*valid.shape, *trailing), message, log_decay, segments.valid
+    )
 
 
 def _check_shapes(q, k, v, log_decay, beta) -> None:
