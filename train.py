@@ -3,6 +3,7 @@
 The same command goes on where an interrupted run stopped.
 """
 
+import functools
 import sys
 
 from lcjax import settings
@@ -12,16 +13,21 @@ from lcjax.train.preempt import Preemption
 
 
 def main() -> int:
-    """Parse flags, prepare the run, train."""
+    """Parse flags; prepare and train every stage."""
     launch = settings.main("train")
     if launch.output is None:
         print("train.py: --output is missing: name the folder for checkpoints and metrics", file=sys.stderr)
         return 2
     with Preemption() as stop:
-        with settings.refusals("train.py"):
-            run = stop.interruptible("preparation", lambda: loop.prepare(launch.job, launch.output, launch.config))
-        with settings.refusals("train.py", (CheckpointError, loop.TrainingStopped)):
-            return loop.train(run, stop)
+        for job, folder in launch.job.runs(launch.output):
+            with settings.refusals("train.py"):
+                prepare = functools.partial(loop.prepare, job, folder, launch.config)
+                run = stop.interruptible("preparation", prepare)
+            with settings.refusals("train.py", (CheckpointError, loop.TrainingStopped)):
+                status = loop.train(run, stop)
+            if status:
+                return status
+    return 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGURABLES = {
     # training
     "train": "lcjax.train.job:Train",
+    "Stage": "lcjax.train.job:Stage",
     "AdamW": "lcjax.train.optimizers:AdamW",
     "Cosine": "lcjax.train.optimizers:Cosine",
     "WarmupStableDecay": "lcjax.train.optimizers:WarmupStableDecay",
@@ -52,6 +53,8 @@ CONFIGURABLES = {
     "YaRN": "lcjax.positions.laws:YaRN",
     "Llama3Rope": "lcjax.positions.laws:Llama3",
     "LongRoPE": "lcjax.positions.laws:LongRoPE",
+    # methods
+    "Lora": "lcjax.methods.lora:Lora",
     # data
     "DataSpec": "lcjax.data.spec:DataSpec",
     "Mixture": "lcjax.data.spec:Mixture",

@@ -7,6 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from lcjax.layers.adapter import attach
 from lcjax.layers.attention import Context
 from lcjax.layers.block import Block
 from lcjax.layers.linear import Embed, Linear, precision
@@ -36,6 +37,8 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(spec.width, "embed", eps=spec.norm_eps, offset=spec.norm_offset, **init)
         head = Weight((spec.width, spec.vocab_size), ("embed", "vocab"), std=spec.width**-0.5)
         self.head = None if spec.tie_embeddings else Linear(head, **init)
+        if spec.adapters is not None:
+            attach(self, spec.adapters, **init)
 
     def _context(self, positions: Int[Array, "B T"], segment_ids: Any, valid: Any) -> Context:
         """Rotary tables once per law; laws that follow the length see the batch's largest real position + 1."""

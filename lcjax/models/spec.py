@@ -96,6 +96,24 @@ type Mixer = Attention | GatedLinear
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters of `rank` on the linear layers whose dotted path one of `targets` (regular expressions) finds.
+
+    Each adds (alpha / rank) down up to its layer's weight; `dora` also trains the length of every column.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dora: bool = False
+
+    def __post_init__(self):
+        _positive(self, "rank", "alpha")
+        if not self.targets:
+            raise ValueError("Adapters.targets is empty: name at least one linear layer, such as 'mixer.query$'")
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Every number of a decoder. Layer i uses mixer `pattern[i % len(pattern)]`."""
 
@@ -121,6 +139,7 @@ class ModelSpec:
     logit_soft_cap: float | None = None
     activation: str = "silu"
     dtype: str = "bfloat16"  # compute; parameters have their own
+    adapters: Adapters | None = None
 
     def __post_init__(self):
         sizes = (

@@ -39,7 +39,7 @@ class TrainingStopped(RuntimeError):
 
 @dataclass
 class Run:
-    """A prepared run: its parts, and the training state after `step` batches."""
+    """A prepared run: its parts, and the training state after `step` batches. `job` is resolved (`Train.resolve`)."""
 
     job: Train
     output: Path
@@ -64,6 +64,8 @@ def prepare(job: Train, output: Path, config: str) -> Run:
     """
     mesh = job.mesh.build()
     job.check_mesh(mesh)
+    job, weights = job.resolve()
+    assert job.tokenizer is not None
     tokenizer = load_tokenizer(job.tokenizer)
     batches = build_pipeline(
         job.data,
@@ -72,15 +74,15 @@ def prepare(job: Train, output: Path, config: str) -> Run:
         length=job.length,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        vocab_size=job.model.vocab_size,
+        vocab_size=job.spec.vocab_size,
     )
     sections = job.sections(mesh, tokenizer.fingerprint, batches.fingerprint)
     manager = CheckpointManager(output / "checkpoints", keep=job.checkpoints.keep)
-    optimizer = job.optimizer.build(job.steps)
-    shapes = states.abstract_state(job.model, optimizer, mesh)
+    start = states.Start(job.spec, job.optimizer.build(job.steps), job.seed, job.trainable, weights)
+    shapes = states.abstract_state(start, mesh)
     restored = manager.restore(shapes, sections, accept=job.checkpoints.accept)
     if restored is None:
-        state, step = states.create(job.model, optimizer, job.seed, shapes), 0
+        state, step = states.create(start, shapes), 0
     else:
         state, step = restored.state, restored.step
         batches.set_state(restored.data_state)
@@ -92,15 +94,15 @@ def prepare(job: Train, output: Path, config: str) -> Run:
 def compile_step(run: Run) -> Any:
     """The one executable of the run. Being compiled ahead of time, it refuses other shapes instead of recompiling."""
     job = run.job
-    graphdef, _ = abstract(job.model)
+    graphdef, _ = abstract(job.spec)
     optimizer, schedule = job.optimizer.build(job.steps), job.optimizer.schedule.build(job.steps)
-    shapes = states.abstract_state(job.model, optimizer, run.mesh)
+    shapes = states.shapes_of(run.state)
     sharding = batch_sharding(run.mesh)
     batch = {
         name: jax.ShapeDtypeStruct((job.batch, job.length), dtype, sharding=sharding)
         for name, dtype in BATCH_DTYPES.items()
     }
-    step = make_step(graphdef, optimizer, schedule, job.loss, job.options)
+    step = make_step(graphdef, optimizer, schedule, job.loss, job.options, job.trainable)
     with jax.set_mesh(run.mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(states.shardings(shapes), None))
         return jitted.lower(shapes, batch).compile()
@@ -209,7 +211,7 @@ class Reporter:
         if jax.process_index() == 0:
             self._log = MetricsLog(run.output, resumed_at=run.step, tensorboard=job.reports.tensorboard)
         peak = peak_flops(jax.devices()[0])
-        flops = flops_per_token(job.model, job.length, training=True)
+        flops = flops_per_token(job.spec, job.length, training=True)
         self._utilisation_per_rate = flops / (peak * jax.device_count()) if peak else None
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
         self._losses: list[jax.Array] = []  # of the steps since the last report, whose mean it tells
@@ -286,11 +288,11 @@ def describe(run: Run, progress: Progress) -> None:
     """What is about to run, in a few lines."""
     job = run.job
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
-    flops = flops_per_token(job.model, job.length, training=True)
+    flops = flops_per_token(job.spec, job.length, training=True)
     devices = jax.devices()
     axes = " ".join(f"{axis}={degree}" for axis, degree in run.mesh.shape.items() if degree > 1)
     progress.say(
-        f"{job.model.name}: {parameters / 1e6:.1f}M parameters, state {states.bytes_of(run.state) / 2**30:.2f} GiB, "
+        f"{job.spec.name}: {parameters / 1e6:.1f}M parameters, state {states.bytes_of(run.state) / 2**30:.2f} GiB, "
         f"{len(devices)} x {devices[0].device_kind}{' with ' + axes if axes else ''}"
     )
     progress.say(f"{flops / 1e6:,.1f} MFLOP per token ({CONVENTION})")
@@ -303,8 +305,8 @@ def sample(run: Run, progress: Progress) -> None:
     """Decode the job's prompts with the trained parameters."""
     wanted = run.job.sample
     assert wanted is not None
-    graphdef, _ = abstract(run.job.model)
-    generator = serving.Generator(graphdef, run.state.params, run.job.model, run.tokenizer)
+    graphdef, _ = abstract(run.job.spec)
+    generator = serving.Generator(graphdef, run.state.params, run.job.spec, run.tokenizer)
     requests = [serving.Request(prompt, wanted.max_new_tokens, sampling=wanted.sampling) for prompt in wanted.prompts]
     for request, answer in zip(requests, generator.generate(requests), strict=True):
         progress.say(f"--- {request.prompt}{answer.text}")

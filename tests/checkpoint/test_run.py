@@ -32,7 +32,7 @@ SPEC = ModelSpec(
 
 @pytest.fixture
 def run(tmp_path):
-    state = states.initialise(SPEC, optax.adamw(1e-3), seed=3)
+    state = states.Start(SPEC, optax.adamw(1e-3), seed=3).state()
     manager = CheckpointManager(tmp_path / "checkpoints")
     sections = {"model": describe(SPEC), "tokenizer": "fingerprint", "about": {"tokenizer": "bytes"}, "mesh": ""}
     manager.save(7, state, {}, sections)
