@@ -38,6 +38,11 @@ def read_segments(segment_ids: Int[Array, "B T"]) -> Segments:
     return Segments(valid, reset, ids)
 
 
+def gather_segments(segment_ids: Int[Array, "B T"], axis_name: str) -> Segments:
+    """`read_segments` of the whole row whose shards lie along a mesh axis: four bytes a token are gathered."""
+    return read_segments(jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True))
+
+
 def _refuse_decrease(ids: np.ndarray) -> None:
     running = np.maximum.accumulate(ids, axis=1)
     wrong = np.argwhere((ids < running) & (ids > 0))
