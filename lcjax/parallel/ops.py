@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
-from lcjax.parallel import dense, recurrent, sparse
+from lcjax.parallel import dense, sparse
 from lcjax.parallel.layout import Layout, current_layout, exchange, per_shard
 from lcjax.parallel.work import counting, stand_in, visible_pairs
 from pallas_kernels import LinearState
@@ -121,12 +121,10 @@ def gated_linear(
         )  # fmt: skip
 
     def shard(q, k, v, log_decay, ids, state):
-        if layout.length is not None:
-            split = dense.Split(layout.length, layout.shards, scale, None)
-            return recurrent.linear(q, k, v, log_decay, ids, split, normalise)
-        return pk.gated_linear_attention(
-            q, k, v, log_decay, initial_state=state, segment_ids=ids, normalise=normalise, scale=scale
-        )
+        options: dict[str, Any] = {"initial_state": state, "segment_ids": ids, "normalise": normalise, "scale": scale}
+        if layout.length is None:
+            return pk.gated_linear_attention(q, k, v, log_decay, **options)
+        return pk.gated_linear_attention_sharded(q, k, v, log_decay, axis_name=layout.length, **options)
 
     wide: Any = layout.spec(*QUERY)
     state: Any = layout.spec("batch", "heads")
@@ -152,13 +150,13 @@ def causal_conv(
     weights = taps.reshape(taps.shape[0], -1)
     if layout is None or layout.length is None:  # shifted multiply-adds: the compiler splits them itself
         return pk.causal_conv1d(flat(x), weights, tail=tail, segment_ids=segment_ids)[0].reshape(x.shape)
-    if x.shape[1] // layout.shards < taps.shape[0] - 1:
-        raise ValueError(
-            f"a convolution of width {taps.shape[0]} reaches over more than one shard of "
-            f"{x.shape[1] // layout.shards} tokens: lower the mesh axis context"
-        )
-    split = dense.Split(layout.length, layout.shards, None, None)
-    shard = lambda x, taps, ids: recurrent.conv(flat(x), taps.reshape(taps.shape[0], -1), ids, split).reshape(x.shape)
+    axis = layout.length
+
+    def shard(x, taps, ids):
+        weights = taps.reshape(taps.shape[0], -1)
+        y, _ = pk.causal_conv1d_sharded(flat(x), weights, segment_ids=ids, axis_name=axis)
+        return y.reshape(x.shape)
+
     ids = None if segment_ids is None else layout.spec("batch", "length")
     specs = (layout.spec(*QUERY), layout.spec("taps", "heads", "dim"), ids)
     return per_shard(shard, specs, layout.spec(*QUERY))(x, taps, segment_ids)

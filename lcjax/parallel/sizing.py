@@ -2,7 +2,6 @@
 
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from pallas_kernels.op import target_platform
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one call over all chips. counted: from the jaxpr; executed: with recomputation; formula: models/flops."""
+    """FLOPs of one call, all chips: `counted` from the jaxpr, `executed` with recomputation, `formula` of models."""
 
     counted: int
     executed: int
@@ -82,20 +81,23 @@ class Sizing:
             ones = [c for c in self.traffic if c.kind == kind]
             largest = max(ones, key=lambda c: c.bytes)
             total, times = sum(c.bytes * c.times for c in ones), sum(c.times for c in ones)
-            lines.append(
-                f"    {kind:<20}{total / GIB:8.2f} ({times}; {largest.shape} {largest.bytes / GIB:.3f} GiB)"
-            )
+            lines.append(f"    {kind:<20}{total / GIB:8.2f} ({times}; {largest.shape} {largest.bytes / GIB:.3f} GiB)")
         return lines if len(lines) > 1 else ["  no collectives"]
 
 
-def size(
-    name: str, where: Slice, mesh: Mesh, function: Callable[..., Any], shapes: tuple[Any, ...], work: Work | None
-) -> Sizing:
-    """Compile a jitted `function` for shapes that carry shardings on a mesh of the slice's devices."""
+def described(mesh: Mesh, where: Slice) -> str:
+    """The slice and the mesh's degrees above 1, as `v5p:4x4x4 (64 chips): fsdp=4 context=16`."""
+    degrees = " ".join(f"{axis}={degree}" for axis, degree in mesh.shape.items() if degree > 1)
+    devices = "" if where.chips == len(where.devices) else f", {len(where.devices)} devices"
+    return f"{where.name} ({where.chips} chips{devices}): {degrees or 'one device'}"
+
+
+def size(name: str, where: Slice, mesh: Mesh, jitted: Any, shapes: tuple[Any, ...], work: Work | None = None) -> Sizing:
+    """Compile a function from `jax.jit` for shapes that carry shardings on a mesh of the slice's devices."""
     began = time.perf_counter()
     # Kernels ask the abstract mesh which generation they are lowered for.
     with target_platform("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",))
+        lowered = jitted.trace(*shapes).lower(lowering_platforms=("tpu",))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
