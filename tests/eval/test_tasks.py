@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from lcjax.eval.passkey import Passkey
 
 from lcjax.checkpoint.hf import export_pretrained
 from lcjax.data.tokenizers import load_tokenizer
 from lcjax.eval import task as task_module
-from lcjax.eval.passkey import Passkey
 from lcjax.eval.results import describe_run, write_results
 from lcjax.eval.task import Example, check_budget
 from lcjax.models.spec import Attention, ModelSpec

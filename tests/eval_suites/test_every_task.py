@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lcjax.eval.budget import BudgetError, prompt_ids, require_whole
-from lcjax.eval.item import Item, SuiteTask
 from lcjax.eval.metrics.judge import LocalJudge
+from lcjax.eval.task import Example, Task
 from lcjax.eval.tasks import giraffe, helmet, helmet_documents, leval, longbench, longwriter, mmlongbench, ruler
 from lcjax.eval.tasks.babilong import babilong
 from lcjax.eval.tasks.copy_recall import CopyRecall
@@ -74,7 +74,7 @@ def headline(score: float | Mapping[str, float]) -> float:
     return score if isinstance(score, float) else next(iter(score.values()))
 
 
-def check(task: SuiteTask, tokenizer: Any, budget: int = BUDGET) -> list[Item]:
+def check(task: Task, tokenizer: Any, budget: int = BUDGET) -> list[Example]:
     items = list(task.examples(tokenizer, budget, seed=3))
     assert items, task.name
     assert len({item.id for item in items}) == len(items)

@@ -184,11 +184,11 @@ def test_contours_show_where_the_score_falls(scripted, tmp_path):
 
 
 def test_groups_share_a_batch():
-    from lcjax.eval.item import Item
     from lcjax.eval.runner import Asked
+    from lcjax.eval.task import Example
 
     asked = [
-        Asked(Item(str(i), "", (), 1, {"prefix_group": group}), (0,) * size, str(i))
+        Asked(Example(str(i), "", (), 1, {"prefix_group": group}), (0,) * size, str(i))
         for i, (group, size) in enumerate([("a", 5), (None, 9), ("b", 5), ("a", 6), (None, 1), ("a", 7)])
     ]
     found = [[one.item.id for one in batch] for batch in batches(asked, 2)]
