@@ -15,7 +15,7 @@ from lcjax.eval.outcome import Cell, Outcome
 DEPTH_BINS = 5
 THRESHOLD = 0.75
 COLOURS = ("#2f6fb3", "#d9662b", "#2a9270", "#9b4d9e", "#b8992f", "#c23b4e", "#4f5d6b", "#56a8c7")
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
@@ -100,17 +100,16 @@ def depth_figure(outcome: Outcome) -> Figure | None:
     ]
     if not names:
         return None
-    with rc_context({**STYLE, "axes.grid": False}):
+    with rc_context(STYLE | {"axes.grid": False}):
         figure, axes = panels(len(names), 4, (2.9, 2.3))
         image = None
         for axis, name in zip(axes, names, strict=True):
             cells = [cell for n in outcome.lengths if (cell := outcome.find(name, n))]
-            image = axis.imshow(
-                np.stack([by_depth(c) for c in cells], axis=1), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto"
-            )
-            for (row, column), value in np.ndenumerate(image.get_array().filled(np.nan)):
+            grid = np.stack([by_depth(cell) for cell in cells], axis=1)
+            image = axis.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+            for (row, column), value in np.ndenumerate(grid):
                 text = "" if np.isnan(value) else f"{100 * value:.0f}"
-                colour = "white" if abs(value - 0.5) > 0.38 else "#1b1e23"
+                colour = "white" if value < 0.12 or value > 0.88 else "#1b1e23"
                 axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
             axis.set_xticks(range(len(cells)), [short(cell.length) for cell in cells])
             axis.set_yticks(range(DEPTH_BINS), [f"{(i + 0.5) / DEPTH_BINS:.0%}" for i in range(DEPTH_BINS)])
@@ -156,7 +155,7 @@ def contour_figure(scores: Mapping[int, Mapping[int, float]], label: str) -> Fig
     counts = sorted(scores)
     lengths = sorted(set.intersection(*(set(curve) for curve in scores.values())))
     grid = np.array([[scores[count][length] for length in lengths] for count in counts])
-    with rc_context({**STYLE, "axes.grid": False}):
+    with rc_context(STYLE | {"axes.grid": False}):
         figure, (axis,) = panels(1, 1, (6.5, 3.4))
         filled = axis.contourf(np.log2(lengths), counts, grid, levels=np.linspace(0, 1, 11), cmap="RdYlGn")
         effective = effective_lengths(scores, THRESHOLD)

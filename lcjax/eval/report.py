@@ -142,11 +142,7 @@ def wrong_answers(outcome: Outcome) -> str:
     for task in outcome.tasks:
         cells = [cell for n in outcome.lengths if (cell := outcome.find(task, n))]
         wrong = [(cell, row) for cell in cells for row, s in zip(cell.rows, cell.headline, strict=True) if s < 1]
-        shown = "".join(
-            f"<dt>{_text(row['id'])} at {short(cell.length)}, wanted</dt>"
-            f"<dd>{_clipped(', '.join(row['references']))}</dd><dt>answered</dt><dd>{_clipped(row['output']) or '<i>nothing</i>'}</dd>"
-            for cell, row in wrong[:_SAMPLES]
-        )
+        shown = "".join(_answer(cell, row) for cell, row in wrong[:_SAMPLES])
         if shown:
             total = sum(len(cell.rows) for cell in cells)
             parts.append(
@@ -173,6 +169,13 @@ def _lead(outcome: Outcome) -> str:
     examples = sum(len(cell.rows) for cell in outcome.cells)
     counts = f"{len(outcome.tasks)} tasks, {examples:,} examples, {', '.join(map(short, outcome.lengths))} tokens"
     return f"{_text(outcome.model)}: {counts}" if outcome.model else counts
+
+
+def _answer(cell: Cell, row: Mapping[str, Any]) -> str:
+    """What was wanted and what was answered, as items of a description list."""
+    wanted, said = _clipped(", ".join(row["references"])), _clipped(row["output"]) or "<i>nothing</i>"
+    head = f"{_text(row['id'])} at {short(cell.length)}, wanted"
+    return f"<dt>{head}</dt><dd>{wanted}</dd><dt>answered</dt><dd>{said}</dd>"
 
 
 def _score_cell(cell: Cell | None) -> str:

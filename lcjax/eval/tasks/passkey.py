@@ -10,11 +10,13 @@ from typing import ClassVar
 from lcjax.eval.budget import Draft
 from lcjax.eval.tasks.base import GeneratedTask
 
-OPENING = "A pass key is hidden somewhere in the long and dull text below. Find it and remember it."
-FILLER = "The meadow is green. The sea is blue. The sun is warm. A road leads out, and a road leads home again."
-NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key."
+OPENING = (
+    "An important fact hides in a lot of idle text below: a pass key. Find it and memorise it, I will ask for it later."
+)
+FILLER = "The grass is green. The sky is blue. The sun is bright. Off we go, there and back once more."
+NEEDLE = "The pass key is {key}. Remember it. The pass key is {key}."
 QUESTION = "What is the pass key?"
-ANSWER = "The pass key is the number"
+ANSWER = "The pass key is"
 
 
 @dataclass(frozen=True, kw_only=True)
