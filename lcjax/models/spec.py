@@ -32,7 +32,7 @@ def _positive(record: object, *fields: str) -> None:
 class Attention:
     """Causal softmax attention: full, or the last `window` tokens (own included), plus the first `sink` tokens.
 
-    Sinks count from the start of the row: of packed documents, only the first sees its own.
+    Of packed documents, each sees its own sinks.
     """
 
     window: int | None = None

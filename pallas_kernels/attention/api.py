@@ -55,7 +55,8 @@ def block_sparse_attention(
     Args:
       mask: from `pallas_kernels.masks`, over absolute positions.
       lists: key blocks chosen at run time, in addition to the mask's own blocks and under its causality.
-      segment_ids: a query sees only keys of its own segment. [B,T] when S == T, or a pair ([B,T], [B,S]).
+      segment_ids: a query sees only keys of its own segment. [B,T] when S == T, or a pair ([B,T], [B,S]). Sinks are the
+        first keys of the query's segment; a segment is a run of equal ids among the keys.
       q_offset: position of the first query, one for all or one per batch row (chunked prefill).
       kv_length: keys at or beyond it do not exist (a cache partly filled).
       scale: of the scores, D**-0.5 by default.
@@ -142,6 +143,7 @@ def _segments(mask, segment_ids, batch, length, keys) -> tuple[Array, Array] | N
         if length != keys:
             raise ValueError(f"segment_ids: one array with {length} queries and {keys} keys; pass ([B,T], [B,S])")
         segment_ids = (segment_ids, segment_ids)
+    mask.check_packed()
     for name, ids, size in (("queries", segment_ids[0], length), ("keys", segment_ids[1], keys)):
         if ids.shape != (batch, size):
             raise ValueError(f"segment_ids: shape {ids.shape} for {name}, expected ({batch}, {size})")

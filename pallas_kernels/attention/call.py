@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Mask
 from pallas_kernels.pytrees import record
+from pallas_kernels.segments import key_places
 
 
 @record("scale", "soft_cap", "need_lse")
@@ -29,3 +30,10 @@ class Call:
     scale: float
     soft_cap: float | None
     need_lse: bool
+
+    @property
+    def key_places(self) -> Int[Array, "B S"] | None:
+        """Index of each key in its segment, which sinks count; None where positions serve or no head has sinks."""
+        if self.segment_ids is None or not self.mask.counts_sinks:
+            return None
+        return key_places(self.segment_ids[1])

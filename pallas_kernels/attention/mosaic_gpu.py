@@ -106,9 +106,9 @@ def refusal(call: Call, interpret: bool = False) -> str | None:
         (platform() != "gpu" and not interpret, f"needs an NVIDIA Hopper GPU, this is {platform()}"),
         (call.q.dtype == jnp.float32, "wgmma has no float32; cast to bfloat16 or use xla"),
         (any(d not in (64, 128, 256) for d in dims), f"head dims {dims[0]} and {dims[1]} are not 64, 128 or 256"),
-        (not _bare(columns) and call.segment_ids is not None, "segments with column blocks"),
-        (not _bare(columns) and lists is not None, "run-time lists with column blocks"),
-        (call.segment_ids is not None and lists is not None, "segments with run-time lists"),
+        (not _bare(columns) and call.segment_ids is not None, "segments together with Stride or Intervals"),
+        (not _bare(columns) and lists is not None, "run-time lists together with Stride or Intervals"),
+        (call.segment_ids is not None and lists is not None, "segments together with run-time lists"),
     ]
     if lists is not None:
         sizes = f"list blocks of {lists.block_q} x {lists.block_k} are not multiples of {tb.ROW_TILE} x {tb.UNIT}"
@@ -160,7 +160,7 @@ def _tables(call: Call, plan: Plan, settings: Settings, rows: int, keys: int) ->
     batch = call.q.shape[0]
     offset = jnp.broadcast_to(jnp.asarray(call.q_offset, jnp.int32), (batch,))
     length = jnp.full((batch,), call.k.shape[1], jnp.int32) if call.kv_length is None else call.kv_length
-    segs = None if call.segment_ids is None else tb.segments(*call.segment_ids, rows, keys)
+    segs = tb.segments(call, rows, keys)
     block_k = settings.forward.block_k
     table, lists = tb.row_table(plan, rows, keys, block_k, offset, length, segs)
     dq, _ = tb.row_table(plan, rows, keys, settings.backward.dq_block_k, offset, length, segs)

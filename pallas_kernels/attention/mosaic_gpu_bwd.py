@@ -30,11 +30,13 @@ from pallas_kernels.attention.mosaic_gpu_common import (
     Static,
     Work,
     accumulate,
+    all_sinks,
     fields,
     iota,
     launch,
     mask_rows,
     one_segment,
+    sinks,
     spread,
     steps,
     tiled,
@@ -387,7 +389,7 @@ def _mask_columns(g: Inputs, s: Static, w: Column, pattern, field, first, row, x
 
     def edge():
         j, i = first + iota(shape, 0), row_lo + iota(shape, 1)
-        keep = (j < sink) | (i - j < window)
+        keep = sinks(g, w.batch, first, j, sink, 0) | (i - j < window)
         unit = lax.div(first, tb.UNIT)
         if g.rules.expiry is not None:
             unit = jnp.minimum(unit, g.rules.expiry.shape[1] - 1)
@@ -406,5 +408,6 @@ def _mask_columns(g: Inputs, s: Static, w: Column, pattern, field, first, row, x
     if g.segments is None:
         return edge()
     same = one_segment(g, w.batch, lax.div(row, WG), shape[1] // WG, lax.div(first, tb.UNIT), 1)
-    full = (first + WG <= limit) & ((first + WG <= sink) | (row_lo + shape[1] - 1 - first < window))
+    full = all_sinks(g, w.batch, first, WG, sink) | (row_lo + shape[1] - 1 - first < window)
+    full &= first + WG <= limit
     return lax.cond(same & full & ((first + WG <= row_lo + 1) | (not s.causal)), lambda: x, edge)

@@ -223,7 +223,7 @@ def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array,
         if full_until is not None:
             j = jnp.where(col < tb.UNIT, j, second - tb.UNIT + col)
         i = row_lo + iota(shape, 0)
-        keep = (j < sink) | (i - j < window)
+        keep = sinks(g, w.batch, first, j, sink, 1) | (i - j < window)
         if g.rules.expiry is not None:
             keep |= _column_rules(g, w, (first, second), col, i)
         if s.lists == "call":
@@ -240,7 +240,8 @@ def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array,
     if g.segments is not None:
         units = block_k // tb.UNIT
         same = one_segment(g, w.batch, lax.div(row, WG), 1, lax.div(first, tb.UNIT), units)
-        full = (first + block_k <= limit) & ((first + block_k <= sink) | (row_lo + (WG - 1) - first < window))
+        full = all_sinks(g, w.batch, first, block_k, sink) | (row_lo + (WG - 1) - first < window)
+        full &= first + block_k <= limit
         return lax.cond(same & full & ((first + block_k <= row_lo + 1) | (not s.causal)), lambda: x, edge)
     return edge() if full_until is None else lax.cond(row_lo + (WG - 1) < full_until, lambda: x, edge)
 
@@ -254,6 +255,21 @@ def _column_rules(g: Inputs, w: Work, firsts: tuple, col: jax.Array, i: jax.Arra
     if g.rules.start is not None:
         keep |= (pick(g.rules.start) <= i) & (i < pick(g.rules.stop))
     return keep
+
+
+def sinks(g: Inputs, batch, first, j: jax.Array, sink, axis: int) -> jax.Array:
+    """Which keys of a tile are sinks; keys `j` begin with `first` and run along `axis`."""
+    if g.segments is None or g.segments.places is None:
+        return j < sink
+    layout = (ROWS, COLS)[axis]
+    places = plgpu.load(g.segments.places.at[batch, pl.ds(first, j.shape[axis])], layout=layout, optimized=False)
+    return spread(places, j.shape, axis) < sink
+
+
+def all_sinks(g: Inputs, batch, first, size: int, sink) -> jax.Array:
+    """Whether `size` keys of one segment, from `first` on, are all sinks."""
+    places = None if g.segments is None else g.segments.places
+    return (first if places is None else places[batch, first]) <= sink - size
 
 
 def one_segment(g: Inputs, batch, row, row_count: int, unit, unit_count: int) -> jax.Array:

@@ -21,6 +21,7 @@ from pallas_kernels.lists import BlockList
 from pallas_kernels.op import platform
 from pallas_kernels.plan import Columns, Plan
 from pallas_kernels.pytrees import record
+from pallas_kernels.segments import sink_tiles
 
 MAX_TILES = 1024  # tiles along an axis: beyond it tiles grow, so that the visit table stays small
 
@@ -57,6 +58,7 @@ class Schedule:
     q_offset: Any  # [B] or [1]
     kv_length: Any  # [B], [1], or None where every key of every tile exists
     segment_ids: tuple[Array, Array] | None  # padded to whole tiles
+    key_places: Array | None  # what sinks count where that is not the position, padded to whole tiles
     lists: BlockList | None  # padded to whole tiles
 
 
@@ -111,9 +113,11 @@ def _schedule(call: Call) -> Schedule:
         q_offset,
         kv_length,
         segment_ids,
+        None if segment_ids is None else dataclasses.replace(call, segment_ids=segment_ids).key_places,
         _padded(lists, settings),
     )
-    visits = _visits(schedule, plan.columns(tiles_k * block_k, block_k), batch, length, tiles_k)
+    fixed = plan if schedule.key_places is None else plan.without_sinks()
+    visits = _visits(schedule, fixed.columns(tiles_k * block_k, block_k), batch, length, tiles_k)
     xp = np if isinstance(visits, np.ndarray) else jnp
     order = xp.argsort(~visits, axis=-1, stable=True).astype(np.int32)
     return dataclasses.replace(schedule, order=order, count=visits.sum(-1, dtype=np.int32))
@@ -139,12 +143,16 @@ def _visits(schedule: Schedule, columns: Columns, batch: int, length: int, tiles
     first = schedule.q_offset[:, None, None] + start[:, None]  # [B, tiles_q, 1]
     last = schedule.q_offset[:, None, None] + xp.minimum(start + s.block_q, length)[:, None] - 1
     key = xp.arange(tiles_k, dtype=np.int32) * s.block_k
+    places = schedule.key_places
+    sinks = None if places is None else sink_tiles(places, schedule.plan.sink, s.block_k)  # [B, P, tiles_k]
 
     def reached(pattern):  # [..., B, tiles_q, tiles_k]
         at = lambda x: x[pattern][..., None, None, :]
         live = first < at(columns.end)
         if columns.second is not None:
             live = live | ((first < at(columns.second[..., 1])) & (last >= at(columns.second[..., 0])))
+        if sinks is not None:
+            live = live | jnp.moveaxis(sinks[:, pattern], 0, -2)[..., None, :]
         return live
 
     live = reached(np.zeros((1, 1), np.int32) if s.one_pattern else schedule.pattern)  # [K, G, B, tiles_q, tiles_k]
@@ -209,7 +217,10 @@ def _mask(schedule: Schedule, where: tuple[Any, Any], tile_q, tile_k):
         pattern = jnp.int32(0)
     else:
         pattern = lax.dynamic_slice_in_dim(jnp.asarray(schedule.pattern), h, s.unit_heads)[:, :, None, None]
-    keep = schedule.plan.allow(i, j, pattern)
+    place = schedule.key_places
+    if place is not None:
+        place = lax.dynamic_slice(place, (b, tile_k * s.block_k), (s.unit_batch, s.block_k))[:, None, None, None]
+    keep = schedule.plan.allow(i, j, pattern, place)
     if schedule.lists is not None:
         hit = _tile_lists(schedule, schedule.lists, where, tile_q, tile_k)
         keep = keep | (hit & (j <= i) if schedule.plan.causal else hit)
