@@ -86,7 +86,9 @@ def layout_of(call: Call) -> Layout:
     cache, lists = call.cache, call.lists
     order, dims = order_of(cache), (cache.k.shape[-1], cache.v.shape[-1])
     if call.q.dtype not in (jnp.bfloat16, jnp.float32) or cache.k.dtype not in (jnp.bfloat16, jnp.float32, jnp.int8):
-        raise Unsupported(f"q is {call.q.dtype} and the cache {cache.k.dtype}; it takes bfloat16, float32 and int8 keys")
+        raise Unsupported(
+            f"q is {call.q.dtype} and the cache {cache.k.dtype}; it takes bfloat16, float32 and int8 keys"
+        )
     if call.plan.expiry is not None or call.plan.second is not None:
         raise Unsupported("column blocks in the mask (Stride, Intervals) are not implemented; give them as lists")
     if order == "transposed" and any(dim % 32 or dim > LANES for dim in dims):
@@ -95,7 +97,9 @@ def layout_of(call: Call) -> Layout:
         raise Unsupported(f"head dims {dims} in {cache.kind} order; it takes multiples of {LANES}, as rows fill lanes")
     apart = [cache.page_table is not None and cache.page_table.ndim == 3, lists is not None and lists.idx.shape[1] > 1]
     if order == "tokens" and any(apart):
-        raise Unsupported("a list for each KV head of a contiguous cache, whose tokens lie with all their heads; use pages")
+        raise Unsupported(
+            "a list for each KV head of a contiguous cache, whose tokens lie with all their heads; use pages"
+        )
     separate = any(apart) or (order != "tokens" and call.plan.num_patterns > 1)
     unit, per_step = _unit(call, order)
     heads = 1 if separate else cache.num_kv_heads
@@ -103,7 +107,9 @@ def layout_of(call: Call) -> Layout:
     while per_step > 1 and size * per_step > BUFFER_BYTES and unit * per_step % (2 * LANES) == 0:
         per_step //= 2
     if size * per_step > BUFFER_BYTES:
-        raise Unsupported(f"{unit * per_step} keys of {heads} heads take {size * per_step} bytes of VMEM, over {BUFFER_BYTES}")
+        raise Unsupported(
+            f"{unit * per_step} keys of {heads} heads take {size * per_step} bytes of VMEM, over {BUFFER_BYTES}"
+        )
     return Layout(order, unit, per_step, cache.num_kv_heads if separate else 1)
 
 
@@ -175,7 +181,11 @@ def _rows(c: Config, q: Array) -> Array:
 def _unrows(c: Config, x: Array) -> Array:
     """[B*sets, heads*rows, N] as [B,T,H,N]."""
     x = x.reshape(c.batch, c.kv_heads, c.rows, -1)[:, :, : c.queries * c.group]
-    return x.reshape(c.batch, c.kv_heads, c.queries, c.group, -1).swapaxes(1, 2).reshape(c.batch, c.queries, -1, x.shape[-1])
+    return (
+        x.reshape(c.batch, c.kv_heads, c.queries, c.group, -1)
+        .swapaxes(1, 2)
+        .reshape(c.batch, c.queries, -1, x.shape[-1])
+    )
 
 
 def _numbers(c: Config, call: Call) -> Array:
@@ -281,7 +291,9 @@ def copies(c: Config, r, program, slot, n, place, act: str) -> None:
         owner, start = lax.div(place, c.rows_per_page), lax.rem(place, c.rows_per_page) * unit
     else:
         owner, start = request, place
-    rows = pl.ds(start if order == "tokens" else pl.multiple_of(start, math.gcd(unit, math.gcd(c.capacity, LANES))), unit)
+    rows = pl.ds(
+        start if order == "tokens" else pl.multiple_of(start, math.gcd(unit, math.gcd(c.capacity, LANES))), unit
+    )
     pairs = []
     for source, target in ((r.k, r.k_tile), (r.v, r.v_tile)):
         match order:
