@@ -179,7 +179,7 @@ def finite(x):
 
 
 def sweep(whole, step: Callable[[int, bool], None], extent: int, size: int) -> None:
-    """`step(at, masked)` for each piece of a tile; pieces of a tile that is wholly visible go without the token mask."""
+    """`step(at, masked)` for each piece of a tile; a tile that is wholly visible goes without the token mask."""
     for masked, chosen in ((False, whole), (True, jnp.logical_not(whole))):
 
         @pl.when(chosen)

@@ -115,7 +115,7 @@ def _rows(plan, runs, offset, size, hull, marks, tiling):
 
 
 def _packed_sinks(marks, least, most, diagonal, begin, stop) -> tuple[Array, Array, Array, Array]:
-    """(first, stop) of the sink tiles of the segment in which a tile of rows begins, and the window run with the others.
+    """(first, stop) of the sink tiles of a tile of rows' first segment, and (first, stop) of its widened window.
 
     `marks [B,P,nK]`: key tiles that hold a sink. Segments that begin inside the tile of rows have theirs near the
     diagonal, so the window run takes them in.
@@ -157,7 +157,7 @@ def _columns(plan, offset, size, hull, marks, tiling):
 
 
 class Listed(NamedTuple):
-    """The key tiles that run-time lists name for each tile of rows, ascending: `tile [B,Hs,nQ,W]`, `count [B,Hs,nQ]`."""
+    """Key tiles that run-time lists name for each tile of rows, ascending: `tile [B,Hs,nQ,W]`, `count [B,Hs,nQ]`."""
 
     tile: Int[Array, "B Hs nQ W"]
     count: Int[Array, "B Hs nQ"]

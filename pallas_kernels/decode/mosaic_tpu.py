@@ -94,7 +94,7 @@ def layout_of(call: Call) -> Layout:
     if order == "transposed" and any(dim % 32 or dim > LANES for dim in dims):
         raise Unsupported(f"head dims {dims}; below {LANES} it takes multiples of 32")
     if order != "transposed" and any(dim % LANES for dim in dims):
-        raise Unsupported(f"head dims {dims} in {cache.kind} order; it takes multiples of {LANES}, as rows fill lanes")
+        raise Unsupported(f"head dims {dims}, of which one fills whole rows of {LANES} and one does not")
     apart = [cache.page_table is not None and cache.page_table.ndim == 3, lists is not None and lists.idx.shape[1] > 1]
     if order == "tokens" and any(apart):
         raise Unsupported(
@@ -201,10 +201,11 @@ def _numbers(c: Config, call: Call) -> Array:
 
 def _stored(c: Config, x: Array) -> Array:
     """The cache in the order it lies in: a view, as XLA keeps it so."""
-    order = c.layout.order
-    if c.rows_per_page or order == "tokens":
+    paged, order = bool(c.rows_per_page), c.layout.order
+    if order == "tokens" or (order == "heads" and paged):
         return x
-    return x.transpose(0, 2, 1, 3) if order == "heads" else x.transpose(0, 2, 3, 1)
+    x = x if paged else x.swapaxes(1, 2)
+    return x if order == "heads" else x.swapaxes(2, 3)
 
 
 def _launch(c: Config, call: Call, visits: Visits) -> tuple[Array, Array]:
@@ -240,7 +241,7 @@ def _launch(c: Config, call: Call, visits: Visits) -> tuple[Array, Array]:
         "sems": pltpu.SemaphoreType.DMA((4, 2)),
     }
     if c.quantized:
-        inputs |= {"k_scale": (cache.k_scale, hbm), "v_scale": (cache.v_scale, hbm)}
+        inputs |= {"k_scale": (jnp.asarray(cache.k_scale), hbm), "v_scale": (jnp.asarray(cache.v_scale), hbm)}
         shape = (2, layout.per_step, c.kv_heads, layout.unit)
         scratch |= {"k_factor": pltpu.VMEM(shape, jnp.float32), "v_factor": pltpu.VMEM(shape, jnp.float32)}
     kept = jnp.float32 if c.parts > 1 else call.q.dtype
@@ -363,8 +364,6 @@ def _kernel(c: Config, r) -> None:
     r.top[...] = jnp.full_like(r.top, LOWEST)
     r.mass[...] = jnp.zeros_like(r.mass)
     r.total[...] = jnp.zeros_like(r.total)
-    factor = c.scale * LOG2E if c.soft_cap is None else c.scale / c.soft_cap
-    queries = [(r.q[0, h].astype(jnp.float32) * factor).astype(r.q.dtype) for h in range(c.heads)]
 
     def body(step, carry):
         last = step + 1 == steps
@@ -376,10 +375,9 @@ def _kernel(c: Config, r) -> None:
         _transfer(c, r, program, step, "wait")
         slot = lax.rem(r.first_step[program] + step, 2)
         whole = _is_whole(c, r, program, step)
-        pl.when(whole)(lambda: _multiply(c, r, queries, slot, None))
-        pl.when(jnp.logical_not(whole))(
-            lambda: _multiply(c, r, queries, slot, visible(c, r, length, _units(c, r, program, step)))
-        )
+        units = lambda: visible(c, r, length, _units(c, r, program, step))
+        pl.when(whole)(lambda: _multiply(c, r, slot, None))
+        pl.when(jnp.logical_not(whole))(lambda: _multiply(c, r, slot, units()))
         return carry
 
     lax.fori_loop(0, steps, body, 0)
@@ -454,14 +452,15 @@ def ring_position(slot, length, ring: int, capacity: int):
     return jnp.where(slot < ring, jnp.where(slot <= last, slot, -1), turned)
 
 
-def _multiply(c: Config, r, queries: list, slot, keep) -> None:
+def _multiply(c: Config, r, slot, keep) -> None:
     """One step of the softmax over the keys in a slot; `keep` masks them, or is None where all are read."""
     keys, values = _heads_of(c, r.k_tile.at[slot], c.dim), _heads_of(c, r.v_tile.at[slot], c.value_dim)
-    flat = c.layout.order != "transposed"
+    dtype, flat = r.q.dtype, c.layout.order != "transposed"
+    scale = c.scale * LOG2E if c.soft_cap is None else c.scale / c.soft_cap
     scores = []
-    for h, (q, k) in enumerate(zip(queries, keys, strict=True)):
-        score = product(q, k.astype(q.dtype), "nt" if flat else "nn")
-        scores.append(score * _factor(c, r, r.k_factor, slot, h) if c.quantized else score)
+    for h, k in enumerate(keys):
+        factor = _factor(c, r.k_factor, slot, h) * scale if c.quantized else scale
+        scores.append(product(r.q[0, h], k.astype(dtype), "nt" if flat else "nn") * factor)
     score = jnp.concatenate(scores, 0)
     if c.soft_cap is not None:
         score = jnp.tanh(score) * (c.soft_cap * LOG2E)
@@ -475,17 +474,18 @@ def _multiply(c: Config, r, queries: list, slot, keep) -> None:
     r.mass[...] = r.mass[...] * shrink + weight.sum(1, keepdims=True)
     parts = []
     for h, v in enumerate(values):
-        mine = weight[h * c.rows : (h + 1) * c.rows]
+        rows = slice(h * c.rows, (h + 1) * c.rows)
+        mine, v = weight[rows], v.astype(dtype)
         if c.quantized:
-            mine = mine * _factor(c, r, r.v_factor, slot, h)
-            mine = mine if keep is None else jnp.where(keep[h * c.rows : (h + 1) * c.rows], mine, 0.0)
-        v = v.astype(queries[h].dtype)
-        v = v if keep is None or c.quantized else finite(v)
-        parts.append(product(mine.astype(v.dtype), v, "nn" if flat else "nt"))
+            mine = mine * _factor(c, r.v_factor, slot, h)
+            mine = mine if keep is None else jnp.where(keep[rows], mine, 0.0)
+        elif keep is not None:
+            v = finite(v)
+        parts.append(product(mine.astype(dtype), v, "nn" if flat else "nt"))
     r.total[...] = r.total[...] * wide(shrink, c.value_dim) + jnp.concatenate(parts, 0)
 
 
-def _factor(c: Config, r, ref, slot, h: int):
+def _factor(c: Config, ref, slot, h: int):
     """[1, tokens]: the int8 factors of a program's head."""
     head = h if c.layout.sets == 1 else lax.rem(pl.program_id(1), c.layout.sets)
     return jnp.concatenate([ref[slot, n, pl.ds(head, 1)] for n in range(c.layout.per_step)], 1)
@@ -495,8 +495,9 @@ def _heads_of(c: Config, ref, dim: int) -> list:
     """Keys or values of each head in a slot: [tokens, D], or [D, tokens] where they lie so."""
     if c.layout.order != "tokens":
         return [ref[h] for h in range(c.heads)]
-    bits = 8 * ref.dtype.itemsize
-    packing, tokens = 32 // bits, c.layout.tokens
+    if interpreter() is not None:  # which reads no reshaped refs
+        return [ref[:, h] for h in range(c.heads)]
+    packing, tokens = 4 // ref.dtype.itemsize, c.layout.tokens
     rows = ref.reshape(tokens * c.heads, dim)
     if packing > 1:
         rows = rows.bitcast(jnp.int32)  # neighbouring heads share a word, the first in its low bits
@@ -504,11 +505,11 @@ def _heads_of(c: Config, ref, dim: int) -> list:
     for g in range(stride):
         lanes = [rows[pl.ds(g, tokens, stride=stride), pl.ds(at, LANES)] for at in range(0, dim, LANES)]
         words = lanes[0] if len(lanes) == 1 else jnp.concatenate(lanes, 1)
-        found += [_unpack(words, n, ref.dtype) for n in range(packing)]
+        found += [unpacked(words, n, ref.dtype) for n in range(packing)]
     return found
 
 
-def _unpack(words, n: int, dtype):
+def unpacked(words, n: int, dtype):
     """Value `n` of each 32-bit word; int8 codes as float32."""
     if dtype == jnp.float32:
         return words

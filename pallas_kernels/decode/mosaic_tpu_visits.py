@@ -31,7 +31,8 @@ class Layout:
     """How a cache lies in memory, and the units it is read in.
 
     Attributes:
-      order: 'heads' `[., K, rows, D]` (pages always), 'tokens' `[B, S, K, D]`, 'transposed' `[B, K, D, S]`.
+      order: 'heads' `[., K, rows, D]`, 'tokens' `[B, S, K, D]`, 'transposed' `[., K, D, rows]`; rows of a request's
+        slots, or of a page.
       unit: tokens of a visit.
       per_step: visits that the kernel multiplies at once, a power of two.
       sets: 1 where all KV heads of a request are read together, else K.
@@ -71,11 +72,11 @@ def order_of(cache: KVCache) -> Order:
     A kernel that asked for another order would get a copy of the cache at every step; a test holds this against the
     compiler.
     """
-    if cache.kind == "paged":
-        return "heads"
-    kv_heads, dim = cache.k.shape[2:]
+    kv_heads, dim = cache.num_kv_heads, cache.k.shape[-1]
     if dim % LANES:
         return "transposed"
+    if cache.kind == "paged":
+        return "heads"
     packing = 4 // cache.k.dtype.itemsize
     rows, rest = divmod(kv_heads, packing)
     return "tokens" if rest == 0 and (rows in (1, 2, 4) or kv_heads % 8 == 0) else "heads"
