@@ -88,7 +88,7 @@ CONFIGURABLES = {
     # evaluation
     "evaluate": "lcjax.eval.job:Evaluate",
     "perplexity": "lcjax.eval.perplexity:Perplexity",
-    "passkey": "lcjax.eval.passkey:Passkey",
+    "passkey": "lcjax.eval.tasks.passkey:Passkey",
     "copy_recall": "lcjax.eval.copy_recall:CopyRecallProbe",
     "suite": "lcjax.eval.runner:Suite",
     "compare": "lcjax.eval.compare:Compare",

@@ -37,5 +37,6 @@ def sink_runs(wanted: Bool[Array, "B P nQ nK"]) -> tuple[Array, Array, Array, Ar
     begin = least(wanted)
     hole = jnp.minimum(least(~wanted & (at > begin)), wanted.shape[-1])
     rest = wanted & (at > hole)
-    stop, last = jnp.where(begin < NONE, hole, 0), jnp.where(rest, at + 1, 0).max(-1, keepdims=True)
-    return begin[..., 0], stop[..., 0], least(rest)[..., 0], last[..., 0]
+    stop = jnp.where(begin < NONE, hole, 0)
+    rest_stop = jnp.where(rest, at + 1, 0).max(-1)
+    return begin[..., 0], stop[..., 0], least(rest)[..., 0], rest_stop

@@ -1,5 +1,6 @@
 """One model under several position laws: perplexity of the same targets, and passkeys, in one table and one figure."""
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ class CompareLaws:
         edges = np.arange(0, len(tokens), one.window)
         mean = lambda nll, a, b: math.exp(float(np.mean(nll[a:b])))
         curves = {
-            name: (edges, np.array([mean(nll, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]))
+            name: (edges, np.array([mean(nll, a, b) for a, b in itertools.pairwise(edges)]))
             for name, nll in losses.items()
         }
         if len(edges) > 1:
@@ -125,5 +126,7 @@ def table_of(tables: dict[str, Table]) -> str:
     rows = [["", *(f"{n:,}" for n in lengths)]]
     rows += [[name, *(f"{t[str(n)]:.3f}" if str(n) in t else "" for n in lengths)] for name, t in tables.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = lambda row: (text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True)))
+    cells = lambda row: (
+        text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+    )
     return "\n".join("  ".join(cells(row)) for row in rows)

@@ -12,11 +12,11 @@ from lcjax.layers.linear import Linear
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
 from lcjax.models.spec import Attention, ModelSpec
+from lcjax.parallel import ops
 from lcjax.positions.laws import Frequencies, Rope
 from lcjax.positions.remap import Remap
 from lcjax.positions.rotary import apply_rope
 from lcjax.positions.tables import Tables, of_slots, rotates_at_read
-from pallas_kernels import block_sparse_attention
 
 
 class Context(NamedTuple):
@@ -104,11 +104,11 @@ class AttentionLayer(HeadProjections):
         options |= {"segment_ids": context.segment_ids}
         tables = self._tables(context)
         if tables is None:
-            return cast(Array, block_sparse_attention(q, k, v, self.mixer.mask(), **options))
+            return cast(Array, ops.attention(q, k, v, self.mixer.mask(), **options))
         queries, keys = (tuple(apply_rope(x, t) for t in each) for x, each in ((q, tables.queries), (k, tables.keys)))
         if self.mixer.remap is not None:
             return self.mixer.remap.attend(queries, keys, v, **options)
-        return cast(Array, block_sparse_attention(queries[0], keys[0], v, self.mixer.mask(), **options))
+        return cast(Array, ops.attention(queries[0], keys[0], v, self.mixer.mask(), **options))
 
     def _attend_cached(
         self, q: Array, k: Array, v: Array, context: Context, cache: AttentionCache, options: dict[str, Any]

@@ -43,6 +43,7 @@ class Static(NamedTuple):
     scale: float
     soft_cap: float | None
     lists: str  # "none", "plan" (per pattern) or "call" (per batch, head and row tile)
+    list_rows: int  # rows of a run-time list's block
     interpret: bool
 
 
@@ -54,7 +55,7 @@ class Inputs(NamedTuple):
     v: Any
     table: Any  # [B, P, tiles, F] int32, a row or a column table
     pattern: Any  # [H] int32
-    lists: Any  # tables.Lists
+    lists: Any  # tables.Lists, of dK/dV tables.ColumnLists
     rules: Any  # tables.Rules
     segments: Any  # tables.Segments
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import check_values
-from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments
+from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments, varying_like
 from pallas_kernels.gated_linear.reference import gated_linear_reference, step
 from pallas_kernels.gated_linear.segments import Segments, read_segments
 from pallas_kernels.gated_linear.xla import gated_linear_xla
@@ -62,17 +62,11 @@ def gated_linear_attention(
       ValueError: a shape that does not fit, a positive concrete log_decay, a concrete segment id that decreases.
       Unsupported: no backend, or not the named one, can run the call; every reason is listed.
     """
-    _check_shapes(q, k, v, log_decay, beta)
-    if normalise and beta is not None:
-        raise ValueError(
-            "normalise=True has no meaning with beta, whose writes are not a sum of weights: leave one of them out"
-        )
-    state = _initial_state(q, v, initial_state, normalise)
     segments = None if segment_ids is None else read_segments(segment_ids)
-    scale = float(scale if scale is not None else 1.0 if normalise else q.shape[-1] ** -0.5)
-    _check_decay(log_decay, segments)
-    problem = Problem(q, k, v, log_decay, beta, state, segments, scale)
-    return dispatch("gated_linear_attention", BACKENDS, ORDER[platform()], implementation)(problem)
+    problem = make_problem(
+        q, k, v, log_decay, beta=beta, state=initial_state, segments=segments, normalise=normalise, scale=scale
+    )
+    return solver(implementation)(problem)
 
 
 def recurrent_step(
@@ -97,6 +91,23 @@ def recurrent_step(
     beta = None if beta is None else beta.astype(acc)
     o, new = step(q.astype(acc), k.astype(acc), v.astype(acc), decay, beta, state, scale=scale)
     return o.astype(v.dtype), new
+
+
+def solver(implementation: str | None) -> Callable[[Problem], tuple[Array, LinearState]]:
+    """The backend that will run a problem: the one named, or the first that can."""
+    return dispatch("gated_linear_attention", BACKENDS, ORDER[platform()], implementation)
+
+
+def make_problem(q, k, v, log_decay, *, beta, state, segments: Segments | None, normalise: bool, scale) -> Problem:
+    """Checks the arguments of `gated_linear_attention` and fills in its defaults."""
+    _check_shapes(q, k, v, log_decay, beta)
+    if normalise and beta is not None:
+        raise ValueError(
+            "normalise=True has no meaning with beta, whose writes are not a sum of weights: leave one of them out"
+        )
+    _check_decay(log_decay, segments)
+    scale = float(scale if scale is not None else 1.0 if normalise else q.shape[-1] ** -0.5)
+    return Problem(q, k, v, log_decay, beta, _initial_state(q, v, state, normalise), segments, scale)
 
 
 def _without_segments(backend: Callable[[Problem], tuple[Array, LinearState]], p: Problem) -> tuple[Array, LinearState]:
@@ -134,10 +145,10 @@ def _initial_state(q, v, given: LinearState | None, normalise: bool) -> LinearSt
     acc = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     shapes = {"s": (b, h, dk, v.shape[-1]), "z": (b, h, dk) if normalise else None}
     if given is None:
-        return LinearState(jnp.zeros(shapes["s"], acc), jnp.zeros(shapes["z"], acc) if normalise else None)
+        given = LinearState(jnp.zeros(shapes["s"], acc), jnp.zeros(shapes["z"], acc) if normalise else None)
     for name, shape in shapes.items():
         part = getattr(given, name)
         found = None if part is None else part.shape
         if found != shape:
             raise ValueError(f"initial_state.{name} has shape {found}: this call needs {shape} (normalise={normalise})")
-    return jax.tree.map(lambda x: x.astype(acc), given)
+    return jax.tree.map(lambda x: varying_like(x.astype(acc), q), given)

@@ -45,3 +45,8 @@ def read_segments(segment_ids: Int[Array, "B T"]) -> Segments:
 
 def _running_max(ids: Array | np.ndarray) -> Array | np.ndarray:
     return np.maximum.accumulate(ids, axis=1) if isinstance(ids, np.ndarray) else jax.lax.cummax(ids, axis=1)
+
+
+def gather_segments(segment_ids: Int[Array, "B T"], axis_name: str) -> Segments:
+    """`read_segments` of the whole row whose shards lie along a mesh axis: four bytes a token are gathered."""
+    return read_segments(jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True))
