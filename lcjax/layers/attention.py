@@ -79,18 +79,27 @@ class AttentionLayer(HeadProjections):
         self, x: Float[Array, "B T width"], context: Context, cache: AttentionCache | None = None
     ) -> tuple[Float[Array, "B T H D"], AttentionCache | None]:
         """Softmax attention through the op, or through the cache."""
-        q, k, v = self.project(x)
-        if self.mixer.rope is not None:
-            table = context.tables[self.mixer.rope]
-            q, k = apply_rope(q, table), apply_rope(k, table)
-        options: dict[str, Any] = {
-            "scale": self.mixer.scale,
-            "soft_cap": self.mixer.soft_cap,
-            "sink_logits": None if self.sink_logits is None else self.sink_logits[...],
-        }
-        if cache is None:
-            o = block_sparse_attention(q, k, v, self.mixer.mask(), segment_ids=context.segment_ids, **options)
-            return cast(jax.Array, o), None
-        cache = cache.append(k, v, context.valid)
-        o, _ = cache.attend(q, self.mixer.mask(), return_lse=False, **options)
-        return o, cache
+        sinks = None if self.sink_logits is None else self.sink_logits[...]
+        return softmax_attention(*self.project(x), self.mixer, context, cache, sinks)
+
+
+def softmax_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    mixer: Attention,
+    context: Context,
+    cache: AttentionCache | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
+) -> tuple[Float[Array, "B T H D"], AttentionCache | None]:
+    """Rotate q and k and attend as the record says, among themselves or through the cache."""
+    if mixer.rope is not None:
+        table = context.tables[mixer.rope]
+        q, k = apply_rope(q, table), apply_rope(k, table)
+    options: dict[str, Any] = {"scale": mixer.scale, "soft_cap": mixer.soft_cap, "sink_logits": sink_logits}
+    if cache is None:
+        o = block_sparse_attention(q, k, v, mixer.mask(), segment_ids=context.segment_ids, **options)
+        return cast(jax.Array, o), None
+    cache = cache.append(k, v, context.valid)
+    o, _ = cache.attend(q, mixer.mask(), return_lse=False, **options)
+    return o, cache
