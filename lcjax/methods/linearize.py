@@ -52,7 +52,8 @@ class Lawcat(Method):
         return _linearized(self, spec, self.layers, convert)
 
     def recipe(self, job: "Train") -> "Train":
-        return _students_only(job) if self.layers != () else job
+        """Only what the teacher does not have is trained."""
+        return job if self.layers == () else replace(job, trainable=STUDENT)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Lolcats(Method):
         return _linearized(self, spec, self.layers, lambda teacher: Linearized.lolcats(teacher, self.window))
 
     def recipe(self, job: "Train") -> "Train":
-        return _students_only(job) if self.layers != () else job
+        """Only what the teacher does not have is trained."""
+        return job if self.layers == () else replace(job, trainable=STUDENT)
 
 
 def _linearized(
@@ -89,8 +91,3 @@ def _linearized(
             raise ValueError(f"{name}.layers has {i}, which is {type(teacher).__name__} and no softmax attention")
         mixers[i] = convert(teacher)
     return replace(spec, pattern=period(tuple(mixers)))
-
-
-def _students_only(job: "Train") -> "Train":
-    """What the teacher does not have is trained, unless the job names its trainable parameters itself."""
-    return job if job.trainable else replace(job, trainable=STUDENT)

@@ -165,9 +165,9 @@ class Train:
         else:
             read = self.model.read()
             spec, weights, tokenizer = read.spec, read.params, read.tokenizer_source
-        job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=())
-        job = adapt_job(self.methods, job)
-        return replace(job, model=adapt_model(self.methods, spec)), weights
+        job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=(), trainable=())
+        job = replace(adapt_job(self.methods, job), model=adapt_model(self.methods, spec))
+        return replace(job, trainable=self.trainable or job.trainable), weights
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raise ValueError when rows or tokens don't divide over the mesh."""
