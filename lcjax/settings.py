@@ -78,7 +78,7 @@ CONFIGURABLES = {
     "evaluate": "lcjax.eval.job:Evaluate",
     "PasskeyTexts": "lcjax.eval.passkey_texts:PasskeyTexts",
     "perplexity": "lcjax.eval.perplexity:Perplexity",
-    "passkey": "lcjax.eval.passkey:Passkey",
+    "passkey": "lcjax.eval.tasks.passkey:Passkey",
     "copy_recall": "lcjax.eval.copy_recall:CopyRecallProbe",
     "suite": "lcjax.eval.runner:Suite",
     "compare": "lcjax.eval.compare:Compare",

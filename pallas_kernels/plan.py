@@ -3,9 +3,11 @@
 Query `i` may read key `j` (absolute positions) under pattern `p` when
 
     (not causal or j <= i) and same segment and (
-        j < sink[p] or i - j < window[p] or i < expiry[p, j // block_k] or second[p, j // block_k] has i or a list does
+        place of j < sink[p] or i - j < window[p] or
+        i < expiry[p, j // block_k] or second[p, j // block_k] has i or a list does
     )
 
+The place of a key is its position, or with packed segments its index in its segment (`segments.key_places`).
 A column of keys is therefore read by the rows up to its expiry, and perhaps by one later interval: the backward pass
 reads its rows straight from these numbers (`columns`), the forward pass from `row_runs`. All is O(patterns x blocks).
 """
@@ -53,10 +55,18 @@ class Plan:
         """Known on the host to allow every key that causality allows, for all heads."""
         return isinstance(self.sink, np.ndarray) and bool((self.sink == INF).all())
 
-    def allow(self, i: Any, j: Any, pattern: Any) -> Bool[Array, ...]:
-        """Whether position `i` may read key `j` under `pattern`; they broadcast. Segments and lists are not in it."""
+    def without_sinks(self) -> Plan:
+        """The same without sinks: of packed rows, whose sinks are found by `segments.sink_tiles`."""
+        return dataclasses.replace(self, sink=namespace(self.sink).zeros_like(self.sink))
+
+    def allow(self, i: Any, j: Any, pattern: Any, place: Any = None) -> Bool[Array, ...]:
+        """Whether position `i` may read key `j` under `pattern`; they broadcast. Segments and lists are not in it.
+
+        `place` is the key's index in its segment where segments are packed.
+        """
         i, j = jnp.asarray(i), jnp.asarray(j)
-        keep = (j < jnp.asarray(self.sink)[pattern]) | (i - j < jnp.asarray(self.window)[pattern])
+        place = j if place is None else place
+        keep = (place < jnp.asarray(self.sink)[pattern]) | (i - j < jnp.asarray(self.window)[pattern])
         if self.expiry is not None:
             keep |= i < jnp.asarray(self.expiry)[pattern, j // self.block_k]
         if self.second is not None:

@@ -3,22 +3,18 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import numpy as np
 
-from lcjax.eval.passkey import FILLER, NEEDLE, OPENING, QUESTION
-
-
-def passkey_text(key: str, before: int, after: int) -> str:
-    """A question whose key stands after `before` and before `after` lines of filler, and its answer."""
-    return OPENING + FILLER * before + NEEDLE.format(key=key) + FILLER * after + QUESTION + f" {key}."
+from lcjax.eval.tasks.passkey import Passkey
 
 
 @dataclass(frozen=True)
 class PasskeyTexts:
     """A `lcjax.data` source of `count` questions with `least` to `most` lines of filler each, depths and keys drawn.
 
-    One line of filler is about 25 tokens. Keys have five digits, as in the test, and come from other draws.
+    One line of filler is about 25 tokens. The keys come from other draws than the test's.
     """
 
     count: int = 10_000
@@ -41,7 +37,7 @@ class _Questions:
 
     def __init__(self, source: PasskeyTexts):
         self._source = source
-        self.fingerprint = hashlib.sha256((repr(source) + passkey_text("", 1, 1)).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{source} {self[0]}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._source.count
@@ -49,10 +45,10 @@ class _Questions:
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"text {index} of {len(self)}")
-        rng = np.random.default_rng([self._source.seed, index])
-        lines = int(rng.integers(self._source.least, self._source.most + 1))
-        before = int(rng.integers(0, lines + 1))
-        return passkey_text(str(rng.integers(10_000, 100_000)), before, lines - before)
+        rng = Random(f"{self._source.seed}-{index}")
+        lines = rng.randint(self._source.least, self._source.most)
+        draft = Passkey(depths=(rng.random(),)).draft(rng, lines, 0)
+        return f"{draft.prompt(chat=False)} {draft.references[0]}."
 
     def sizes(self) -> np.ndarray:
         return np.array([len(self[i].encode()) for i in range(len(self))], np.int64)

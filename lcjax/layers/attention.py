@@ -12,9 +12,9 @@ from lcjax.layers.linear import Linear
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
 from lcjax.models.spec import Attention, ModelSpec
+from lcjax.parallel import ops
 from lcjax.positions.laws import Rope
 from lcjax.positions.rotary import apply_rope
-from pallas_kernels import block_sparse_attention
 
 
 class Context(NamedTuple):
@@ -98,7 +98,7 @@ def softmax_attention(
         q, k = apply_rope(q, table), apply_rope(k, table)
     options: dict[str, Any] = {"scale": mixer.scale, "soft_cap": mixer.soft_cap, "sink_logits": sink_logits}
     if cache is None:
-        o = block_sparse_attention(q, k, v, mixer.mask(), segment_ids=context.segment_ids, **options)
+        o = ops.attention(q, k, v, mixer.mask(), segment_ids=context.segment_ids, **options)
         return cast(jax.Array, o), None
     cache = cache.append(k, v, context.valid)
     o, _ = cache.attend(q, mixer.mask(), return_lse=False, **options)

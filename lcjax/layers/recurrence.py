@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 from lcjax.cache.recurrent import RecurrentCache, ragged_tail
 from lcjax.layers.attention import Context
 from lcjax.layers.weight import Weight
-from pallas_kernels import LinearState, causal_conv1d, gated_linear_attention, recurrent_step
+from lcjax.parallel import ops
+from pallas_kernels import LinearState, recurrent_step
 
 
 class Convolution(nnx.Module):
@@ -37,22 +38,22 @@ class Convolution(nnx.Module):
         self, x: Float[Array, "B T N D"], context: Context, tail: Float[Array, "B W1 ND"] | None
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B W1 ND"] | None]:
         """The convolved stream, and (given the W-1 inputs before x) the inputs for the next call."""
-        width, heads, dim = self.taps.shape
+        _, heads, dim = self.taps.shape
         wide = repeat_heads(x, heads)
         before = None
         if tail is not None:
             before = repeat_heads(tail.astype(x.dtype).reshape(*tail.shape[:2], *x.shape[2:]), heads)
             before = before.reshape(*tail.shape[:2], heads * dim)
-        y, _ = causal_conv1d(
-            wide.reshape(*x.shape[:2], heads * dim),
-            self.taps[...].astype(x.dtype).reshape(width, heads * dim),
-            bias=None if self.bias is None else self.bias[...].astype(x.dtype).reshape(-1),
+        y = ops.causal_conv(
+            wide,
+            self.taps[...].astype(x.dtype),
+            bias=None if self.bias is None else self.bias[...].astype(x.dtype),
             tail=before,
             segment_ids=context.segment_ids,
             activation=self.activation,
         )
         after = None if tail is None else ragged_tail(x.reshape(*x.shape[:2], -1), tail, context.valid)
-        return y.reshape(wide.shape), after
+        return y, after
 
 
 def repeat_heads(x: Float[Array, "B T N *D"], heads: int) -> Float[Array, "B T H *D"]:
@@ -84,7 +85,7 @@ def recur(
         assert v is not None
         o, state = recurrent_step(q, k, v, decay, cache.state, beta=beta, normalise=normalise, scale=scale)
         return o[:, None], state
-    return gated_linear_attention(
+    return ops.gated_linear(
         x.q,
         x.k,
         x.v,

@@ -36,7 +36,7 @@ class Mixer:
 class Attention(Mixer):
     """Causal softmax attention: full, or the last `window` tokens (own included), plus the first `sink` tokens.
 
-    Sinks count from the start of the row: of packed documents, only the first sees its own.
+    Of packed documents, each sees its own sinks.
     """
 
     window: int | None = None

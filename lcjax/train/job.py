@@ -1,7 +1,7 @@
 """The training job as a record: what `configs/run/*.gin` fills in."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -23,15 +23,20 @@ from lcjax.train.step import StepOptions
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """Degrees of the mesh axes; -1 takes the devices that are left."""
+    """Degrees of the mesh axes; -1 takes the devices that are left.
+
+    slice: the TPU slice that they are meant for, such as 'v5p:4x4x4', which `--compile_for` takes if it names none.
+    """
 
     data: int = 1
     fsdp: int = -1
     context: int = 1
     tensor: int = 1
+    slice: str | None = None
 
-    def build(self) -> Mesh:
-        return make_mesh(self.data, self.fsdp, self.context, self.tensor)
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over all devices of the run, or those given."""
+        return make_mesh(self.data, self.fsdp, self.context, self.tensor, devices=devices)
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,20 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Reports:
-    """A metrics line every `every` steps; a device profile of `profile_steps` steps from step `profile_start` on."""
+    """A metrics line every `every` steps; a device profile of `profile_steps` steps from step `profile_start` on.
+
+    hang_seconds: the run ends, naming the line that each process is at, when no step was finished for so long.
+    """
 
     every: int = 10
     tensorboard: bool = True
     profile_start: int = 0
     profile_steps: int = 0
+    hang_seconds: float | None = 1800.0
 
     def __post_init__(self):
+        if self.hang_seconds is not None and self.hang_seconds <= 0:
+            raise ValueError(f"hang_seconds is {self.hang_seconds}; it must be positive, or None to wait forever")
         if self.every < 1:
             raise ValueError(f"every is {self.every}; it must be at least 1 step")
 
@@ -183,8 +194,6 @@ class Train:
                 f"length {self.length} does not divide over the mesh axis context={context}: use a multiple, "
                 f"such as {math.ceil(self.length / context) * context}"
             )
-        if self.batch % jax.process_count():
-            raise ValueError(f"batch {self.batch} does not divide over {jax.process_count()} processes")
 
     def sections(self, mesh: Mesh, tokenizer: str, stream: str) -> Sections:
         """What two runs must have in common to share checkpoints; `tokenizer` and `stream` are fingerprints."""

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
+from lcjax.parallel.layout import Exchange, attention_exchange
 from lcjax.train.losses import Loss, LossSums
 from lcjax.train.state import TrainState, divide
 
@@ -33,6 +34,7 @@ class StepOptions:
     accumulate: int = 1  # micro-batches per update
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = False
+    exchange: Exchange = "auto"  # of full attention over a split sequence, see `lcjax.parallel.dense`
 
 
 def make_step(
@@ -52,7 +54,10 @@ def make_step(
     """
 
     def gradients(trained: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Any, LossSums]:
-        grad = lambda trained, batch: loss.gradients(graphdef, trained, frozen, batch, options)
+        def grad(trained: nnx.State, batch: Batch) -> tuple[Any, LossSums]:
+            with attention_exchange(options.exchange):
+                return loss.gradients(graphdef, trained, frozen, batch, options)
+
         if options.accumulate == 1:
             return grad(trained, batch)
 
