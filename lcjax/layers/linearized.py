@@ -92,8 +92,8 @@ class LinearizedLayer(HeadProjections):
         q, k, v = self.project(x)
         turned_q, turned_k = q, k
         if self.mixer.rope is not None:
-            table = context.tables[self.mixer.rope]
-            turned_q, turned_k = apply_rope(q, table), apply_rope(k, table)
+            tables = context.tables[self.mixer.rope, None]
+            turned_q, turned_k = apply_rope(q, tables.queries[0]), apply_rope(k, tables.keys[0])
         if self.mixer.window:
             y, state, tails = self._mix_window(x, (turned_q, turned_k, v), (q, k), context, cache)
         else:
