@@ -177,8 +177,9 @@ def _advance(graphdef: Any) -> Any:
 
     def advance(params: nnx.State, tokens: Array, caches: tuple[Any, ...], valid: Array) -> tuple[Array, tuple]:
         decoder = nnx.merge(graphdef, params)
-        positions = caches[0].length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        context = decoder.context(positions, None, valid)
+        start = caches[0].length[:, None]
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        context = decoder.context(positions, start, None, valid)
 
         def body(kind: Any, state: Any, x: Array) -> tuple[Array, Any]:
             return nnx.merge(kind, state[0])(x, context, state[1])

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple, cast
 
-import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -13,14 +13,20 @@ from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.parallel import ops
-from lcjax.positions.laws import Rope
+from lcjax.positions.laws import Frequencies, Rope
+from lcjax.positions.remap import Remap
 from lcjax.positions.rotary import apply_rope
+from lcjax.positions.tables import Tables, of_slots, rotates_at_read
 
 
 class Context(NamedTuple):
-    """What every layer of one forward pass shares: rotary tables per law, segments, and which tokens are real."""
+    """What every layer of one forward pass shares: frequencies per law, rotary tables per law and remap, each row's
+    running length (the largest position + 1), segments, and which tokens are real.
+    """
 
-    tables: dict[Rope, tuple[jax.Array, jax.Array]]
+    frequencies: dict[Rope, Frequencies]
+    tables: dict[tuple[Rope, Remap | None], Tables]
+    length: Int[Array, " B"]
     segment_ids: Int[Array, "B T"] | None = None
     valid: Bool[Array, "B T"] | None = None
 
@@ -79,27 +85,56 @@ class AttentionLayer(HeadProjections):
         self, x: Float[Array, "B T width"], context: Context, cache: AttentionCache | None = None
     ) -> tuple[Float[Array, "B T H D"], AttentionCache | None]:
         """Softmax attention through the op, or through the cache."""
-        sinks = None if self.sink_logits is None else self.sink_logits[...]
-        return softmax_attention(*self.project(x), self.mixer, context, cache, sinks)
+        q, k, v = self.project(x)
+        options: dict[str, Any] = {
+            "scale": self.mixer.scale,
+            "soft_cap": self.mixer.soft_cap,
+            "sink_logits": None if self.sink_logits is None else self.sink_logits[...],
+        }
+        if cache is None:
+            return attend(self.mixer, q, k, v, context, **options), None
+        return self._attend_cached(q, k, v, context, cache, options)
+
+    def _attend_cached(
+        self, q: Array, k: Array, v: Array, context: Context, cache: AttentionCache, options: dict[str, Any]
+    ) -> tuple[Array, AttentionCache]:
+        """Append the tokens and attend over all that the cache holds, which is keys before or after rotation."""
+        rope, remap, tables = self.mixer.rope, self.mixer.remap, _tables(self.mixer, context)
+        if tables is None or rope is None:
+            cache = cache.append(k, v, context.valid)
+            return cache.attend(q, self.mixer.mask(), return_lse=False, **options)[0], cache
+        queries = tuple(apply_rope(q, t) for t in tables.queries)
+        late = rotates_at_read(rope, remap)
+        cache = cache.append(k if late else apply_rope(k, tables.keys[0]), v, context.valid)
+        keys = (cache.k,)
+        if late:
+            slots = jnp.maximum(cache.positions(), 0)
+            found = of_slots(rope, remap, context.frequencies[rope], q.shape[-1], slots, context.length)
+            keys = tuple(apply_rope(cache.k, t) for t in found)
+        if remap is not None:
+            return remap.attend_cached(queries, keys, cache, **options), cache
+        shown = cache.with_keys(keys[0]) if late else cache
+        return shown.attend(queries[0], self.mixer.mask(), return_lse=False, **options)[0], cache
 
 
-def softmax_attention(
+def attend(
+    mixer: Attention,
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
-    mixer: Attention,
     context: Context,
-    cache: AttentionCache | None = None,
-    sink_logits: Float[Array, "H"] | None = None,
-) -> tuple[Float[Array, "B T H D"], AttentionCache | None]:
-    """Rotate q and k and attend as the record says, among themselves or through the cache."""
-    if mixer.rope is not None:
-        table = context.tables[mixer.rope]
-        q, k = apply_rope(q, table), apply_rope(k, table)
-    options: dict[str, Any] = {"scale": mixer.scale, "soft_cap": mixer.soft_cap, "sink_logits": sink_logits}
-    if cache is None:
-        o = ops.attention(q, k, v, mixer.mask(), segment_ids=context.segment_ids, **options)
-        return cast(jax.Array, o), None
-    cache = cache.append(k, v, context.valid)
-    o, _ = cache.attend(q, mixer.mask(), return_lse=False, **options)
-    return o, cache
+    **options: Any,
+) -> Float[Array, "B T H D"]:
+    """Self-attention over the tokens of the pass, rotated and masked as the record says; `options` are the op's."""
+    options |= {"segment_ids": context.segment_ids}
+    tables = _tables(mixer, context)
+    if tables is None:
+        return cast(Array, ops.attention(q, k, v, mixer.mask(), **options))
+    queries, keys = (tuple(apply_rope(x, t) for t in each) for x, each in ((q, tables.queries), (k, tables.keys)))
+    if mixer.remap is not None:
+        return mixer.remap.attend(queries, keys, v, **options)
+    return cast(Array, ops.attention(queries[0], keys[0], v, mixer.mask(), **options))
+
+
+def _tables(mixer: Attention, context: Context) -> Tables | None:
+    return None if mixer.rope is None else context.tables[mixer.rope, mixer.remap]

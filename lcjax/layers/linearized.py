@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from lcjax.cache.recurrent import RecurrentCache, ragged_tail
-from lcjax.layers.attention import Context, HeadProjections, softmax_attention
+from lcjax.layers.attention import Context, HeadProjections, attend
 from lcjax.layers.gated_linear import GATE_TEMPERATURE
 from lcjax.layers.linear import Linear, precision
 from lcjax.layers.recurrence import Convolution, Inputs, masked, recur, repeat_heads
@@ -87,7 +87,8 @@ class LinearizedLayer(HeadProjections):
 
     def target(self, x: Float[Array, "B T width"], context: Context) -> Float[Array, "B T H D"]:
         """What the teacher's attention makes of x with the same projections."""
-        return softmax_attention(*self.project(x), self.mixer.teacher, context)[0]
+        teacher = self.mixer.teacher
+        return attend(teacher, *self.project(x), context, scale=teacher.scale, soft_cap=teacher.soft_cap)
 
     def mix(
         self, x: Float[Array, "B T width"], context: Context, cache: RecurrentCache | None = None
@@ -96,8 +97,8 @@ class LinearizedLayer(HeadProjections):
         q, k, v = self.project(x)
         turned_q, turned_k = q, k
         if self.mixer.rope is not None:
-            table = context.tables[self.mixer.rope]
-            turned_q, turned_k = apply_rope(q, table), apply_rope(k, table)
+            tables = context.tables[self.mixer.rope, None]
+            turned_q, turned_k = apply_rope(q, tables.queries[0]), apply_rope(k, tables.keys[0])
         if self.mixer.window:
             y, state, tails = self._mix_window(x, (turned_q, turned_k, v), (q, k), context, cache)
         else:

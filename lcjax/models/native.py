@@ -9,12 +9,12 @@ from lcjax.models import recurrent
 from lcjax.models import spec as specs
 from lcjax.models.family import Family
 from lcjax.models.spec import ModelSpec
-from lcjax.positions import laws
+from lcjax.positions import by_factor, dpe, giraffe, laws, mrope, remap, xpos
 
 MODEL_TYPE = "lcjax"
 RECORDS = {
     kind.__name__: kind
-    for module in (specs, recurrent, laws)
+    for module in (specs, recurrent, laws, by_factor, dpe, giraffe, mrope, remap, xpos)
     for kind in vars(module).values()
     if isinstance(kind, type) and kind.__module__ == module.__name__
 }

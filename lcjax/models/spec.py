@@ -1,11 +1,14 @@
 """What a decoder is, as data: frozen records without arrays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lcjax.positions.dpe import DPE
 from lcjax.positions.laws import Rope
+from lcjax.positions.remap import Remap
+from lcjax.positions.xpos import XPos
 from pallas_kernels import masks
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -42,6 +45,7 @@ class Attention(Mixer):
     window: int | None = None
     sink: int = 0
     rope: Rope | None = PLAIN_ROPE
+    remap: Remap | None = None  # which rotation a pair of tokens gets; None: the same for all
     scale: float | None = None  # None: head_dim ** -0.5
     soft_cap: float | None = None
     sink_logits: bool = False  # one learned logit per head that joins the softmax's denominator
@@ -51,6 +55,12 @@ class Attention(Mixer):
         if self.sink < 0 or (self.sink and self.window is None):
             raise ValueError(
                 f"Attention.sink must be >= 0 and needs a window; got sink={self.sink}, window={self.window}"
+            )
+
+        if self.remap is not None and (self.window is not None or self.rope is None or isinstance(self.rope, XPos)):
+            raise ValueError(
+                f"Attention.remap {type(self.remap).__name__} needs full attention with rotary positions; got "
+                f"window={self.window}, rope={self.rope}"
             )
 
     def mask(self) -> masks.Mask:
@@ -128,7 +138,25 @@ class ModelSpec:
             raise ValueError(f"ModelSpec.pattern has {len(self.pattern)} mixers for {self.num_layers} layers")
         for mixer in self.pattern:
             if isinstance(mixer, Attention) and mixer.rope is not None:
-                mixer.rope.frequencies(self.head_dim)
+                pairs = len(mixer.rope.frequencies(self.head_dim)[0])
+                if isinstance(mixer.remap, DPE) and mixer.remap.pairs != pairs:
+                    raise ValueError(f"ModelSpec: DPE.pairs is {mixer.remap.pairs}, the head has {pairs} rotary pairs")
+
+    def with_positions(self, rope: Rope, remap: Remap | None = None, max_length: int | None = None) -> "ModelSpec":
+        """The same model with this law in every full-attention layer that has rotary positions."""
+
+        def changed(mixer: Mixer) -> Mixer:
+            if isinstance(mixer, Attention) and mixer.rope is not None and mixer.window is None:
+                return replace(mixer, rope=rope, remap=remap)
+            return mixer
+
+        return replace(self, pattern=tuple(map(changed, self.pattern)), max_length=max_length or self.max_length)
+
+    @property
+    def laws(self) -> tuple[tuple[Rope, Remap | None], ...]:
+        """The different pairs of rotary law and remap, in the order of their first layers."""
+        pairs = [(getattr(m, "rope", None), getattr(m, "remap", None)) for m in self.layers]
+        return tuple(dict.fromkeys((rope, remap) for rope, remap in pairs if rope is not None))
 
     @property
     def layers(self) -> tuple[Mixer, ...]:

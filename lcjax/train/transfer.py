@@ -34,7 +34,7 @@ class AttentionTransfer:
         model = nnx.merge(graphdef, trained, frozen)
         students = [i for i, block in enumerate(model.layers) if isinstance(block.mixer, LinearizedLayer)]
         _check(trained, students)
-        context = model.context(batch["positions"], batch["segment_ids"], None)
+        context = model.context(batch["positions"], 0, batch["segment_ids"], None)
         real = (batch["segment_ids"] > 0).astype(jnp.float32)
 
         def body(kind: Any, state: tuple[nnx.State, nnx.State], x: Array) -> tuple[Array, Any]:
