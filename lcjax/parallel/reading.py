@@ -1,5 +1,6 @@
 """Which rows and columns of a global batch a process has to read."""
 
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -36,7 +37,7 @@ def part_of_batch(mesh: Mesh, batch: int, length: int, process: int | None = Non
     groups = sorted({tuple(sorted(found)) for found in rows.values()})
     held = sorted(span for group in groups for span in group)
     own = sorted(columns[process])
-    together = all(a[1] == b[0] for a, b in zip(own, own[1:], strict=False))
+    together = all(a[1] == b[0] for a, b in itertools.pairwise(own))
     if len(set(held)) < len(held) or len({len(group) for group in groups}) > 1 or not together:
         degrees = ", ".join(f"{axis}={degree}" for axis, degree in mesh.shape.items())
         raise ValueError(
