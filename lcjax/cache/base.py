@@ -44,6 +44,11 @@ class AttentionCache(Protocol):
     def start(self) -> Array: ...
 
     @property
+    def k(self) -> Array:
+        """The keys `[B,S,K,D]` in their slots."""
+        ...
+
+    @property
     def capacity(self) -> int:
         """Tokens that one request may reach; the caller checks this on the host before a launch."""
         ...
@@ -51,6 +56,14 @@ class AttentionCache(Protocol):
     @property
     def bytes(self) -> int:
         """Bytes of keys, values and states held for the whole batch."""
+        ...
+
+    def positions(self) -> Array:
+        """The absolute position `[B,S]` of the token in each slot; -1 where a slot is known to be empty."""
+        ...
+
+    def with_keys(self, k: Array) -> "AttentionCache":
+        """The same tokens with other keys in the slots, to attend with once."""
         ...
 
     def append(self, k: Array, v: Array, valid: Array | None = None) -> "AttentionCache":

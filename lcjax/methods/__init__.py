@@ -2,5 +2,6 @@
 
 from lcjax.methods.base import Method, MethodConflict, adapt_job, adapt_model
 from lcjax.methods.lora import Lora
+from lcjax.methods.positions import Positions
 
-__all__ = ["Lora", "Method", "MethodConflict", "adapt_job", "adapt_model"]
+__all__ = ["Lora", "Method", "MethodConflict", "Positions", "adapt_job", "adapt_model"]

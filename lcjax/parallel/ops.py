@@ -4,8 +4,10 @@ Mosaic kernels cannot be split by the compiler, so under a mesh every op runs in
 fsdp, heads over tensor, the length over context. Layers and caches call these and know no mesh.
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +105,7 @@ def gated_linear(
     v: Float[Array, "B T H Dv"],
     log_decay: Float[Array, "B T H *Dk"] | None = None,
     *,
+    beta: Float[Array, "B T H"] | None = None,
     initial_state: LinearState | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     normalise: bool = False,
@@ -117,11 +120,12 @@ def gated_linear(
     if layout is None:
         return pk.gated_linear_attention(
             q, k, v, log_decay,
-            initial_state=initial_state, segment_ids=segment_ids, normalise=normalise, scale=scale,
+            beta=beta, initial_state=initial_state, segment_ids=segment_ids, normalise=normalise, scale=scale,
         )  # fmt: skip
 
-    def shard(q, k, v, log_decay, ids, state):
-        options: dict[str, Any] = {"initial_state": state, "segment_ids": ids, "normalise": normalise, "scale": scale}
+    def shard(q, k, v, log_decay, beta, ids, state):
+        options: dict[str, Any] = {"beta": beta, "initial_state": state, "segment_ids": ids}
+        options |= {"normalise": normalise, "scale": scale}
         if layout.length is None:
             return pk.gated_linear_attention(q, k, v, log_decay, **options)
         return pk.gated_linear_attention_sharded(q, k, v, log_decay, axis_name=layout.length, **options)
@@ -129,8 +133,8 @@ def gated_linear(
     wide: Any = layout.spec(*QUERY)
     state: Any = layout.spec("batch", "heads")
     decay = layout.spec(*QUERY[: 3 if log_decay is None else log_decay.ndim])
-    arguments = (q, k, v, log_decay, segment_ids, initial_state)
-    specs = (wide, wide, wide, decay, layout.spec("batch", "length"), state)
+    arguments = (q, k, v, log_decay, beta, segment_ids, initial_state)
+    specs = (wide, wide, wide, decay, layout.spec(*QUERY[:3]), layout.spec("batch", "length"), state)
     specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
     return per_shard(shard, specs, (wide, LinearState(state, state if normalise else None)))(*arguments)
 
@@ -139,27 +143,28 @@ def causal_conv(
     x: Float[Array, "B T H D"],
     taps: Float[Array, "W H D"],
     *,
+    bias: Float[Array, "H D"] | None = None,
     tail: Float[Array, "B W1 C"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    activation: Literal["silu"] | None = None,
 ) -> Float[Array, "B T H D"]:
     """`pallas_kernels.causal_conv1d` over the H*D channels of heads; a row with a tail is not split over context."""
     if counting():
         return stand_in(2 * math.prod(x.shape) * taps.shape[0], jax.ShapeDtypeStruct(x.shape, x.dtype), x, taps)
     layout = current_layout(x.shape[0], (x.shape[2],), None if tail is not None else x.shape[1])
-    flat = lambda a: a.reshape(*a.shape[:2], -1)
-    weights = taps.reshape(taps.shape[0], -1)
-    if layout is None or layout.length is None:  # shifted multiply-adds: the compiler splits them itself
-        return pk.causal_conv1d(flat(x), weights, tail=tail, segment_ids=segment_ids)[0].reshape(x.shape)
-    axis = layout.length
 
-    def shard(x, taps, ids):
+    def channels(op: Callable[..., tuple[Array, Array]], x, taps, bias, ids, **options):
+        flat, bias = x.reshape(*x.shape[:2], -1), None if bias is None else bias.reshape(-1)
         weights = taps.reshape(taps.shape[0], -1)
-        y, _ = pk.causal_conv1d_sharded(flat(x), weights, segment_ids=ids, axis_name=axis)
-        return y.reshape(x.shape)
+        return op(flat, weights, bias=bias, segment_ids=ids, activation=activation, **options)[0].reshape(x.shape)
 
-    ids = None if segment_ids is None else layout.spec("batch", "length")
-    specs = (layout.spec(*QUERY), layout.spec("taps", "heads", "dim"), ids)
-    return per_shard(shard, specs, layout.spec(*QUERY))(x, taps, segment_ids)
+    if layout is None or layout.length is None:  # shifted multiply-adds: the compiler splits them itself
+        return channels(pk.causal_conv1d, x, taps, bias, segment_ids, tail=tail)
+    shard = functools.partial(channels, pk.causal_conv1d_sharded, axis_name=layout.length)
+    arguments = (x, taps, bias, segment_ids)
+    specs: Any = (QUERY, ("taps", "heads", "dim"), ("heads", "dim"), ("batch", "length"))
+    specs = tuple(None if a is None else layout.spec(*axes) for a, axes in zip(arguments, specs, strict=True))
+    return per_shard(shard, specs, layout.spec(*QUERY))(*arguments)
 
 
 def _counted_attention(q: Array, k: Array, v: Array, mask: Mask, return_lse: bool) -> Any:

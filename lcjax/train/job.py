@@ -14,6 +14,7 @@ from lcjax.data.spec import DataSpec
 from lcjax.methods.base import Method, adapt_job, adapt_model
 from lcjax.models.spec import ModelSpec
 from lcjax.parallel.mesh import AXES, make_mesh
+from lcjax.positions.sampling import Sampler
 from lcjax.serve.sampling import Sampling
 from lcjax.serve.source import Pretrained
 from lcjax.train.losses import CrossEntropy, Loss
@@ -119,6 +120,7 @@ class Train:
     batch: rows of one update, over all processes and micro-batches. length: tokens of a row.
     tokenizer: by default the pretrained model's, or bytes. stages: runs one after the other instead of a single one.
     abort_after: updates in a row that may be skipped for not being finite before the run stops.
+    positions: how rows get their rotary positions (None: tokens since the document's start).
     """
 
     model: ModelSpec | Pretrained
@@ -131,6 +133,7 @@ class Train:
     stages: tuple[Stage, ...] = ()
     trainable: tuple[str, ...] = ()
     tokenizer: str | None = None
+    positions: Sampler | None = None
     loss: Loss = field(default_factory=CrossEntropy)
     options: StepOptions = field(default_factory=StepOptions)
     mesh: MeshSpec = MeshSpec()
@@ -213,6 +216,7 @@ class Train:
             "data": {**data, "batch": self.batch, "length": self.length, "stream": stream},
             "tokenizer": tokenizer,
             "about": {"tokenizer": self.tokenizer},
+            "positions": describe(self.positions),
             "seed": self.seed,
             "mesh": ", ".join(f"{axis}={degree}" for axis, degree in mesh.shape.items()),
         }

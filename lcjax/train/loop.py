@@ -26,10 +26,10 @@ from lcjax.serve import engine as serving
 from lcjax.train import state as states
 from lcjax.train.job import Train
 from lcjax.train.preempt import Preemption
-from lcjax.train.program import flags_sharding, step_program
+from lcjax.train.program import dtypes, flags_sharding, step_program
 from lcjax.train.progress import Progress
 from lcjax.train.state import TrainState
-from lcjax.train.step import BATCH_DTYPES, Batch
+from lcjax.train.step import Batch
 from lcjax.train.watchdog import Watchdog
 
 IN_FLIGHT = 2
@@ -162,8 +162,14 @@ def steps(run: Run, compiled: Any, stop: Preemption, progress: Progress) -> None
 
 
 def next_rows(run: Run) -> dict[str, np.ndarray]:
+    """This process's rows of the next batch, with the positions that the job samples."""
+    sampler = run.job.positions
     try:
-        return next(run.batches)
+        rows = next(run.batches)
+        if sampler is None:
+            return rows
+        first = jax.process_index() * len(rows["inputs"])
+        return rows | {"positions": sampler.positions(rows["inputs"], run.job.seed, run.step, first)}
     except StopIteration:
         raise TrainingStopped(
             f"the data ended after {run.step} batches: lower train.steps or let the data repeat"
@@ -177,7 +183,7 @@ def place(run: Run, rows: dict[str, np.ndarray]) -> Batch:
         name: jax.make_array_from_process_local_data(
             sharding, np.asarray(rows[name], dtype)[:, run.part.columns], (run.job.batch, run.job.length)
         )
-        for name, dtype in BATCH_DTYPES.items()
+        for name, dtype in dtypes(run.job).items()
     }
 
 

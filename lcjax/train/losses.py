@@ -24,6 +24,7 @@ class Unembedding(Protocol):
     def unembedding(self) -> Float[Array, "width V"]: ...
 
 
+@runtime_checkable
 class Passes(Protocol):
     """How forward and backward pass spend memory for time: the arguments of `Decoder.hidden`."""
 

@@ -41,14 +41,13 @@ def causal_conv1d_sharded(
     here, shards = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
     start = here * length
     tail = jnp.zeros((batch, width - 1, channels), x.dtype) if tail is None else tail.astype(x.dtype)
-    segments = None if segment_ids is None else gather_segments(segment_ids, axis_name)
-    valid = None if segments is None else jax.lax.dynamic_slice_in_dim(segments.valid, start, length, axis=1)[..., None]
-    x = x if valid is None else jnp.where(valid, x, 0)
-    halo = jax.lax.ppermute(x[:, length - width + 1 :], axis_name, [(i, i + 1) for i in range(shards - 1)])
-    padded = jnp.concatenate([jnp.where(here == 0, varying_like(tail, x), halo), x], axis=1)
-    if segments is None:
+    if segment_ids is None:
+        padded = _with_halo(x, tail, width, axis_name)
         last = jnp.where(here == shards - 1, padded[:, length:], 0)
         return convolve(padded, None, w, bias, activation), jax.lax.psum(last, axis_name)
+    segments = gather_segments(segment_ids, axis_name)
+    valid = jax.lax.dynamic_slice_in_dim(segments.valid, start, length, axis=1)[..., None]
+    padded = _with_halo(jnp.where(valid, x, 0), tail, width, axis_name)
     ids = ids_with_tail(segments, width)
     own_ids = jax.lax.dynamic_slice_in_dim(ids, start, length + width - 1, axis=1)
     y = jnp.where(valid, convolve(padded, own_ids, w, bias, activation), 0)
@@ -56,3 +55,10 @@ def causal_conv1d_sharded(
     own = (where < start + length + width - 1) & ((where >= start + width - 1) | (here == 0))
     last = jnp.take_along_axis(padded, jnp.clip(where - start, 0, length + width - 2)[..., None], axis=1)
     return y, jax.lax.psum(jnp.where(own[..., None] & same, last, 0), axis_name)
+
+
+def _with_halo(x, tail, width: int, axis_name: str) -> Float[Array, "B T1 C"]:
+    """This shard's inputs after the W-1 before them: the left neighbour's last, or the tail of the sequence."""
+    here, shards = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    halo = jax.lax.ppermute(x[:, x.shape[1] - width + 1 :], axis_name, [(i, i + 1) for i in range(shards - 1)])
+    return jnp.concatenate([jnp.where(here == 0, varying_like(tail, x), halo), x], axis=1)

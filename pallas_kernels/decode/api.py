@@ -19,10 +19,11 @@ from pallas_kernels.op import dispatch, lazy, platform
 
 BACKENDS: dict[str, Callable[[Call], tuple[Array, Array]]] = {
     "mosaic_gpu": lazy("pallas_kernels.decode.mosaic_gpu", "attend"),
+    "mosaic_tpu": lazy("pallas_kernels.decode.mosaic_tpu", "attend"),
     "xla": xla.attend,
     "reference": reference.attend,
 }
-ORDER = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)}
+ORDER = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla")}
 MAX_QUERIES = 8
 
 
@@ -53,7 +54,7 @@ def decode_attention(
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_logits: one more softmax entry per head, with a zero value.
       return_lse: also return the log-sum-exp of the scores, float32.
-      implementation: 'mosaic_gpu', 'xla' or 'reference'; None picks the first of the platform's order that can.
+      implementation: 'mosaic_gpu', 'mosaic_tpu', 'xla' or 'reference'; None picks the platform's first that can.
 
     Raises:
       TypeError, ValueError: an argument that does not fit; named, with its value.

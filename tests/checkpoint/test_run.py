@@ -13,7 +13,8 @@ from lcjax.checkpoint.manager import CheckpointManager
 from lcjax.checkpoint.manifest import describe
 from lcjax.checkpoint.run import RECORDS, is_run, load_run
 from lcjax.models.decoder import Decoder
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 from lcjax.positions.laws import YaRN
 from lcjax.train import state as states
 
