@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lcjax.parallel.work import checkpoint
+
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -19,7 +21,7 @@ def rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., An
     """`function` under the named remat policy: 'none', 'full' or 'dots'."""
     if remat not in POLICIES:
         raise ValueError(f"remat is {remat!r}; choose one of {', '.join(map(repr, POLICIES))}")
-    return function if remat == "none" else jax.checkpoint(function, policy=POLICIES[remat])
+    return function if remat == "none" else checkpoint(function, POLICIES[remat])
 
 
 def runs(kinds: list[Any]) -> list[tuple[int, int, int]]:
