@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
@@ -19,7 +20,7 @@ def key_places(ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     return at - lax.cummax(jnp.where(begins, at, 0), axis=1)
 
 
-def sink_tiles(places: Int[Array, "B S"], sink: Int[Array, " P"], tile: int) -> Bool[Array, "B P nK"]:
+def sink_tiles(places: Int[Array, "B S"], sink: Int[Array | np.ndarray, " P"], tile: int) -> Bool[Array, "B P nK"]:
     """Which tiles of `tile` keys hold a sink of some segment, for each pattern's number of sinks."""
     places = jnp.pad(places, ((0, 0), (0, -places.shape[1] % tile)), constant_values=2**31 - 1)
     return places.reshape(places.shape[0], 1, -1, tile).min(-1) < jnp.asarray(sink)[:, None]
@@ -36,5 +37,6 @@ def sink_runs(wanted: Bool[Array, "B P nQ nK"]) -> tuple[Array, Array, Array, Ar
     begin = least(wanted)
     hole = jnp.minimum(least(~wanted & (at > begin)), wanted.shape[-1])
     rest = wanted & (at > hole)
-    stops = jnp.where(begin < NONE, hole, 0), jnp.where(rest, at + 1, 0).max(-1, keepdims=True)
-    return tuple(x[..., 0] for x in (begin, stops[0], least(rest), stops[1]))
+    stop = jnp.where(begin < NONE, hole, 0)
+    rest_stop = jnp.where(rest, at + 1, 0).max(-1)
+    return begin[..., 0], stop[..., 0], least(rest)[..., 0], rest_stop

@@ -43,6 +43,7 @@ class Static(NamedTuple):
     scale: float
     soft_cap: float | None
     lists: str  # "none", "plan" (per pattern) or "call" (per batch, head and row tile)
+    list_rows: int  # rows of a run-time list's block
     interpret: bool
 
 
@@ -54,7 +55,7 @@ class Inputs(NamedTuple):
     v: Any
     table: Any  # [B, P, tiles, F] int32, a row or a column table
     pattern: Any  # [H] int32
-    lists: Any  # tables.Lists
+    lists: Any  # tables.Lists, of dK/dV tables.ColumnLists
     rules: Any  # tables.Rules
     segments: Any  # tables.Segments
 
@@ -76,11 +77,16 @@ def tiled(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
 
 
 def launch(interpret: bool) -> dict[str, Any]:
-    """Compiler settings. No thread here reads and writes the same shared memory, as dropping the barriers demands."""
+    """Compiler settings. No thread here reads and writes the same shared memory, as dropping the barriers demands.
+
+    Sums along rows stay inside a warp and need no scratch memory.
+    """
     if interpret:
         return {"interpret": plgpu.InterpretGPUParams()}
     lane = plgpu.LoweringSemantics.Lane
-    params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=lane)
+    params = plgpu.CompilerParams(
+        approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=lane, reduction_scratch_bytes=0
+    )
     return {"compiler_params": params}
 
 
@@ -209,6 +215,20 @@ def _listed(s: Static, g: Inputs, w: Work, per: int) -> tuple[jax.Array, Any]:
         return Place(unit * tb.UNIT, last * tb.UNIT, limit, full)
 
     return lax.div(length + (per - 1), per), place
+
+
+def key_copies(s: Static, block_k: int) -> int:
+    """Copies that bring the keys of one step: listed units need not be neighbours."""
+    return block_k // tb.UNIT if s.lists != "none" else 1
+
+
+def load_keys(s: Static, place: Place, src: Any, dst: Any, ready: Any) -> None:
+    """Starts the copies of a step's keys [S,D] to shared memory [block_k,D]; each arrives at `ready`."""
+    begins = (place.first, jnp.minimum(place.second, (tb.cdiv(s.keys, tb.UNIT) - 1) * tb.UNIT))
+    copies = key_copies(s, dst.shape[0])
+    size = dst.shape[0] // copies
+    for part in range(copies):
+        plgpu.copy_gmem_to_smem(src.at[pl.ds(begins[part], size)], dst.at[pl.ds(part * size, size)], ready)
 
 
 def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array, place: Place) -> jax.Array:

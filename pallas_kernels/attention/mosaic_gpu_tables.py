@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -38,6 +39,17 @@ class Lists(NamedTuple):
     units: Int[Array, "R n"]
     full: Int[Array, "R n"]  # first row position that no longer reads all keys of the unit
     length: Int[Array, "B Hs nQ"] | None  # entries used, for run-time lists
+
+
+class ColumnLists(NamedTuple):
+    """Run-time lists by key: blocks of rows that list one of the two units of a block of 128 keys.
+
+    Entry `e` of row `(b, list head)` is 4 x row block + a bit for each unit that is listed, or 0: skip. Key block `n`
+    owns entries `begin[b, list head, n]` up to `begin[b, list head, n + 1]`.
+    """
+
+    entries: Int[Array, "R n"]
+    begin: Int[Array, "B Hs m"]
 
 
 class Rules(NamedTuple):
@@ -128,6 +140,25 @@ def run_time_lists(chosen: BlockList, plan: Plan, keys: int, offset: Array) -> L
     full = jnp.where(whole, last + 1, 0)
     flat = lambda x: x.reshape(-1, width * times).astype(jnp.int32)
     return Lists(flat(unit), flat(full), jnp.asarray(chosen.count) * times)
+
+
+def column_lists(chosen: BlockList, keys: int) -> ColumnLists:
+    """The same lists by key block, with the two units of a block merged: one sort per list head."""
+    batch, heads, rows, width = chosen.idx.shape
+    times, blocks = chosen.block_k // UNIT, cdiv(keys, ROW_TILE)
+    used = jnp.arange(width) < chosen.count[..., None]
+    unit = chosen.idx[..., None] * times + jnp.arange(times)
+    key_block = jnp.where(used[..., None] & (unit < 2 * blocks), unit // 2, blocks)
+    pair = key_block * rows + jnp.arange(rows)[:, None, None]  # (key block, row block) as one number
+    code = jnp.sort((pair * 2 + unit % 2).reshape(batch * heads, -1), axis=-1)
+    pair, bit = code // 2, 1 << code % 2
+    differs = pair[:, 1:] != pair[:, :-1]
+    first = jnp.pad(differs, ((0, 0), (1, 0)), constant_values=True)
+    last = jnp.pad(differs, ((0, 0), (0, 1)), constant_values=True)
+    entries = jnp.where(first, pair % rows * 4 + jnp.where(last, bit, 3), 0)
+    ends = jnp.arange(blocks + 1, dtype=jnp.int32) * rows
+    begin = jax.vmap(lambda row: jnp.searchsorted(row, ends))(pair)
+    return ColumnLists(entries.astype(jnp.int32), begin.astype(jnp.int32).reshape(batch, heads, -1))
 
 
 def _meet(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) -> Bool[Array, "B M n"]:

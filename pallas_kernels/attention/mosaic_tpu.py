@@ -102,6 +102,8 @@ def attend_with(call: Call, block_q: int, block_k: int, compute_k: int):
         )
     if lists is not None:
         extras["listed"] = tt.listed_tiles(call, tiling)
+    if call.whole is not None:
+        return _part(config, call.q, call.k, call.v, extras, *call.whole)
     return _attend(config, call.q, call.k, call.v, extras)
 
 
@@ -145,6 +147,17 @@ def _attend_backward(c, residuals, cotangents):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _part(c, q, k, v, extras, o, lse):
+    return o, lse
+
+
+_part.defvjp(
+    lambda c, q, k, v, extras, o, lse: ((o, lse), (q, k, v, extras, o, lse)),
+    lambda c, residuals, cotangents: (*_attend_backward(c, residuals, cotangents), None, None),
+)
 
 
 def table_spec(c: Config, tile_axis: int, head_of):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.op import platform
-from pallas_kernels.plan import Columns, Plan
+from pallas_kernels.plan import INF, Columns, Plan
 from pallas_kernels.pytrees import record
 from pallas_kernels.segments import sink_tiles
 
@@ -29,6 +29,8 @@ MAX_TILES = 1024  # tiles along an axis: beyond it tiles grow, so that the visit
 def attend(call: Call) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """(o, lse) of the call; refuses nothing."""
     schedule = _schedule(call)
+    if call.whole is not None:
+        return _part(schedule.settings, call.q, call.k, call.v, schedule, *call.whole)
     return _attend(schedule.settings, call.q, call.k, call.v, schedule)
 
 
@@ -97,11 +99,13 @@ def _schedule(call: Call) -> Schedule:
     if kv_length is None and keys % block_k:
         kv_length = np.asarray([keys], np.int32)
     segment_ids = call.segment_ids
+    places = call.key_places
     if segment_ids is not None:
         pads = (tiles_q * block_q - length, tiles_k * block_k - keys)
         # Ids of rows that do not exist are never equal to one another.
         padded = lambda n, fill: jnp.pad(segment_ids[n], ((0, 0), (0, pads[n])), constant_values=fill)
         segment_ids = (padded(0, -(2**31) + 1), padded(1, -(2**31)))
+        places = None if places is None else jnp.pad(places, ((0, 0), (0, pads[1])), constant_values=INF)
     pattern = plan.pattern_of_head
     pattern = np.asarray(pattern, np.int32) if isinstance(pattern, tuple) else pattern
     schedule = Schedule(
@@ -113,10 +117,10 @@ def _schedule(call: Call) -> Schedule:
         q_offset,
         kv_length,
         segment_ids,
-        None if segment_ids is None else dataclasses.replace(call, segment_ids=segment_ids).key_places,
+        places,
         _padded(lists, settings),
     )
-    fixed = plan if schedule.key_places is None else plan.without_sinks()
+    fixed = plan if places is None else plan.without_sinks()
     visits = _visits(schedule, fixed.columns(tiles_k * block_k, block_k), batch, length, tiles_k)
     xp = np if isinstance(visits, np.ndarray) else jnp
     order = xp.argsort(~visits, axis=-1, stable=True).astype(np.int32)
@@ -401,6 +405,17 @@ def _backward(s: Settings, residuals, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _part(settings, q, k, v, schedule, o, lse):
+    return o, lse
+
+
+_part.defvjp(
+    lambda settings, q, k, v, schedule, o, lse: ((o, lse), (q, k, v, schedule, o, lse)),
+    lambda settings, residuals, cotangents: (*_backward(settings, residuals, cotangents), None, None),
+)
 
 
 def _precision(dtype) -> lax.Precision | None:

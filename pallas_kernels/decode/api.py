@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.checks import check_values
 from pallas_kernels.decode import reference, xla
 from pallas_kernels.decode.cache import KVCache
 from pallas_kernels.decode.call import Call
@@ -103,17 +103,19 @@ def _check_query(q: Array, cache: KVCache) -> tuple[int, int, int, int]:
 
 
 def check_lengths(cache: KVCache, queries: int) -> None:
-    """Raises ValueError for a length or page out of range; checks nothing under jit, where values are unknown."""
-    if isinstance(cache.lengths, jax.core.Tracer):
+    """Raises ValueError for a length or page out of range, where values are known (`checks`)."""
+    limit = np.iinfo(np.int32).max if cache.kind == "ring" else cache.capacity
+    message = f"cache: length {{found}} is outside {queries}..{limit} (the new tokens, the capacity)"
+    check_values(lambda n: (n >= queries) & (n <= limit), message, cache.lengths)
+    if cache.page_table is None:
         return
-    lengths = np.asarray(cache.lengths)
-    limit = None if cache.kind == "ring" else cache.capacity
-    if lengths.min() < queries or (limit is not None and lengths.max() > limit):
-        raise ValueError(f"cache: lengths {lengths.min()}..{lengths.max()} must lie in {queries}..{limit or 'any'}")
-    if cache.page_table is None or isinstance(cache.page_table, jax.core.Tracer):
-        return
-    page, table = cache.k.shape[2], np.asarray(cache.page_table)
-    used = np.arange(table.shape[-1]) < -(-lengths // page).reshape(-1, *(1,) * (table.ndim - 1))
-    bad = used & ((table < 0) | (table >= cache.k.shape[0]))
-    if bad.any():
-        raise ValueError(f"cache: page_table names page {table[bad][0]}, there are {cache.k.shape[0]}")
+    pages, _, page = cache.k.shape[:3]
+    width, ndim = cache.page_table.shape[-1], cache.page_table.ndim
+    check_values(
+        lambda table, n: (
+            ((table >= 0) & (table < pages)) | (np.arange(width) >= -(-n // page).reshape(-1, *(1,) * (ndim - 1)))
+        ),
+        f"cache: page_table names page {{found}}, there are {pages}",
+        cache.page_table,
+        cache.lengths,
+    )

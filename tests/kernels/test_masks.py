@@ -3,6 +3,7 @@
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -102,11 +103,11 @@ def test_planning_under_jit_uses_traced_numbers():
 
 def test_places_and_sinks_of_packed_rows():
     ids = np.asarray([[4, 4, 4, 9, 9, 1, 1, 1, 1, 9], [2] * 10], np.int32)
-    places = np.asarray(key_places(ids))
+    places = np.asarray(key_places(jnp.asarray(ids)))
     np.testing.assert_array_equal(places, [[0, 1, 2, 0, 1, 0, 1, 2, 3, 0], list(range(10))])
     sees = np.asarray((Causal() & Segments() & Sink(2)).to_array(10, 10, segment_ids=(ids[0], ids[0])))
     np.testing.assert_array_equal(sees, np.tri(10, dtype=bool) & (ids[0][:, None] == ids[0]) & (places[0] < 2))
-    sinks = np.asarray(sink_tiles(places, np.asarray([0, 1, 2**31 - 1]), 4))
+    sinks = np.asarray(sink_tiles(jnp.asarray(places), np.asarray([0, 1, 2**31 - 1]), 4))
     np.testing.assert_array_equal(sinks[0], [[False] * 3, [True, True, True], [True] * 3])
     np.testing.assert_array_equal(sinks[1, 1], [True, False, False])
 
@@ -114,7 +115,7 @@ def test_places_and_sinks_of_packed_rows():
 def test_sink_runs_cover_what_is_wanted():
     rng = np.random.default_rng(0)
     wanted = rng.random((2, 2, 40, 12)) < 0.3
-    begin, stop, rest_begin, rest_stop = (np.asarray(x)[..., None] for x in sink_runs(wanted))
+    begin, stop, rest_begin, rest_stop = (np.asarray(x)[..., None] for x in sink_runs(jnp.asarray(wanted)))
     at = np.arange(12)
     first, rest = (begin <= at) & (at < stop), (rest_begin <= at) & (at < rest_stop)
     assert (first <= wanted).all()
@@ -175,7 +176,7 @@ def test_bad_masks_are_refused_by_name(make, message, unchecked):
     [
         ([[[[5]]]], [[[1]]], r"block index 5 is outside 0\.\.1"),
         ([[[[1, 0]]]], [[[2]]], "must ascend"),
-        ([[[[0]]]], [[[2]]], "count must lie in"),
+        ([[[[0]]]], [[[2]]], "count 2 is outside 0..1"),
         ([[[[0]]] * 2], [[[1]]], "must be"),
     ],
 )
