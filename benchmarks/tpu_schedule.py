@@ -40,6 +40,7 @@ BATCH, GROUP = 64, 4  # of decoding
 MATRIX = ("MXU", "MATMUL")
 LABEL = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT))?\s*:")
 KERNEL = re.compile(r"block_sparse_attention_(?:fwd|dq|dkv|bwd)|splash\w*|decode_attention|ragged_paged_attention\w*")
+PASSES = "final.*|post-ra"  # all passes would be hundreds of megabytes of text
 DELAY = 5  # a branch takes effect after its delay slots
 
 
@@ -210,7 +211,7 @@ def _ragged_decode(tiles, length, heads, dim):
 def measure(code: str, generation: str, tiles: tuple[int, int, int], sizes: tuple[int, int, int]) -> list[Schedule]:
     """Compile in a child process with the dump flags and read what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={PASSES}"
         environment = {**os.environ, "LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
         words = [code, generation, *map(str, tiles), *map(str, sizes)]
         command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--child", *words]
