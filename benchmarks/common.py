@@ -82,7 +82,7 @@ def milliseconds(run: Any, *args: Any, target: float = 0.15, repeats: int = 5) -
     return {"ms": float(np.median(samples)), "min_ms": min(samples), "max_ms": max(samples)}
 
 
-def compile_all(jobs: Mapping[str, tuple[Callable, Sequence[Any]]]) -> dict[str, Any]:
+def compile_all[K](jobs: Mapping[K, tuple[Callable, Sequence[Any]]]) -> dict[K, Any]:
     """Each (function, shapes) compiled, several at a time; where a call is declined, the reason instead."""
 
     def one(job):
