@@ -1,11 +1,16 @@
 """The compiled schedule of TPU kernels, without a TPU.
 
     python -m benchmarks.tpu_schedule --generations v5p v6e --tiles 512,512,512 1024,1024,512
+    python -m benchmarks.tpu_schedule --op decode --tiles 64,512,1 --heads 32
 
 libtpu's compiler writes each kernel's VLIW schedule: one bundle is one cycle, stalls aside. The hot region is the
 straight-line block that does a visited tile's products without a token mask; its bundles and the share of its matrix
-slots in use compare kernels without a chip. JAX's splash attention is compiled at the same tiles, beside ours. The
-compiler flags are read once per process, so every row is a process of its own.
+slots in use compare kernels without a chip. JAX's splash attention is compiled at the same tiles, beside ours, and its
+ragged paged attention beside our decode attention at the same page size and keys a step. The compiler flags are read
+once per process, so every row is a process of its own.
+
+A tile is rows, keys, keys a product for attention; tokens of a page, keys a step, new tokens a request for decoding,
+whose KV heads are a quarter of `--heads`, with 64 requests.
 """
 
 from __future__ import annotations
@@ -22,10 +27,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-CODES = ("ours_fwd", "ours_bwd", "splash_fwd", "splash_bwd")
+CODES = {
+    "attention": ("ours_fwd", "ours_bwd", "splash_fwd", "splash_bwd"),
+    "decode": ("ours_decode", "ragged_decode"),
+}
+BATCH, GROUP = 64, 4  # of decoding
 MATRIX = ("MXU", "MATMUL")
 LABEL = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT))?\s*:")
-KERNEL = re.compile(r"block_sparse_attention_(?:fwd|dq|dkv|bwd)|splash\w*")
+KERNEL = re.compile(r"block_sparse_attention_(?:fwd|dq|dkv|bwd)|splash\w*|decode_attention|ragged_paged_attention\w*")
 DELAY = 5  # a branch takes effect after its delay slots
 
 
@@ -111,7 +120,9 @@ def compile_code(code: str, generation: str, tiles: tuple[int, int, int], length
 
     from pallas_kernels import aot
 
-    forward, shapes = (_ours if code.startswith("ours") else _splash)(tiles, length, heads, dim)
+    makers = {"ours_decode": _our_decode, "ragged_decode": _ragged_decode}
+    maker = makers.get(code, _ours if code.startswith("ours") else _splash)
+    forward, shapes = maker(tiles, length, heads, dim)
 
     def backward(*x):
         return jax.grad(lambda *y: forward(*y).astype(jnp.float32).sum(), (0, 1, 2))(*x)
@@ -155,6 +166,39 @@ def _splash(tiles, length, heads, dim):
     return attend, [jax.ShapeDtypeStruct((heads, length, dim), jnp.bfloat16)] * 3
 
 
+def _our_decode(tiles, length, heads, dim):
+    import jax
+    import jax.numpy as jnp
+
+    import pallas_kernels as pk
+    from pallas_kernels.decode import mosaic_tpu
+
+    page, mosaic_tpu.STEP, tokens = tiles
+    shaped = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
+    pool = shaped(BATCH * length // page, heads // GROUP, page, dim, dtype=jnp.bfloat16)
+    cache = pk.KVCache(pool, pool, shaped(BATCH), page_table=shaped(BATCH, length // page))
+    attend = lambda q, cache: pk.decode_attention(q, cache, implementation="mosaic_tpu")
+    return attend, [shaped(BATCH, tokens, heads, dim, dtype=jnp.bfloat16), cache]
+
+
+def _ragged_decode(tiles, length, heads, dim):
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    page, keys, tokens = tiles
+
+    def attend(q, pages, lengths, table):
+        starts, count = jnp.arange(BATCH + 1, dtype=jnp.int32) * tokens, jnp.full(1, BATCH, jnp.int32)
+        sizes = {"num_kv_pages_per_block": keys // page, "num_queries_per_block": tokens}
+        return ragged_paged_attention(q, pages, lengths, table, starts, count, **sizes, vmem_limit_bytes=2**26)
+
+    shaped = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
+    pages = shaped(BATCH * length // page, page, 2 * heads // GROUP, dim, dtype=jnp.bfloat16)
+    q = shaped(BATCH * tokens, heads, dim, dtype=jnp.bfloat16)
+    return attend, [q, pages, shaped(BATCH), shaped(BATCH, length // page)]
+
+
 def measure(code: str, generation: str, tiles: tuple[int, int, int], sizes: tuple[int, int, int]) -> list[Schedule]:
     """Compile in a child process with the dump flags and read what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +218,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", default=["v5p", "v6e"])
     parser.add_argument("--tiles", nargs="+", default=["128,128,128", "512,512,512", "1024,1024,512"])
-    parser.add_argument("--codes", nargs="+", default=list(CODES), choices=CODES)
+    parser.add_argument("--op", default="attention", choices=CODES)
+    parser.add_argument(
+        "--codes", nargs="+", default=None, choices=[code for codes in CODES.values() for code in codes]
+    )
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128)
@@ -190,7 +237,7 @@ def main() -> None:
     for generation in options.generations:
         for text in options.tiles:
             q, k, compute = map(int, text.split(","))
-            for code in options.codes:
+            for code in options.codes or CODES[options.op]:
                 for row in measure(code, generation, (q, k, compute), (options.length, options.heads, options.dim)):
                     rows.append({"generation": generation, "tiles": text, "code": code, **dataclasses.asdict(row)})
                     name = f"{code.split('_')[0]} {row.kernel.removeprefix('block_sparse_attention_')}"
@@ -208,6 +255,8 @@ def _write(options: argparse.Namespace, rows: list[dict]) -> None:
 
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
     call = {"length": options.length, "heads": options.heads, "dim": options.dim, "mask": "causal", "dtype": "bfloat16"}
+    if options.op == "decode":
+        call |= {"requests": BATCH, "kv_heads": options.heads // GROUP}
     when = time.strftime("%Y-%m-%d")
     report = {"date": when, "versions": versions, "call": call, "unit": "bundles (cycles without stalls)", "rows": rows}
     options.output.parent.mkdir(parents=True, exist_ok=True)

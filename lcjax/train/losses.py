@@ -1,11 +1,13 @@
-"""Next-token loss from hidden states, in chunks of tokens: the T x V logits never exist at once."""
+"""What training minimises: the protocol, and the next-token loss whose T x V logits never exist at once."""
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 
@@ -20,12 +22,38 @@ class Unembedding(Protocol):
     def unembedding(self) -> Float[Array, "width V"]: ...
 
 
+class Passes(Protocol):
+    """How forward and backward pass spend memory for time: the arguments of `Decoder.hidden`."""
+
+    @property
+    def remat(self) -> str: ...
+
+    @property
+    def scan(self) -> bool: ...
+
+
 class LossSums(NamedTuple):
     """Sums over tokens, so that micro-batches add up: divide by `weight` at the end."""
 
     nll: Float[Array, ""]  # sum of weight * negative log-likelihood, nats
     z: Float[Array, ""]  # sum of weight * log(Z)**2, before its coefficient
     weight: Float[Array, ""]
+    parts: dict[str, Array] | None = None  # further sums to report, by name
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What a training step minimises."""
+
+    def gradients(
+        self, graphdef: Any, trained: nnx.State, frozen: nnx.State, batch: Mapping[str, Array], how: Passes
+    ) -> tuple[nnx.State, LossSums]:
+        """Gradients of the sum over the batch with respect to `trained`, and the sums; `how` changes no number."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What two runs must have in common to share checkpoints (JSON)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,29 @@ class CrossEntropy:
             lambda: fused(model, hidden, targets, weights),
             lambda: chunked(model, hidden, targets, weights, self.chunk_tokens),
         )
+
+    def gradients(
+        self, graphdef: Any, trained: nnx.State, frozen: nnx.State, batch: Mapping[str, Array], how: Passes
+    ) -> tuple[nnx.State, LossSums]:
+        """See `Loss`."""
+
+        def total(trained: nnx.State) -> tuple[Array, LossSums]:
+            model = nnx.merge(graphdef, trained, frozen)
+            hidden, _ = model.hidden(
+                batch["inputs"],
+                positions=batch["positions"],
+                segment_ids=batch["segment_ids"],
+                remat=how.remat,
+                scan=how.scan,
+            )
+            sums = self(model, hidden, batch["targets"], batch["loss_weights"])
+            return sums.nll + self.z_loss * sums.z, sums
+
+        return jax.grad(total, has_aux=True)(trained)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Loss`."""
+        return {"z_loss": self.z_loss}
 
     def _fused_refusal(self, model: Unembedding) -> str:
         if self.implementation == "chunked":
@@ -119,9 +170,9 @@ def chunked(
     def add(total: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         return jax.tree.map(jnp.add, total, one(*part)), None
 
-    zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
+    nothing = jnp.zeros((), jnp.float32)
     parts = (slices(hidden), slices(targets), slices(weights.astype(jnp.float32)))
-    return jax.lax.scan(add, zero, parts)[0]
+    return jax.lax.scan(add, LossSums(nothing, nothing, nothing), parts)[0]
 
 
 def fused(

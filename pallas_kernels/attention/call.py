@@ -17,6 +17,9 @@ class Call:
     `segment_ids` act whether or not the mask has `Segments()`. `lists` also holds the mask's own `Blocks` term, so a
     backend reads lists only here and plans the rest: `call.mask.plan(H, T, S, block_q, block_k)`. Attention sinks that
     are logits are applied outside, through lse. A backend's gradient takes (do, dlse); o has q's dtype.
+
+    With `whole` the call is one part of a larger one whose (o, lse) is known: the backend returns that, without
+    computing anything forward, and its gradient in q, k and v is this part's.
     """
 
     q: Float[Array, "B T H D"]
@@ -30,6 +33,7 @@ class Call:
     scale: float
     soft_cap: float | None
     need_lse: bool
+    whole: tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]] | None = None
 
     @property
     def key_places(self) -> Int[Array, "B S"] | None:

@@ -61,7 +61,13 @@ def attend(
         k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v))
     q, k, v = (_padded(x, interpret, is_key) for x, is_key in ((call.q, False), (k, True), (v, True)))
     tables = _tables(call, plan, settings, q.shape[1], k.shape[1])
-    if max(dim, dim_v) > 128:
+    if call.whole is not None:
+        o, lse = (
+            jnp.pad(x, [(0, q.shape[1] - length if axis == n else 0) for axis in range(x.ndim)])
+            for n, x in zip((1, 2), call.whole, strict=True)
+        )
+        o, lse = _part(settings, q, k, v, tables, o, lse)
+    elif max(dim, dim_v) > 128:
         o, lse = _with_xla_gradient(call, settings, tables)(call.q, call.k, call.v, q, k, v)
     else:
         o, lse = _attend(settings, q, k, v, tables)
@@ -113,6 +119,7 @@ def refusal(call: Call, interpret: bool = False) -> str | None:
         (not _bare(columns) and call.segment_ids is not None, "segments together with Stride or Intervals"),
         (not _bare(columns) and lists is not None, "run-time lists together with Stride or Intervals"),
         (call.segment_ids is not None and lists is not None, "segments together with run-time lists"),
+        (call.whole is not None and (max(dims) > 128 or lists is not None), "parts of head dims above 128 or of lists"),
     ]
     if lists is not None:
         sizes = f"list blocks of {lists.block_q} x {lists.block_k} are not multiples of {tb.ROW_TILE} x {tb.UNIT}"
@@ -241,6 +248,17 @@ def _attend_bwd(settings: Settings, saved, cotangent):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _part(settings: Settings, q, k, v, tables: Tables, o, lse) -> tuple[Array, Array]:
+    return o, lse
+
+
+_part.defvjp(
+    lambda settings, q, k, v, tables, o, lse: ((o, lse), (q, k, v, o, lse, tables)),
+    lambda settings, saved, cotangent: (*_attend_bwd(settings, saved, cotangent), None, None),
+)
 
 
 def _with_xla_gradient(call: Call, settings: Settings, tables: Tables):

@@ -29,6 +29,8 @@ MAX_TILES = 1024  # tiles along an axis: beyond it tiles grow, so that the visit
 def attend(call: Call) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """(o, lse) of the call; refuses nothing."""
     schedule = _schedule(call)
+    if call.whole is not None:
+        return _part(schedule.settings, call.q, call.k, call.v, schedule, *call.whole)
     return _attend(schedule.settings, call.q, call.k, call.v, schedule)
 
 
@@ -403,6 +405,17 @@ def _backward(s: Settings, residuals, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _part(settings, q, k, v, schedule, o, lse):
+    return o, lse
+
+
+_part.defvjp(
+    lambda settings, q, k, v, schedule, o, lse: ((o, lse), (q, k, v, schedule, o, lse)),
+    lambda settings, residuals, cotangents: (*_backward(settings, residuals, cotangents), None, None),
+)
 
 
 def _precision(dtype) -> lax.Precision | None:

@@ -191,7 +191,7 @@ def test_bad_masks_are_refused_by_name(make, message, unchecked):
     [
         ([[[[5]]]], [[[1]]], r"block index 5 is outside 0\.\.1"),
         ([[[[1, 0]]]], [[[2]]], "must ascend"),
-        ([[[[0]]]], [[[2]]], "count must lie in"),
+        ([[[[0]]]], [[[2]]], "count 2 is outside 0..1"),
         ([[[[0]]] * 2], [[[1]]], "must be"),
     ],
 )
