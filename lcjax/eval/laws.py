@@ -1,4 +1,4 @@
-"""One model under several position laws: perplexity of the same targets, and passkeys, in one table and one figure."""
+"""One model under several position laws: perplexity of the same targets, in one table and one figure."""
 
 import itertools
 import math
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lcjax.eval.passkey import Passkey
+from lcjax.eval.outcome import Table
 from lcjax.eval.perplexity import Perplexity
-from lcjax.eval.plots import by_position, heat_maps
-from lcjax.eval.task import Table
+from lcjax.eval.plots import by_position
 from lcjax.models.decoder import abstract
 from lcjax.positions.laws import Rope
 from lcjax.positions.remap import Remap
@@ -38,23 +37,22 @@ class Law:
 
 @dataclass(frozen=True)
 class CompareLaws:
-    """Every law on every text of `perplexities`, beside a sliding context of the trained length, and on `passkey`.
+    """Every law on every text of `perplexities`, beside a sliding context of the trained length.
 
     The targets of a text are the same for all laws. Ratios are to the sliding context. A perplexity that is asked for
     several lengths is reported for each; its `context` and `targets` stay unset.
     """
 
     laws: tuple[Law, ...]
-    perplexities: tuple[Perplexity, ...] = ()
-    passkey: Passkey | None = None
+    perplexities: tuple[Perplexity, ...]
     name: str = "laws"
 
     def __post_init__(self):
         names = [law.name for law in self.laws]
         if not names or len(set(names)) < len(names) or SLIDING in names:
             raise ValueError(f"compare_laws.laws need different names, other than {SLIDING!r}; got {', '.join(names)}")
-        if not self.perplexities and self.passkey is None:
-            raise ValueError("compare_laws has nothing to measure; give perplexities, passkey or both")
+        if not self.perplexities:
+            raise ValueError("compare_laws.perplexities is empty; give at least one text")
         for one in self.perplexities:
             if one.context is not None or one.targets is not None:
                 raise ValueError(f"compare_laws: perplexity {one.name!r} sets context or targets; leave both unset")
@@ -65,12 +63,10 @@ class CompareLaws:
             one.check()
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
-        """{text/law: {length: perplexity}, text/law/ratio: ..., passkey/law: {length: accuracy}}."""
+        """{text/law: {length: perplexity}, text/law/ratio: ...}."""
         tables: dict[str, Table] = {}
         for one in self.perplexities:
             tables |= self._perplexity(one, model, output)
-        if self.passkey is not None:
-            tables |= self._passkey(self.passkey, model, output)
         text = table_of(tables)
         (output / f"{self.name}.txt").write_text(text + "\n", encoding="utf-8")
         print(text, flush=True)
@@ -99,24 +95,6 @@ class CompareLaws:
             found[f"{one.name}/{name}/ratio"] = {
                 str(n): mean(nll, 0, n) / mean(losses[SLIDING], 0, n) for n in one.lengths
             }
-        return found
-
-    def _passkey(self, task: Passkey, model: Loaded, output: Path) -> dict[str, Table]:
-        found, grids = {}, {}
-        for law in self.laws:
-            folder = output / law.name.replace("/", "_")
-            folder.mkdir(parents=True, exist_ok=True)
-            scored = task.scored(law.apply(model))
-            task.write(scored, folder)
-            grids[law.name] = task.grid(scored)
-            found[f"{task.name}/{law.name}"] = task.table(scored)
-        heat_maps(
-            grids,
-            columns=[f"{n:,}" for n in task.lengths],
-            rows=[f"{depth:.0%}" for depth in task.depths],
-            labels=("context, tokens", "depth of the key", "share found"),
-            path=output / f"{self.name}_{task.name}.png",
-        )
         return found
 
 

@@ -155,8 +155,8 @@ class ModelSpec:
     @property
     def laws(self) -> tuple[tuple[Rope, Remap | None], ...]:
         """The different pairs of rotary law and remap, in the order of their first layers."""
-        rotary = [mixer for mixer in self.layers if getattr(mixer, "rope", None) is not None]
-        return tuple(dict.fromkeys((mixer.rope, getattr(mixer, "remap", None)) for mixer in rotary))
+        pairs = [(getattr(m, "rope", None), getattr(m, "remap", None)) for m in self.layers]
+        return tuple(dict.fromkeys((rope, remap) for rope, remap in pairs if rope is not None))
 
     @property
     def layers(self) -> tuple[Mixer, ...]:

@@ -49,7 +49,7 @@ class Randomised(Sampler):
 
 @dataclass(frozen=True)
 class E2LLM(Sampler):
-    """E2-LLM (Liu et al., arXiv 2401.06951): a scale g in 1..max_scale and an offset: one run serves every scale.
+    """E2-LLM (Liu et al., arXiv 2401.06951): a scale g in 1..max_scale and an offset: one run serves all scales.
 
     Position m becomes m / g for the first `anchors` tokens and (m + t) / g for the rest, t uniform in 0..(g - 1) T: all
     lie in the row's own range. max_scale 1 is plain. Use the model with `DynamicLinear`.

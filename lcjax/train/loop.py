@@ -26,10 +26,10 @@ from lcjax.serve import engine as serving
 from lcjax.train import state as states
 from lcjax.train.job import Train
 from lcjax.train.preempt import Preemption
-from lcjax.train.program import flags_sharding, step_program
+from lcjax.train.program import dtypes, flags_sharding, step_program
 from lcjax.train.progress import Progress
 from lcjax.train.state import TrainState
-from lcjax.train.step import Batch, batch_dtypes
+from lcjax.train.step import Batch
 from lcjax.train.watchdog import Watchdog
 
 IN_FLIGHT = 2
@@ -183,7 +183,7 @@ def place(run: Run, rows: dict[str, np.ndarray]) -> Batch:
         name: jax.make_array_from_process_local_data(
             sharding, np.asarray(rows[name], dtype)[:, run.part.columns], (run.job.batch, run.job.length)
         )
-        for name, dtype in batch_dtypes(run.job.positions is not None).items()
+        for name, dtype in dtypes(run.job).items()
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
@@ -14,7 +15,7 @@ from lcjax.parallel.rules import batch_sharding
 from lcjax.train import state as states
 from lcjax.train.job import Train
 from lcjax.train.state import TrainState
-from lcjax.train.step import Batch, Metrics, batch_dtypes, make_step
+from lcjax.train.step import BATCH_DTYPES, Batch, Metrics, make_step
 
 
 @dataclass(frozen=True)
@@ -54,5 +55,10 @@ def batch_shapes(job: Train, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtyp
     sharding = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((job.batch, job.length), dtype, sharding=sharding)
-        for name, dtype in batch_dtypes(job.positions is not None).items()
+        for name, dtype in dtypes(job).items()
     }
+
+
+def dtypes(job: Train) -> dict[str, Any]:
+    """Of the arrays of a batch: sampled positions are fractions."""
+    return BATCH_DTYPES if job.positions is None else BATCH_DTYPES | {"positions": np.float32}

@@ -27,11 +27,6 @@ BATCH_DTYPES = {
 }
 
 
-def batch_dtypes(sampled: bool) -> dict[str, Any]:
-    """Of the arrays of a batch; sampled positions are fractions."""
-    return BATCH_DTYPES | {"positions": jnp.float32} if sampled else BATCH_DTYPES
-
-
 @dataclass(frozen=True)
 class StepOptions:
     """How a step spends memory for time; none of these changes what is computed."""

@@ -15,7 +15,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.gated_linear import mosaic_gpu_parts as parts
-from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, LEVELS, WIDTH, Halves, Split, Sums, bf16, products, read, tile
+from pallas_kernels.gated_linear.mosaic_gpu_parts import (
+    CHUNK,
+    LEVELS,
+    WIDTH,
+    Halves,
+    Split,
+    Sums,
+    bf16,
+    products,
+    read,
+    tile,
+)
 
 WARPGROUPS = 3
 STATE_WARPGROUPS = 3

@@ -174,7 +174,7 @@ def per_column(vector, at=None):
 class Halves(NamedTuple):
     """Log-decays summed over the halves of each chunk, and where they are too strong for one factorisation.
 
-    Pairs (i, j) of a chunk decay by `exp(x_i - x_j)`, x being the signed sum from the chunk's middle. While neither half
+    Pairs (i, j) of a chunk decay by `exp(x_i - x_j)`, x being the signed sum from the chunk's middle. While no half
     sums to less than `-RANGE`, `q exp(x)` and `k exp(-x)` stay in range and one product gives all scores; this holds
     for any mean log-decay above -1.9. Stronger chunks go level by level.
     """
