@@ -36,8 +36,9 @@ def solve_flows(spec: ModelSpec, params: nnx.State) -> tuple[ModelSpec, nnx.Stat
     solved = {flow.law: flow.solved() for flow in model.flows}
 
     def constant(mixer: Mixer) -> Mixer:
-        rope = mixer.rope if isinstance(mixer, Attention) else None
-        return replace(mixer, rope=solved[rope]) if isinstance(rope, CLEX) else mixer
+        if isinstance(mixer, Attention) and isinstance(mixer.rope, CLEX):
+            return replace(mixer, rope=solved[mixer.rope])
+        return mixer
 
     _, rest = nnx.split_state(params, nnx.PathContains("flows"), ...)
     return replace(spec, pattern=tuple(map(constant, spec.pattern))), rest
