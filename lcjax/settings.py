@@ -43,7 +43,7 @@ CONFIGURABLES = {
     "Reports": "lcjax.train.job:Reports",
     "Sample": "lcjax.train.job:Sample",
     "StepOptions": "lcjax.train.step:StepOptions",
-    "Mesh": "lcjax.train.job:MeshSpec",
+    "Mesh": "lcjax.parallel.mesh:MeshSpec",
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",

@@ -56,6 +56,11 @@ class Engine:
             if number is not None and number < 1:
                 raise ValueError(f"Engine.{name} must be positive, got {number}")
 
+    def sizes(self, batch: int, capacity: int) -> dict[str, Any]:
+        """The sizes of the programs for `batch` requests of `capacity` tokens."""
+        own = {name: getattr(self, name) for name in ("chunk", "steps", "cache_dtype")}
+        return own | {"batch": batch, "capacity": capacity}
+
 
 class Piece(NamedTuple):
     """New text of request `index`; `done` with its last piece."""
@@ -222,8 +227,7 @@ class Generator:
 
     def _programs_for(self, batch: int, capacity: int) -> Programs:
         if (batch, capacity) not in self._programs:
-            sizes = {name: getattr(self._engine, name) for name in ("chunk", "steps", "cache_dtype")}
-            sizes |= {"batch": batch, "capacity": capacity}
+            sizes = self._engine.sizes(batch, capacity)
             self._programs[batch, capacity] = Programs(self._graphdef, self._params, self._spec, sizes)
         return self._programs[batch, capacity]
 

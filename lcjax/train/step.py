@@ -32,7 +32,7 @@ class StepOptions:
     """How a step spends memory for time; none of these changes what is computed."""
 
     accumulate: int = 1  # micro-batches per update
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "attention", "dots"] = "none"
     scan: bool = False
     exchange: Exchange = "auto"  # of full attention over a split sequence, see `lcjax.parallel.dense`
 
