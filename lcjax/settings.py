@@ -38,6 +38,7 @@ CONFIGURABLES = {
     "Cosine": "lcjax.train.optimizers:Cosine",
     "WarmupStableDecay": "lcjax.train.optimizers:WarmupStableDecay",
     "CrossEntropy": "lcjax.train.losses:CrossEntropy",
+    "AttentionTransfer": "lcjax.train.transfer:AttentionTransfer",
     "Checkpoints": "lcjax.train.job:Checkpoints",
     "Reports": "lcjax.train.job:Reports",
     "Sample": "lcjax.train.job:Sample",
@@ -58,6 +59,8 @@ CONFIGURABLES = {
     "LongRoPE": "lcjax.positions.laws:LongRoPE",
     # methods
     "Lora": "lcjax.methods.lora:Lora",
+    "Lawcat": "lcjax.methods.linearize:Lawcat",
+    "Lolcats": "lcjax.methods.linearize:Lolcats",
     "Positions": "lcjax.methods.positions:Positions",
     "NTK": "lcjax.positions.laws:NTK",
     "ByParts": "lcjax.positions.laws:ByParts",
@@ -88,6 +91,7 @@ CONFIGURABLES = {
     "Sampling": "lcjax.serve.sampling:Sampling",
     # evaluation
     "evaluate": "lcjax.eval.job:Evaluate",
+    "PasskeyTexts": "lcjax.eval.passkey_texts:PasskeyTexts",
     "perplexity": "lcjax.eval.perplexity:Perplexity",
     "passkey": "lcjax.eval.tasks.passkey:Passkey",
     "copy_recall": "lcjax.eval.copy_recall:CopyRecallProbe",

@@ -19,7 +19,7 @@ from lcjax.parallel import dense, sparse
 from lcjax.parallel.layout import Layout, current_layout, exchange, per_shard
 from lcjax.parallel.work import counting, stand_in, visible_pairs
 from pallas_kernels import LinearState
-from pallas_kernels.masks import Mask, PerHead
+from pallas_kernels.masks import Causal, Mask, PerHead
 from pallas_kernels.merge import add_sink_logits
 
 QUERY = ("batch", "length", "heads", "dim")
@@ -96,7 +96,45 @@ def _over_context(x: dense.Shard, mask: Mask, split: dense.Split) -> Result:
         return dense.by_heads(x, mask, split)
     if plain and chosen != "gather":
         return dense.ring(x, split)
-    return dense.gathered(x, mask, split)
+    call = lambda queries, k, v, **where: dense.attend(split, queries[0], k, v, mask, **where)
+    return dense.gathered((x.q,), dense.Keys(x.k, x.v, x.ids), call, split)
+
+
+def dual_chunk_attention(
+    queries: tuple[Float[Array, "B T H D"], ...],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K Dv"],
+    *,
+    chunk: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "B T H Dv"]:
+    """As `pallas_kernels.dual_chunk_attention`; over a split sequence every shard gathers the keys."""
+    q = queries[0]
+    if counting():
+        return _counted_attention(q, k, v, Causal(), return_lse=False)
+    options: dict[str, Any] = {"chunk": chunk, "scale": scale, "soft_cap": soft_cap}
+    layout = current_layout(q.shape[0], (q.shape[2], k.shape[2]), q.shape[1])
+
+    def shard(queries, k, v, ids, logits):
+        options["return_lse"] = True
+        if layout is None or layout.length is None:
+            o, lse = pk.dual_chunk_attention(queries, k, v, segment_ids=ids, **options)
+        else:
+            call = functools.partial(pk.dual_chunk_attention, **options)
+            split = dense.Split(layout.length, layout.shards, scale, soft_cap)
+            o, lse = dense.gathered(queries, dense.Keys(k, v, ids), call, split)
+        return o if logits is None else add_sink_logits(o, lse, logits)[0]
+
+    arguments = (queries, k, v, segment_ids, sink_logits)
+    if layout is None:
+        return shard(*arguments)
+    wide = layout.spec(*QUERY)
+    specs = ((wide,) * 3, wide, wide, layout.spec("batch", "length"), layout.spec("heads"))
+    specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
+    return per_shard(shard, specs, wide)(*arguments)
 
 
 def gated_linear(

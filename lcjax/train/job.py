@@ -13,7 +13,7 @@ from lcjax.checkpoint.manifest import Sections, describe
 from lcjax.data.spec import DataSpec
 from lcjax.methods.base import Method, adapt_job, adapt_model
 from lcjax.models.spec import ModelSpec
-from lcjax.parallel.mesh import make_mesh
+from lcjax.parallel.mesh import AXES, make_mesh
 from lcjax.positions.sampling import Sampler
 from lcjax.serve.sampling import Sampling
 from lcjax.serve.source import Pretrained
@@ -26,18 +26,25 @@ from lcjax.train.step import StepOptions
 class MeshSpec:
     """Degrees of the mesh axes; -1 takes the devices that are left.
 
-    slice: the TPU slice that they are meant for, such as 'v5p:4x4x4', which `--compile_for` takes if it names none.
+    dcn_*: the factor of that degree which spans several slices. slice: the TPU slice that the degrees are meant for,
+    such as 'v5p:4x4x4', which `--compile_for` takes if it names none.
     """
 
     data: int = 1
     fsdp: int = -1
     context: int = 1
     tensor: int = 1
+    dcn_data: int = 1
+    dcn_fsdp: int = 1
+    dcn_context: int = 1
+    dcn_tensor: int = 1
     slice: str | None = None
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over all devices of the run, or those given."""
-        return make_mesh(self.data, self.fsdp, self.context, self.tensor, devices=devices)
+        across = {axis: getattr(self, f"dcn_{axis}") for axis in AXES}
+        degrees = {axis: getattr(self, axis) for axis in AXES}
+        return make_mesh(**degrees, across_slices=across, devices=devices)
 
 
 @dataclass(frozen=True)
@@ -179,9 +186,9 @@ class Train:
         else:
             read = self.model.read()
             spec, weights, tokenizer = read.spec, read.params, read.tokenizer_source
-        job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=())
-        job = adapt_job(self.methods, job)
-        return replace(job, model=adapt_model(self.methods, spec)), weights
+        job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=(), trainable=())
+        job = replace(adapt_job(self.methods, job), model=adapt_model(self.methods, spec))
+        return replace(job, trainable=self.trainable or job.trainable), weights
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raise ValueError when rows or tokens don't divide over the mesh."""

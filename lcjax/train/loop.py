@@ -168,7 +168,7 @@ def next_rows(run: Run) -> dict[str, np.ndarray]:
         rows = next(run.batches)
         if sampler is None:
             return rows
-        first = jax.process_index() * len(rows["inputs"])
+        first = run.part.index * len(rows["inputs"])
         return rows | {"positions": sampler.positions(rows["inputs"], run.job.seed, run.step, first)}
     except StopIteration:
         raise TrainingStopped(
