@@ -160,8 +160,9 @@ class Train:
         else:
             read = self.model.read()
             spec, weights, tokenizer = read.spec, read.params, read.tokenizer_source
+        spec = adapt_model(self.methods, spec)  # first, since a method may lengthen the context
         job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=(), trainable=())
-        job = replace(adapt_job(self.methods, job), model=adapt_model(self.methods, spec))
+        job = adapt_job(self.methods, job)
         return replace(job, trainable=self.trainable or job.trainable), weights
 
     def check_mesh(self, mesh: Mesh) -> None:
