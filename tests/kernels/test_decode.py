@@ -151,20 +151,24 @@ def test_int8_is_within_its_bound():
 
 
 @pytest.mark.parametrize("programs", [1, 5, 132])
-def test_the_schedule_covers_every_visit_once(programs):
-    cache = contiguous((200, 1, 64, 256))
-    plan = (Causal() & (Sink(5) | Window(40))).plan(KV * GROUP, 1, 256, 1, 64)
-    s = jax.tree.map(np.asarray, schedule.make_schedule(cache, plan, None, 1, 64, programs))
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_the_schedule_covers_every_visit_once(programs, repeat):
+    visits = np.array([4, 1, 0, 2, 7, 0, 3, 1, 1, 5])
+    line = schedule.Line(lambda entry: jnp.asarray(visits, jnp.int32)[entry], len(visits), repeat)
+    pairs, total = np.repeat(visits, repeat), int(line.total())
     seen = []
-    for c in range(programs):
-        pair, visit, left = int(s.first_pair[c]), int(s.first_visit[c]), int(s.work[c])
-        while left:
-            n = min(int(s.visits[pair]) - visit, left)
-            assert s.owner[pair, 0] <= c <= s.owner[pair, 1]
-            seen += [(pair, visit + m) for m in range(n)]
-            pair, visit, left = pair + 1, 0, left - n
-    assert seen == [(p, n) for p in range(8) for n in range(s.visits[p])]
-    assert s.work.max() - s.work.min() <= 1
+    for program in range(programs):
+        begin, work = (int(x) for x in schedule.share(jnp.int32(total), program, programs))
+        pair, visit = (int(x) for x in line.locate(jnp.int32(begin)))
+        while work:
+            n = min(int(pairs[pair]) - visit, work)
+            start, held = (int(x) for x in line.start(jnp.int32(pair)))
+            assert held == pairs[pair]
+            for m in range(visit, visit + n):
+                assert int(schedule.program_of(jnp.int32(start + m), jnp.int32(total), programs)) == program
+            seen += [(pair, m) for m in range(visit, visit + n)]
+            pair, visit, work = pair + 1, 0, work - n
+    assert seen == [(p, n) for p in range(len(pairs)) for n in range(pairs[p])]
 
 
 def test_block_scores_bound_every_key():
