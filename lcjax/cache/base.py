@@ -57,11 +57,23 @@ class AttentionCache(Protocol):
         """k, v `[B,T,K,D]` follow the tokens held. `valid[B,T]` marks real tokens; padding is on the right."""
         ...
 
+    def prepare(self, q: Array) -> "AttentionCache":
+        """What the queries of the last append change before they attend: a choice of pages, or nothing."""
+        ...
+
     def attend(self, q: Array, mask: Any, **options: Unpack[Options]) -> tuple[Array, Array | None]:
         """q `[B,T,H,D]` of the last T appended tokens -> (o `[B,T,H,Dv]` in q's dtype, lse `[B,H,T]` float32).
 
         Rows of padding hold finite values without meaning.
         """
+        ...
+
+    def fork(self, rows: Counts) -> "AttentionCache":
+        """A cache whose request i continues request `rows[i]` of this one; several may continue the same."""
+        ...
+
+    def evict(self, drop: Bool[Array, "B"]) -> "AttentionCache":
+        """Forget the requests marked in `drop`: their rows are empty again."""
         ...
 
 
@@ -102,10 +114,10 @@ def known_empty(length: Counts) -> bool:
     return isinstance(length, np.ndarray) and not length.any()
 
 
-def write_first(buffer: Float[Array, "B S K D"], new: Float[Array, "B T K D"]) -> Float[Array, "B S K D"]:
+def write_first(buffer: Array, new: Array, axis: int = 1) -> Array:
     """Put the first chunk into an empty buffer. Padding goes along: later tokens replace it before it is seen."""
-    fits = new[:, : buffer.shape[1]].astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice(buffer, fits, (0, 0, 0, 0))
+    fits = jax.lax.slice_in_dim(new, 0, min(new.shape[axis], buffer.shape[axis]), axis=axis)
+    return jax.lax.dynamic_update_slice(buffer, fits, (0,) * buffer.ndim)
 
 
 def write_slots(
@@ -115,14 +127,32 @@ def write_slots(
     keep: Bool[Array, "B T"] | None,
 ) -> Float[Array, "B S K D"]:
     """Put each new row into its slot; rows with `keep` false are dropped. In place when `buffer` is donated."""
-    batch, tokens = slot.shape
-    if keep is not None:
-        # Distinct slots past the end: the scatter drops them and stays free of duplicates.
-        slot = jnp.where(keep, slot, buffer.shape[1] + jnp.arange(tokens, dtype=slot.dtype))
-    rows = jnp.arange(batch)[:, None]
-    written = buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
+    slot = dropped(slot, keep, buffer.shape[1])
+    return written(buffer.at[jnp.arange(slot.shape[0])[:, None], slot], new)
+
+
+def dropped(slot: Int[Array, "B T"], keep: Bool[Array, "B T"] | None, end: int) -> Int[Array, "B T"]:
+    """The slots, those with `keep` false moved past `end`: a scatter drops them, and stays free of duplicates."""
+    if keep is None:
+        return slot
+    return jnp.where(keep, slot, end + jnp.arange(slot.shape[1], dtype=slot.dtype))
+
+
+def written(place: Any, new: Array) -> Array:
+    """The buffer with `new` at `place` (`buffer.at[...]`), which names no slot twice."""
+    buffer = place.set(new, mode="drop", unique_indices=True)
     # Fused into its reader, the write would be done twice, and the second time on a copy of the cache.
-    return jax.lax.optimization_barrier(written)
+    return jax.lax.optimization_barrier(buffer)
+
+
+def take_rows(rows: Counts, *arrays: Any) -> list[Any]:
+    """Rows of arrays whose first axis is the batch; None stays None."""
+    return [None if x is None else jnp.asarray(x)[jnp.asarray(rows)] for x in arrays]
+
+
+def emptied(drop: Bool[Array, "B"], *counts: Counts) -> list[Array]:
+    """The counts, zero where `drop`."""
+    return [jnp.where(drop, 0, jnp.asarray(x)) for x in counts]
 
 
 def traced(x: Any) -> bool:

@@ -68,6 +68,6 @@ class AttentionLayer(nnx.Module):
             o = block_sparse_attention(q, k, v, self.mixer.mask(), segment_ids=context.segment_ids, **options)
             o = cast(jax.Array, o)
         else:
-            cache = cache.append(k, v, context.valid)
+            cache = cache.append(k, v, context.valid).prepare(q)
             o, _ = cache.attend(q, self.mixer.mask(), return_lse=False, **options)
         return self.out(o), cache

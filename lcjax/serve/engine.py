@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcjax.cache import cache_bytes
+from lcjax.cache import CacheLayout, cache_bytes
 from lcjax.models.spec import ModelSpec
 from lcjax.serve.programs import Programs
 from lcjax.serve.report import Report
@@ -38,14 +38,15 @@ class Engine:
 
     capacity: tokens of prompt and answer that one request may need (None: the model's trained context). Caches are
     made in a few sizes up to it, so that another prompt of similar length compiles nothing.
-    batch: most requests at once. chunk: prompt tokens read at a time. steps: tokens written a dispatch.
+    batch: most requests at once. chunk: prompt tokens read at a time. steps: tokens written a dispatch. cache:
+    how keys and values are kept.
     """
 
     capacity: int | None = None
     batch: int = 8
     chunk: int = 256
     steps: int = 8
-    cache_dtype: str | None = None  # None: the model's compute dtype
+    cache: CacheLayout = field(default_factory=CacheLayout)
 
     def __post_init__(self):
         for name in ("capacity", "batch", "chunk", "steps"):
@@ -211,7 +212,7 @@ class Generator:
 
     def _programs_for(self, batch: int, capacity: int) -> Programs:
         if (batch, capacity) not in self._programs:
-            sizes = {name: getattr(self._engine, name) for name in ("chunk", "steps", "cache_dtype")}
+            sizes = {name: getattr(self._engine, name) for name in ("chunk", "steps", "cache")}
             sizes |= {"batch": batch, "capacity": capacity}
             self._programs[batch, capacity] = Programs(self._graphdef, self._params, self._spec, sizes)
         return self._programs[batch, capacity]

@@ -10,6 +10,8 @@ The rows of the product are then channels in another order, which `store_transpo
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
@@ -77,7 +79,7 @@ def _widened_pair(first: ir.Value, second: ir.Value, byte: int) -> ir.Value:
         " sub.rn.bf16x2 $0, a, b; }"
     )
     constants = [_constant(x) for x in (selector, LOW, SIGN, BIAS)]
-    out = llvm.inline_asm(i32, [first, second, *constants], asm, "=r,r,r,n,n,n,n")
+    out: Any = llvm.inline_asm(i32, [first, second, *constants], asm, "=r,r,r,n,n,n,n")
     return utils.bitcast(out, ir.VectorType.get((2,), ir.BF16Type.get()))
 
 

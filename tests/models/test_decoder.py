@@ -106,7 +106,7 @@ def test_cached_ragged_chunks_equal_one_pass(name):
         hidden, caches = model.hidden(ids, caches=caches, valid=valid)
         return model.logits(hidden), caches
 
-    caches = init_caches(spec, batch=2, capacity=32, dtype=jnp.float32, chunk=6)
+    caches = init_caches(spec, batch=2, capacity=32, chunk=6)
     done = np.zeros(2, int)
     for counts in ((6, 4), (5, 6), (6, 1), (1, 1), (0, 1)):
         width = max(counts)
