@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,11 +21,11 @@ import jax.numpy as jnp
 
 import pallas_kernels as pk
 from benchmarks import common
-from pallas_kernels.decode import api, mosaic_gpu
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 LAYERS = 12
 BLOCK = 64
+LIMIT = 1e-2  # relative error
 type Step = Callable[..., jax.Array]  # (q, cache, ...) -> o
 
 
@@ -31,7 +33,7 @@ def draw(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
-def make_cache(batch: int, size: int, dtype: Any, seed: int = 0) -> pk.KVCache:
+def make_cache(seed: int, batch: int, size: int, dtype: Any) -> pk.KVCache:
     lengths = jnp.full((batch,), size, jnp.int32)
     shape = (batch, size, KV_HEADS, DIM)
     if dtype == jnp.bfloat16:
@@ -41,22 +43,13 @@ def make_cache(batch: int, size: int, dtype: Any, seed: int = 0) -> pk.KVCache:
     return pk.KVCache(codes(seed), codes(seed + 1), lengths, factors(seed + 2), factors(seed + 3))
 
 
-def milliseconds(step: Step, q: jax.Array, caches: list[pk.KVCache], *rest: Any, layers: int = LAYERS) -> float:
-    """Milliseconds a layer of a program of `layers` layers in a row."""
-
-    @jax.jit
-    def run(q, caches, *rest):
-        for layer in range(layers):
-            q = q + 1e-6 * step(q, caches[layer % len(caches)], *rest).astype(q.dtype)
-        return q
-
-    return common.milliseconds(run, q, caches, *rest)["ms"] / layers
-
-
-def output(o: Any) -> jax.Array:
-    """`o` alone: no lse was asked for."""
+def attend(implementation: str, q: jax.Array, cache: pk.KVCache, lists: pk.BlockList | None = None) -> jax.Array:
+    o = pk.decode_attention(q, cache, lists=lists, implementation=implementation)
     assert isinstance(o, jax.Array)
     return o
+
+
+ours, plain = functools.partial(attend, "mosaic_gpu"), functools.partial(attend, "xla")
 
 
 def cudnn(q: jax.Array, cache: pk.KVCache) -> jax.Array:
@@ -65,74 +58,95 @@ def cudnn(q: jax.Array, cache: pk.KVCache) -> jax.Array:
     )
 
 
-def ours(q: jax.Array, cache: pk.KVCache, tiles: mosaic_gpu.Tiles | None = None, lists: Any = None) -> jax.Array:
-    previous, api.BACKENDS["mosaic_gpu"] = api.BACKENDS["mosaic_gpu"], lambda call: mosaic_gpu.attend(call, tiles)
-    try:
-        return output(pk.decode_attention(q, cache, lists=lists, implementation="mosaic_gpu"))
-    finally:
-        api.BACKENDS["mosaic_gpu"] = previous
+def choose(keep: int, q: jax.Array, lengths: jax.Array, bounds: pk.BlockBounds) -> pk.BlockList:
+    return pk.select_blocks(pk.block_scores(q, bounds), lengths, keep // BLOCK, BLOCK, first=1, last=2)
 
 
-def plain(q: jax.Array, cache: pk.KVCache, lists: Any = None) -> jax.Array:
-    return output(pk.decode_attention(q, cache, lists=lists, implementation="xla"))
+class Programs:
+    """Compiles side by side, before anything is timed."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(8)
+
+    def compile(self, run: Callable, *shapes: Any) -> Future:
+        return self._pool.submit(lambda: jax.jit(run).lower(*shapes).compile())
+
+    def layers(self, step: Step, q: Any, cache: Any, *rest: Any, layers: int = LAYERS) -> Future:
+        """`layers` layers in a row, over two caches in turn."""
+
+        def run(q, caches, *rest):
+            for layer in range(layers):
+                q = q + 1e-6 * step(q, caches[layer % 2], *rest).astype(q.dtype)
+            return q
+
+        return self.compile(run, q, (cache, cache), *rest)
 
 
-def gate(step: Step, q: jax.Array, cache: pk.KVCache, lists: Any = None) -> float:
-    """Relative error against the XLA backend; GateError where it is not below 1 %."""
-    reference = jax.jit(plain)(q, cache, lists)
-    return common.gate("decode_attention", jax.jit(step)(q, cache), reference, 1e-2)["decode_attention"]
-
-
-def dense_rows(batch: int, size: int, dtype: Any, copy: float, variants: list[mosaic_gpu.Tiles]) -> list[dict]:
-    """Ours, with each of `variants` as well; cuDNN where it can; XLA at 32K."""
-    caches = [make_cache(batch, size, dtype, seed) for seed in (0, 5)]
+def dense_case(programs: Programs, batch: int, size: int, dtype: Any) -> Callable[[float], list[dict[str, Any]]]:
+    """Starts compiling; the result measures ours, cuDNN where it can, and XLA at the shortest length."""
+    make = jax.jit(functools.partial(make_cache, batch=batch, size=size, dtype=dtype))
     q = draw(9, batch, 1, HEADS, DIM)
-    case = {"batch": batch, "length": size, "dtype": jnp.dtype(dtype).name}
-    rows: list[dict[str, Any]] = []
-
-    def add(backend: str, step: Step, layers: int = LAYERS, **more: Any) -> None:
-        ms = milliseconds(step, q, caches, layers=layers)
-        rows.append(case | {"backend": backend, "ms": ms, "of_copy": caches[0].bytes / (ms * 1e-3) / copy} | more)
-        print(rows[-1], flush=True)
-
-    add("mosaic_gpu", ours, error=gate(ours, q, caches[0]))
-    for tiles in variants:
-        add("mosaic_gpu", functools.partial(ours, tiles=tiles), tiles=str(tiles))
+    cache = jax.eval_shape(make, 0)
+    checks = [programs.compile(step, q, cache) for step in (ours, plain)]
+    timed = {"mosaic_gpu": (programs.layers(ours, q, cache), LAYERS)}
     if dtype == jnp.bfloat16:
-        add("cudnn", cudnn)
-    if size == 32768:
-        add("xla", plain, layers=2)
-    return rows
+        timed["cudnn"] = programs.layers(cudnn, q, cache), LAYERS
+    if size <= 32768:
+        timed["xla"] = programs.layers(plain, q, cache, layers=2), 2
+
+    def measure(copy: float) -> list[dict[str, Any]]:
+        caches = make(0), make(5)
+        case = {"batch": batch, "length": size, "dtype": jnp.dtype(dtype).name}
+        found, wanted = (check.result()(q, caches[0]) for check in checks)
+        error = common.gate("decode_attention", found, wanted, LIMIT)["decode_attention"]
+        rows = []
+        for backend, (program, layers) in timed.items():
+            ms = common.milliseconds(program.result(), q, caches)["ms"] / layers
+            rows.append(case | {"backend": backend, "ms": ms, "of_copy": caches[0].bytes / (ms * 1e-3) / copy})
+        rows[0]["error"] = error
+        return rows
+
+    return measure
 
 
-def selected_row(size: int, keep: int) -> dict[str, Any]:
+def selected_case(programs: Programs, size: int, keep: int) -> Callable[[], dict[str, Any]]:
     """One request of `size` tokens that reads `keep` of them, chosen by block bounds; all of them; and the parts."""
-    caches = [make_cache(1, size, jnp.bfloat16, seed) for seed in (0, 5)]
+    make = jax.jit(functools.partial(make_cache, batch=1, size=size, dtype=jnp.bfloat16))
+    bound = lambda cache: pk.block_bounds(cache.k, cache.lengths, BLOCK)
+    pick = functools.partial(choose, keep)
+    both = lambda q, cache, bounds: ours(q, cache, pick(q, cache.lengths, bounds))
     q = draw(9, 1, 1, HEADS, DIM)
-    bounds = jax.jit(functools.partial(pk.block_bounds, block=BLOCK))(caches[0].k, caches[0].lengths)
+    cache = jax.eval_shape(make, 0)
+    bounds = jax.eval_shape(bound, cache)
+    lists = jax.eval_shape(pick, q, cache.lengths, bounds)
+    bounding, picking = programs.compile(bound, cache), programs.compile(pick, q, cache.lengths, bounds)
+    checks = [programs.compile(step, q, cache, lists) for step in (ours, plain)]
+    timed = {
+        "dense": (programs.layers(ours, q, cache), None),
+        "attention": (programs.layers(ours, q, cache, lists), "lists"),
+        "scores, top n and attention": (programs.layers(both, q, cache, bounds), "bounds"),
+    }
 
-    def choose(q, lengths, bounds):
-        return pk.select_blocks(pk.block_scores(q, bounds), lengths, keep // BLOCK, BLOCK, first=1, last=2)
+    def measure() -> dict[str, Any]:
+        caches = make(0), make(5)
+        given: dict[Any, Any] = {"bounds": bounding.result()(caches[0])}
+        given["lists"] = picking.result()(q, caches[0].lengths, given["bounds"])
+        found, wanted = (check.result()(q, caches[0], given["lists"]) for check in checks)
+        error = common.gate("selected", found, wanted, LIMIT)["selected"]
+        row: dict[str, Any] = {"length": size, "read": keep, "error": error}
+        for name, (program, rest) in timed.items():
+            arguments = (q, caches) if rest is None else (q, caches, given[rest])
+            row[f"{name} ms"] = common.milliseconds(program.result(), *arguments)["ms"] / LAYERS
+            row[f"{name}, times faster"] = row["dense ms"] / row[f"{name} ms"]
+        return row
 
-    lists = jax.jit(choose)(q, caches[0].lengths, bounds)
-    chosen = functools.partial(ours, lists=lists)
-    row: dict[str, Any] = {"length": size, "read": keep, "error": gate(chosen, q, caches[0], lists)}
-    row["dense ms"] = milliseconds(ours, q, caches)
-    row["attention ms"] = milliseconds(chosen, q, caches)
-    row["scores, top n and attention ms"] = milliseconds(
-        lambda q, cache, bounds: ours(q, cache, lists=choose(q, cache.lengths, bounds)), q, caches, bounds
-    )
-    for name in ("attention", "scores, top n and attention"):
-        row[f"{name}, times faster"] = row["dense ms"] / row[f"{name} ms"]
-    print(row, flush=True)
-    return row
+    return measure
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Decode attention against a copy, cuDNN and plain XLA.")
     parser.add_argument("--out", type=pathlib.Path, default=common.RESULTS / "decode_nvidia_h100_80gb_hbm3.json")
     parser.add_argument("--commit", help="of the code, where it runs outside of its repository")
-    parser.add_argument("--tune", nargs="*", default=[], metavar="BLOCK,STAGES,PROGRAMS", help="more tiles to time")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--lengths", type=int, nargs="*", default=[32768, 131072])
     parser.add_argument("--selected", type=int, default=1 << 20, help="tokens of the selection case; 0 leaves it out")
@@ -141,23 +155,27 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    variants = [mosaic_gpu.Tiles(*(int(n) for n in text.split(","))) for text in args.tune]
+    programs = Programs()
+    cases = [
+        dense_case(programs, batch, size, dtype)
+        for dtype, batch, size in itertools.product((jnp.bfloat16, jnp.int8), args.batches, args.lengths)
+    ]
+    selected = [selected_case(programs, args.selected, 4096)] if args.selected else []
     copy = common.copy_bandwidth()
-    rows = []
-    for dtype in (jnp.bfloat16, jnp.int8):
-        for batch in args.batches:
-            for size in args.lengths:
-                rows += dense_rows(batch, size, dtype, copy, variants)
+    rows: list[dict[str, Any]] = []
+    for measure in cases:
+        rows += measure(copy)
+        print(common.table(rows[-3:], ("batch", "length", "dtype", "backend", "ms", "of_copy", "error")), flush=True)
     record = {
         **common.environment(args.commit),
         "convention": __doc__,
         "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "layers in a program": LAYERS},
         "copy_bytes_per_s": copy,
         "rows": rows,
-        "selected": [selected_row(args.selected, 4096)] if args.selected else [],
+        "selected": [measure() for measure in selected],
     }
     common.write(args.out, record)
-    print(common.table(rows, ("batch", "length", "dtype", "backend", "tiles", "ms", "of_copy", "error")))
+    print(record["selected"])
 
 
 if __name__ == "__main__":

@@ -267,7 +267,12 @@ def visible(tiles: Tiles, shape: Shape, refs, batch, head):
     def keep(logical, static):
         key = iota(0) + logical * tiles.block
         if shape.ring >= 0:
-            key = slot_to_position(shape, key, length)
+            position = slot_to_position(shape, key, length)
+            key = (
+                jnp.where(key < shape.capacity, position, jnp.int32(2**30))
+                if shape.capacity % tiles.block
+                else position
+            )
         seen = key <= query
         if not shape.masked:
             return seen
