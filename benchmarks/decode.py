@@ -67,9 +67,16 @@ class Programs:
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(8)
+        self._all: list[Future] = []
 
     def compile(self, run: Callable, *shapes: Any) -> Future:
-        return self._pool.submit(lambda: jax.jit(run).lower(*shapes).compile())
+        self._all.append(self._pool.submit(lambda: jax.jit(run).lower(*shapes).compile()))
+        return self._all[-1]
+
+    def finish(self) -> None:
+        """Wait for all: XLA tries its own variants on the device while it compiles."""
+        for program in self._all:
+            program.result()
 
     def layers(self, step: Step, q: Any, cache: Any, *rest: Any, layers: int = LAYERS) -> Future:
         """`layers` layers in a row, over two caches in turn."""
@@ -161,6 +168,7 @@ def main() -> None:
         for dtype, batch, size in itertools.product((jnp.bfloat16, jnp.int8), args.batches, args.lengths)
     ]
     selected = [selected_case(programs, args.selected, 4096)] if args.selected else []
+    programs.finish()
     copy = common.copy_bandwidth()
     rows: list[dict[str, Any]] = []
     for measure in cases:
