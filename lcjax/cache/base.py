@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pallas_kernels import block_sparse_attention
+from lcjax.parallel import ops
 from pallas_kernels.masks import Mask
 
 type Counts = Int[Array | np.ndarray, "B"]
@@ -77,13 +77,31 @@ class AttentionCache(Protocol):
         ...
 
 
+@runtime_checkable
+class SlotCache(AttentionCache, Protocol):
+    """A cache with a slot a token and keys as floats: what layers need that rotate keys as they read them."""
+
+    @property
+    def k(self) -> Array:
+        """The keys `[B,S,K,D]` in their slots."""
+        ...
+
+    def positions(self) -> Array:
+        """The absolute position `[B,S]` of the token in each slot; -1 where a slot is known to be empty."""
+        ...
+
+    def with_keys(self, k: Array) -> "SlotCache":
+        """The same tokens with other keys in the slots, to attend with once."""
+        ...
+
+
 def through_op(
     q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K Dv"], mask: Mask, **options: Any
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"] | None]:
     """`block_sparse_attention` in the cache's dtype, with a pair as result whether or not lse was asked for."""
     if options.pop("return_lse", True):
         return with_lse(q, k, v, mask, **options)
-    o = block_sparse_attention(q.astype(k.dtype), k, v, mask, **options)
+    o = ops.attention(q.astype(k.dtype), k, v, mask, **options)
     assert not isinstance(o, tuple)
     return o.astype(q.dtype), None
 
@@ -92,7 +110,7 @@ def with_lse(
     q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K Dv"], mask: Mask, **options: Any
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """As `through_op`, and always with lse."""
-    out = block_sparse_attention(q.astype(k.dtype), k, v, mask, return_lse=True, **options)
+    out = ops.attention(q.astype(k.dtype), k, v, mask, return_lse=True, **options)
     assert isinstance(out, tuple)
     return out[0].astype(q.dtype), out[1]
 
@@ -121,11 +139,11 @@ def write_first(buffer: Array, new: Array, axis: int = 1) -> Array:
 
 
 def write_slots(
-    buffer: Float[Array, "B S K D"],
-    new: Float[Array, "B T K D"],
+    buffer: Shaped[Array, "B S K D"],
+    new: Shaped[Array, "B T K D"],
     slot: Int[Array, "B T"],
     keep: Bool[Array, "B T"] | None,
-) -> Float[Array, "B S K D"]:
+) -> Shaped[Array, "B S K D"]:
     """Put each new row into its slot; rows with `keep` false are dropped. In place when `buffer` is donated."""
     slot = dropped(slot, keep, buffer.shape[1])
     return written(buffer.at[jnp.arange(slot.shape[0])[:, None], slot], new)

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels as pk
 from lcjax.cache.base import (
@@ -62,6 +62,10 @@ class DenseCache:
         """Bytes of keys and values: 2 B S K D times the width of the dtype (K and V of equal width); int8: D + 4."""
         return stored_bytes(self.k, self.v, self.k_scale, self.v_scale)
 
+    def with_keys(self, k: Float[Array, "B S K E"]) -> "DenseCache":
+        """The same tokens with other keys in the slots."""
+        return replace(self, k=k)
+
     def append(
         self, k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], valid: Bool[Array, "B T"] | None = None
     ) -> "DenseCache":
@@ -102,6 +106,10 @@ class DenseCache:
         pairs = (self.k, self.k_scale), (self.v, self.v_scale)
         k, v = (decode(cut(stored, 1), cut(factors, 2), dtype) for stored, factors in pairs)
         return k, v
+
+    def positions(self) -> Int[Array, "B S"]:
+        """The absolute position of the token in each slot."""
+        return jnp.broadcast_to(jnp.arange(self.capacity, dtype=jnp.int32), self.k.shape[:2])
 
     def attend(
         self, q: Float[Array, "B T H D"], mask: Mask, **options: Unpack[Options]

@@ -11,9 +11,11 @@ from lcjax.cache.paged import PAGE, PagedCache
 from lcjax.cache.recurrent import RecurrentCache, zero_state
 from lcjax.cache.ring import RingCache
 from lcjax.cache.selected import SelectedCache, Selection
+from lcjax.positions.tables import rotates_at_read
 
 if TYPE_CHECKING:
-    from lcjax.models.spec import GatedLinear, ModelSpec
+    from lcjax.models.recurrent import RecurrentMixer
+    from lcjax.models.spec import ModelSpec
 
 type Cache = DenseCache | RingCache | PagedCache | SelectedCache | RecurrentCache
 
@@ -24,8 +26,8 @@ class CacheLayout:
 
     kind: 'dense', a slot a token, or 'paged', with `page` tokens a page. dtype: 'float32', 'bfloat16' or 'int8' (codes
     with a factor a token and KV head); None is the model's compute dtype. selection: read only some pages of a long
-    context. Layers with a window have a ring in the compute dtype (or the float `dtype`) and read all of it, recurrent
-    layers a float32 state.
+    context. Layers with a window have a ring of floats and read all of it, layers that rotate keys as they read them a
+    dense cache of floats, recurrent layers a float32 state.
     """
 
     kind: Literal["dense", "paged"] = "dense"
@@ -64,13 +66,15 @@ def cache_bytes(caches: tuple[Cache, ...]) -> int:
 def _init(mixer: Any, spec: "ModelSpec", batch: int, capacity: int, layout: CacheLayout, chunk: int) -> Cache:
     dtype = jnp.dtype(layout.dtype or spec.compute_dtype)
     floats = spec.compute_dtype if dtype == jnp.int8 else dtype
-    if hasattr(mixer, "conv_width"):
+    if hasattr(mixer, "memory"):
         return _recurrent(mixer, spec, batch, floats)
     if mixer.window is not None and mixer.sink + mixer.window + chunk - 1 < capacity:
         return RingCache.init(
             batch, mixer.window, spec.num_kv_heads, spec.head_dim, floats, sink=mixer.sink, chunk=chunk
         )
     shape = batch, capacity, spec.num_kv_heads, spec.head_dim
+    if mixer.remap is not None or rotates_at_read(mixer.rope, None):
+        return DenseCache.init(*shape, floats)
     paged = layout.kind == "paged"
     cache = PagedCache.init(*shape, dtype, page=layout.page) if paged else DenseCache.init(*shape, dtype)
     if layout.selection is None or mixer.window is not None:
@@ -78,9 +82,7 @@ def _init(mixer: Any, spec: "ModelSpec", batch: int, capacity: int, layout: Cach
     return SelectedCache.around(cache, layout.selection, spec.num_kv_heads)
 
 
-def _recurrent(mixer: "GatedLinear", spec: "ModelSpec", batch: int, dtype: DTypeLike) -> RecurrentCache:
-    heads = mixer.num_heads or spec.num_heads
-    key_dim, value_dim = mixer.key_dim or spec.head_dim, mixer.value_dim or spec.head_dim
-    widths = {"q": heads * key_dim, "k": heads * key_dim, "v": heads * value_dim} if mixer.conv_width else {}
-    tails = {name: jnp.zeros((batch, mixer.conv_width - 1, width), dtype) for name, width in widths.items()}
-    return RecurrentCache.init(zero_state(batch, heads, key_dim, value_dim, mixer.normalise), tails)
+def _recurrent(mixer: "RecurrentMixer", spec: "ModelSpec", batch: int, dtype: DTypeLike) -> RecurrentCache:
+    memory = mixer.memory(spec)
+    tails = {name: jnp.zeros((batch, held, channels), dtype) for name, (held, channels) in memory.tails.items()}
+    return RecurrentCache.init(zero_state(batch, memory.heads, memory.keys, memory.values, memory.normalise), tails)

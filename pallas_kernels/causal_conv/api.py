@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_linear.segments import read_segments
+from pallas_kernels.gated_linear.segments import Segments, read_segments
 
 Activation = Literal["silu"]
 
@@ -38,26 +38,19 @@ def causal_conv1d(
     Raises:
       ValueError: a width out of range, a shape that does not fit, an unknown activation, a concrete id that decreases.
     """
-    width = _check(x, w, tail, activation)
+    width = check(x, w, tail, activation)
     batch, length, channels = x.shape
     tail = jnp.zeros((batch, width - 1, channels), x.dtype) if tail is None else tail.astype(x.dtype)
     if segment_ids is None:
         padded = jnp.concatenate([tail, x], axis=1)
-        taps = [padded[:, i : i + length] for i in range(width)]
-        return _finish(taps, w, bias, activation), padded[:, length:]
+        return convolve(padded, None, w, bias, activation), padded[:, length:]
     segments = read_segments(segment_ids)
-    x = jnp.where(segments.valid[..., None], x, 0)
-    padded = jnp.concatenate([tail, x], axis=1)
-    ids = jnp.concatenate([jnp.broadcast_to(segments.ids[:, :1], (batch, width - 1)), segments.ids], axis=1)
-    near = [(ids[:, i : i + length] == segments.ids)[..., None] for i in range(width)]
-    taps = [jnp.where(near[i], padded[:, i : i + length], 0) for i in range(width)]
-    y = jnp.where(segments.valid[..., None], _finish(taps, w, bias, activation), 0)
-    count = length - jnp.argmax(segments.valid[:, ::-1], axis=1)  # tokens up to the last valid one
-    count = jnp.where(segments.valid.any(axis=1), count, 0)
-    where = count[:, None] + jnp.arange(width - 1)
-    last = jnp.take_along_axis(padded, where[..., None], axis=1)
-    same = jnp.take_along_axis(ids, where, axis=1) == segments.ids[:, -1:]
-    return y, jnp.where(same[..., None], last, 0)
+    padded = jnp.concatenate([tail, jnp.where(segments.valid[..., None], x, 0)], axis=1)
+    ids = ids_with_tail(segments, width)
+    y = convolve(padded, ids, w, bias, activation)
+    where, same = last_inputs(segments, ids, width)
+    last = jnp.where(same, jnp.take_along_axis(padded, where[..., None], axis=1), 0)
+    return jnp.where(segments.valid[..., None], y, 0), last
 
 
 def causal_conv1d_step(
@@ -73,14 +66,41 @@ def causal_conv1d_step(
     return y[:, 0], tail
 
 
-def _finish(taps, w, bias, activation):
-    acc = jnp.promote_types(taps[0].dtype, jnp.float32)
-    y = sum(tap.astype(acc) * w[i].astype(acc) for i, tap in enumerate(taps))
+def convolve(
+    padded: Float[Array, "B T1 C"], ids: Int[Array, "B T1"] | None, w: Float[Array, "W C"], bias, activation
+) -> Float[Array, "B T C"]:
+    """Outputs of the last T of `T1 = W - 1 + T` inputs; a tap counts where its id is that of the current token."""
+    width = len(w)
+    length = padded.shape[1] - width + 1
+    acc = jnp.promote_types(padded.dtype, jnp.float32)
+    y = jnp.zeros((), acc)
+    for i in range(width):
+        tap = padded[:, i : i + length]
+        if ids is not None:
+            tap = jnp.where((ids[:, i : i + length] == ids[:, width - 1 :])[..., None], tap, 0)
+        y = y + tap.astype(acc) * w[i].astype(acc)
     y = y if bias is None else y + bias.astype(acc)
-    return (jax.nn.silu(y) if activation == "silu" else y).astype(taps[0].dtype)
+    return (jax.nn.silu(y) if activation == "silu" else y).astype(padded.dtype)
 
 
-def _check(x, w, tail, activation) -> int:
+def ids_with_tail(segments: Segments, width: int) -> Int[Array, "B T1"]:
+    """Ids of the W-1 inputs before the row, which belong to its first segment, and of the row."""
+    before = jnp.broadcast_to(segments.ids[:, :1], (segments.ids.shape[0], width - 1))
+    return jnp.concatenate([before, segments.ids], axis=1)
+
+
+def last_inputs(segments: Segments, ids: Int[Array, "B T1"], width: int):
+    """Where the W-1 inputs up to the last valid one lie among a row's inputs with its tail `[B, W-1]`, and which of
+    them belong to the last segment `[B, W-1, 1]`."""
+    length = segments.valid.shape[1]
+    count = length - jnp.argmax(segments.valid[:, ::-1], axis=1)  # tokens up to the last valid one
+    count = jnp.where(segments.valid.any(axis=1), count, 0)
+    where = count[:, None] + jnp.arange(width - 1)
+    return where, (jnp.take_along_axis(ids, where, axis=1) == segments.ids[:, -1:])[..., None]
+
+
+def check(x, w, tail, activation) -> int:
+    """The width, of arguments that fit."""
     width, channels = w.shape
     if not 2 <= width <= 8:
         raise ValueError(f"w has width {width}: causal_conv1d takes widths 2 to 8")

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments
+from pallas_kernels.checks import check_values
+from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments, varying_like
 from pallas_kernels.gated_linear.reference import gated_linear_reference, step
 from pallas_kernels.gated_linear.segments import Segments, read_segments
 from pallas_kernels.gated_linear.xla import gated_linear_xla
@@ -62,23 +62,11 @@ def gated_linear_attention(
       ValueError: a shape that does not fit, a positive concrete log_decay, a concrete segment id that decreases.
       Unsupported: no backend, or not the named one, can run the call; every reason is listed.
     """
-    _check_shapes(q, k, v, log_decay, beta)
-    if normalise and beta is not None:
-        raise ValueError(
-            "normalise=True has no meaning with beta, whose writes are not a sum of weights: leave one of them out"
-        )
-    if log_decay is not None and not isinstance(log_decay, jax.core.Tracer):
-        largest = float(np.max(np.asarray(log_decay, np.float32), initial=-np.inf))
-        if not largest <= 0 and segment_ids is None:
-            raise ValueError(
-                f"log_decay has the value {largest}: a log-decay is at most 0, so that states fade and never grow"
-            )
-    state = _initial_state(q, v, initial_state, normalise)
     segments = None if segment_ids is None else read_segments(segment_ids)
-    scale = float(scale if scale is not None else 1.0 if normalise else q.shape[-1] ** -0.5)
-    _check_decay(log_decay, segments)
-    problem = Problem(q, k, v, log_decay, beta, state, segments, scale)
-    return dispatch("gated_linear_attention", BACKENDS, ORDER[platform()], implementation)(problem)
+    problem = make_problem(
+        q, k, v, log_decay, beta=beta, state=initial_state, segments=segments, normalise=normalise, scale=scale
+    )
+    return solver(implementation)(problem)
 
 
 def recurrent_step(
@@ -105,6 +93,23 @@ def recurrent_step(
     return o.astype(v.dtype), new
 
 
+def solver(implementation: str | None) -> Callable[[Problem], tuple[Array, LinearState]]:
+    """The backend that will run a problem: the one named, or the first that can."""
+    return dispatch("gated_linear_attention", BACKENDS, ORDER[platform()], implementation)
+
+
+def make_problem(q, k, v, log_decay, *, beta, state, segments: Segments | None, normalise: bool, scale) -> Problem:
+    """Checks the arguments of `gated_linear_attention` and fills in its defaults."""
+    _check_shapes(q, k, v, log_decay, beta)
+    if normalise and beta is not None:
+        raise ValueError(
+            "normalise=True has no meaning with beta, whose writes are not a sum of weights: leave one of them out"
+        )
+    _check_decay(log_decay, segments)
+    scale = float(scale if scale is not None else 1.0 if normalise else q.shape[-1] ** -0.5)
+    return Problem(q, k, v, log_decay, beta, _initial_state(q, v, state, normalise), segments, scale)
+
+
 def _without_segments(backend: Callable[[Problem], tuple[Array, LinearState]], p: Problem) -> tuple[Array, LinearState]:
     """Runs a backend that knows no segments."""
     o, state = backend(fold_segments(p))
@@ -112,13 +117,16 @@ def _without_segments(backend: Callable[[Problem], tuple[Array, LinearState]], p
 
 
 def _check_decay(log_decay, segments: Segments | None) -> None:
-    if log_decay is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((log_decay, segments))):
+    if log_decay is None:
         return
-    used = np.asarray(log_decay, np.float64)
-    used = used if segments is None else used[np.asarray(segments.valid)]
-    wrong = used[~(used <= 0)]
-    if wrong.size:
-        raise ValueError(f"log_decay has the value {wrong.max()}: at most 0 is allowed, so that states never grow")
+    message = "log_decay has the value {found}: at most 0 is allowed, so that states never grow"
+    if segments is None:
+        check_values(lambda g: g <= 0, message, log_decay)
+        return
+    trailing = (1,) * (log_decay.ndim - 2)
+    check_values(
+        lambda g, valid: (g <= 0) | ~valid.reshape(*valid.shape, *trailing), message, log_decay, segments.valid
+    )
 
 
 def _check_shapes(q, k, v, log_decay, beta) -> None:
@@ -137,10 +145,10 @@ def _initial_state(q, v, given: LinearState | None, normalise: bool) -> LinearSt
     acc = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     shapes = {"s": (b, h, dk, v.shape[-1]), "z": (b, h, dk) if normalise else None}
     if given is None:
-        return LinearState(jnp.zeros(shapes["s"], acc), jnp.zeros(shapes["z"], acc) if normalise else None)
+        given = LinearState(jnp.zeros(shapes["s"], acc), jnp.zeros(shapes["z"], acc) if normalise else None)
     for name, shape in shapes.items():
         part = getattr(given, name)
         found = None if part is None else part.shape
         if found != shape:
             raise ValueError(f"initial_state.{name} has shape {found}: this call needs {shape} (normalise={normalise})")
-    return jax.tree.map(lambda x: x.astype(acc), given)
+    return jax.tree.map(lambda x: varying_like(x.astype(acc), q), given)

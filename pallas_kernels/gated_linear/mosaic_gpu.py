@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from pallas_kernels.gated_linear import mosaic_gpu_bwd, mosaic_gpu_fwd
 from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, WIDTH
-from pallas_kernels.gated_linear.problem import LinearState, Problem, widen, widened_results
+from pallas_kernels.gated_linear.problem import LinearState, Problem, varying_like, widen, widened_results
 from pallas_kernels.op import Unsupported, interpreter, platform
 
 MAX_WIDTH = 256
@@ -56,7 +56,7 @@ def _pad(x: Array) -> Array:
 
 def _log_decay(p: Problem, shape: tuple[int, ...]) -> Array:
     if p.log_decay is None:
-        return jnp.zeros(shape, jnp.bfloat16)
+        return varying_like(jnp.zeros(shape, jnp.bfloat16), p.q)
     g = p.log_decay.astype(jnp.bfloat16)
     g = g if g.ndim == 4 else jnp.broadcast_to(g[..., None], p.q.shape)
     return _pad(g)

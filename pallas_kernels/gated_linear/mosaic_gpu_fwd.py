@@ -15,9 +15,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.gated_linear import mosaic_gpu_parts as parts
-from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, LEVELS, WIDTH, Split, Sums, products, read, tile
+from pallas_kernels.gated_linear.mosaic_gpu_parts import (
+    CHUNK,
+    LEVELS,
+    WIDTH,
+    Halves,
+    Split,
+    Sums,
+    bf16,
+    products,
+    read,
+    tile,
+)
 
 WARPGROUPS = 3
+STATE_WARPGROUPS = 3
 
 
 def launch(body, split: Split, out_type, scratch, signals: int, *, interpret, warpgroups=WARPGROUPS):
@@ -48,7 +60,7 @@ def launch(body, split: Split, out_type, scratch, signals: int, *, interpret, wa
 
         pl.run_scoped(
             scoped,
-            tile(6),
+            tile(len(parts.sum_matrices())),
             plgpu.Barrier(),
             scratch,
             plgpu.Barrier(num_barriers=warpgroups * signals),
@@ -70,120 +82,136 @@ def launch(body, split: Split, out_type, scratch, signals: int, *, interpret, wa
 
 def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, reverse: bool, interpret: bool):
     """A segment's own state from zero. Forward: `(k suffix)^T v`; reverse: `(q prefix)^T do`, chunks from the last."""
-    (x_gmem, y_gmem, g_gmem), (state_gmem, decay_gmem) = ins, outs
-    x, y, g, weighted = buffers
+    (x_gmem, y_gmem, g_gmem, halves_gmem, strong_gmem), (state_gmem,) = ins, outs
+    x, y, g, half, weighted = buffers
     place = split.place(unit)
-    count = place.count
+    strong = strong_gmem[unit] != 0
     mm = functools.partial(products, interpret=interpret)
 
     def load(i):
-        chunk = place.first + (count - 1 - i if reverse else i)
+        chunk = place.first + (place.count - 1 - i if reverse else i)
         slot = jax.lax.rem(i, 2)
         keys, values = place.tokens(chunk, place.key_tile), place.tokens(chunk, place.value_tile)
-        for n, (gmem, smem, at) in enumerate(((x_gmem, x, keys), (y_gmem, y, values), (g_gmem, g, keys))):
-            plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], signal(slot * 3 + n))
+        routes = ((x_gmem, x, keys), (y_gmem, y, values), (g_gmem, g, keys), (halves_gmem, half, place.sums(chunk)))
+        for n, (gmem, smem, at) in enumerate(routes):
+            plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], signal(slot * 4 + n))
 
     load(jnp.int32(0))
 
-    def chunk(i, carry):
-        state, decay = carry
+    def chunk(i, state):
         slot = jax.lax.rem(i, 2)
-        plgpu.barrier_wait(signal(slot * 3 + 2))
-        parts.clamp_decay(g.at[slot])
-        pl.when(i + 1 < count)(lambda: load(i + 1))  # after a barrier: every warp is done with the other slot
-        prefix = mm([(sums.at[Sums.PREFIX], g.at[slot])])
-        exponent = prefix if reverse else mm([(sums.at[Sums.TOTAL], g.at[slot])]) - prefix
-        total = jnp.exp(mm([(g.at[slot].transpose((1, 0)), sums.at[Sums.TOTAL])]))
-        plgpu.barrier_wait(signal(slot * 3))
-        weighted[...] = (read(x.at[slot]) * jnp.exp(exponent)).astype(jnp.bfloat16)
+        for n in (2, 3, 0):
+            plgpu.barrier_wait(signal(slot * 4 + n))
+        pl.when(strong)(lambda: parts.clamp_decay(g.at[slot]))
+        from_middle = mm([(sums.at[Sums.MIDDLE], g.at[slot])])
+        pl.when(i + 1 < place.count)(lambda: load(i + 1))  # after a barrier: every warp is done with the other slot
+        first, second = half.at[slot, 0], half.at[slot, 1]
+        exponent = from_middle + parts.per_column(first) if reverse else parts.per_column(second) - from_middle
+        weighted[...] = bf16(read(x.at[slot]) * jnp.exp(exponent))
         plgpu.commit_smem()
-        plgpu.barrier_wait(signal(slot * 3 + 1))
-        return mm([(weighted.transpose((1, 0)), y.at[slot])], state * total), decay * total
+        plgpu.barrier_wait(signal(slot * 4 + 1))
+        total = parts.per_row(first, jnp.exp) * parts.per_row(second, jnp.exp)
+        return mm([(weighted.transpose((1, 0)), y.at[slot])], state * total)
 
-    ones = plgpu.layout_cast(jnp.full((WIDTH, WIDTH), 1, jnp.float32), plgpu.Layout.WGMMA)
-    state, decay = jax.lax.fori_loop(0, count, chunk, (parts.zeros(), ones))
-    state_gmem[unit] = state
-    decay_gmem[unit] = decay
+    state_gmem[unit] = jax.lax.fori_loop(0, place.count, chunk, parts.zeros())
 
 
-def segment_states(x, y, g, split: Split, *, reverse: bool, interpret=None, warpgroups: int = WARPGROUPS):
-    """States of every segment from a zero start, and the segment's decay along the key axis: both `[units, Dk, Dv]`."""
-    n = warpgroups
+def segment_states(x, y, g, found: Halves, split: Split, *, reverse: bool, interpret=None):
+    """States of every segment from a zero start `[units, Dk, Dv]`."""
+    n = STATE_WARPGROUPS
     shape = jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32)
-    scratch = [tile(n, 2), tile(n, 2), tile(n, 2), tile(n)]
+    scratch = [tile(n, 2), tile(n, 2), tile(n, 2), plgpu.SMEM((n, 2, 2, WIDTH), jnp.float32), tile(n)]
     body = functools.partial(_states_body, split=split, reverse=reverse, interpret=bool(interpret))
-    return launch(body, split, (shape, shape), scratch, 6, interpret=interpret, warpgroups=n)(x, y, g)
+    run = launch(body, split, [shape], scratch, 8, interpret=interpret, warpgroups=n)
+    return run(x, y, g, found.sums, parts.strong_units(found, split))[0]
+
+
+def _mild_chunk(tiles, half, sums, mm, state):
+    """Outputs and next state with all scores from one factorisation at the chunk's middle."""
+    q, k, v, g, weighted, state_tile = tiles
+    factor = jnp.exp(mm([(sums.at[Sums.MIDDLE], g)]))
+    weighted[...] = bf16(read(k) / factor)
+    row = bf16(read(q) * factor)
+    state = state * parts.per_row(half.at[0], jnp.exp)
+    state_tile[...] = bf16(state)
+    plgpu.commit_smem()
+    scores = bf16(jnp.where(parts.causal(), mm([(row, weighted.transpose((1, 0)))]), 0.0))
+    o = mm([(row, state_tile), (scores, v)])
+    return o, mm([(weighted.transpose((1, 0)), v)], state) * parts.per_row(half.at[1], jnp.exp)
+
+
+def _strong_chunk(tiles, half, sums, mm, state):
+    """The same with scores by level: any decay."""
+    q, k, v, g, weighted, state_tile = tiles
+    parts.clamp_decay(g)
+
+    def level(n, scores):
+        exponent = mm([(sums.at[Sums.INNER + n], g)])
+        weighted[...] = bf16(read(k) * jnp.exp(exponent * jnp.where(n == 0, -1.0, 1.0)))
+        row = bf16(read(q) * jnp.exp(exponent))
+        plgpu.commit_smem()
+        return jnp.where(parts.causal(n), bf16(mm([(row, weighted.transpose((1, 0)))])), scores)
+
+    scores = jax.lax.fori_loop(0, 1 + len(LEVELS), level, bf16(parts.zeros(CHUNK, CHUNK)))
+    exponent = mm([(sums.at[Sums.MIDDLE], g)])
+    weighted[...] = bf16(read(k) * jnp.exp(parts.per_column(half.at[1]) - exponent))
+    row = bf16(read(q) * jnp.exp(parts.per_column(half.at[0]) + exponent))
+    state_tile[...] = bf16(state)
+    plgpu.commit_smem()
+    o = mm([(row, state_tile), (scores, v)])
+    total = parts.per_row(half.at[0], jnp.exp) * parts.per_row(half.at[1], jnp.exp)
+    return o, mm([(weighted.transpose((1, 0)), v)], state * total)
 
 
 def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float, save: bool, interpret: bool):
-    """A segment from its true entry state: outputs, and the state that enters each chunk (`save`)."""
-    q_gmem, k_gmem, v_gmem, g_gmem, entry_gmem = ins
-    q, k, v, g, weighted, state_tile, o_tile = buffers
+    """A segment from its true entry state: outputs, and the state of each chunk (`save`)."""
+    *arrays, strong_gmem, entry_gmem = ins
+    *tiles, half, weighted, state_tile, o_tile = buffers
     place = split.place(unit)
-    first, count = place.first, place.count
     mm = functools.partial(products, interpret=interpret)
 
-    def load_keys(i):
-        at = place.tokens(first + i, place.key_tile)
-        for n, (gmem, smem) in enumerate(((q_gmem, q), (k_gmem, k), (g_gmem, g))):
+    def load(i):
+        keys, values = (place.tokens(place.first + i, n) for n in (place.key_tile, place.value_tile))
+        where = (keys, keys, values, keys, place.sums(place.first + i))
+        for n, (gmem, smem, at) in enumerate(zip(arrays, (*tiles, half), where, strict=True)):
             plgpu.copy_gmem_to_smem(gmem.at[at], smem, signal(n))
 
-    def load_values(i):
-        plgpu.copy_gmem_to_smem(v_gmem.at[place.tokens(first + i, place.value_tile)], v, signal(3))
-
-    load_keys(jnp.int32(0))
-    load_values(jnp.int32(0))
+    load(jnp.int32(0))
     entry = plgpu.load(entry_gmem.at[unit], layout=plgpu.Layout.WGMMA, optimized=False)
-    state_tile[...] = entry.astype(jnp.bfloat16)
-    plgpu.commit_smem()
 
-    def chunk(i, state):
-        if save:
-            plgpu.copy_smem_to_gmem(state_tile, outs[1].at[place.state(first + i)])
-        plgpu.barrier_wait(signal(2))
-        parts.clamp_decay(g)
-        plgpu.barrier_wait(signal(0))
-        plgpu.barrier_wait(signal(1))
-        scores = parts.zeros(CHUNK, CHUNK)
-        for level in range(1 + len(LEVELS)):
-            factor = jnp.exp(mm([(sums.at[Sums.INNER + level], g)]))
-            column = 1 / factor if level == 0 else factor
-            weighted[...] = (read(k) * column).astype(jnp.bfloat16)
-            row = (read(q) * factor).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            scores = jnp.where(parts.level_mask(level), mm([(row, weighted.transpose((1, 0)))]), scores)
-        prefix = mm([(sums.at[Sums.PREFIX], g)])
-        suffix = jnp.exp(mm([(sums.at[Sums.TOTAL], g)]) - prefix)
-        total = jnp.exp(mm([(g.transpose((1, 0)), sums.at[Sums.TOTAL])]))
-        weighted[...] = (read(k) * suffix).astype(jnp.bfloat16)
-        row = (read(q) * jnp.exp(prefix)).astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        pl.when(i + 1 < count)(lambda: load_keys(i + 1))
-        plgpu.barrier_wait(signal(3))
-        o = mm([(row, state_tile), (scores.astype(jnp.bfloat16), v)])
-        state = mm([(weighted.transpose((1, 0)), v)], state * total)
+    def chunk(step, i, state):
+        for n in range(len(arrays)):
+            plgpu.barrier_wait(signal(n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copies out of both tiles
-        o_tile[...] = (o * scale).astype(jnp.bfloat16)
-        state_tile[...] = state.astype(jnp.bfloat16)
+        o, state = step((*tiles, weighted, state_tile), half, sums, mm, state)
+        if save:
+            plgpu.copy_smem_to_gmem(state_tile, outs[1].at[place.state(place.first + i)])
+        o_tile[...] = bf16(o * scale)
         plgpu.commit_smem()
-        pl.when(i + 1 < count)(lambda: load_values(i + 1))
-        plgpu.copy_smem_to_gmem(o_tile, outs[0].at[(place.key_tile, *place.tokens(first + i, place.value_tile))])
+        pl.when(i + 1 < place.count)(lambda: load(i + 1))
+        plgpu.copy_smem_to_gmem(o_tile, outs[0].at[(place.key_tile, *place.tokens(place.first + i, place.value_tile))])
         return state
 
-    jax.lax.fori_loop(0, count, chunk, entry)
+    def run(step):
+        jax.lax.fori_loop(0, place.count, functools.partial(chunk, step), entry)
+
+    strong = strong_gmem[unit] != 0
+    pl.when(strong)(lambda: run(_strong_chunk))
+    pl.when(~strong)(lambda: run(_mild_chunk))
     plgpu.wait_smem_to_gmem(0)
 
 
-def outputs(q, k, v, g, entry, split: Split, *, scale: float, save: bool, interpret=None):
+def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, save: bool, interpret=None):
     """`o` by key tile `[Dk/64, B, T, H, Dv]`, and with `save` the chunk-entry states `[B, N, H, Dk, Dv]`; bfloat16."""
     n = WARPGROUPS
     out_type = [jax.ShapeDtypeStruct((split.key_tiles, *v.shape), jnp.bfloat16)]
     if save:
         shape = (split.batch, split.total_chunks, split.heads, q.shape[-1], v.shape[-1])
         out_type.append(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
-    scratch = [tile(n) for _ in range(7)]
+    scratch = [*(tile(n) for _ in range(4)), plgpu.SMEM((n, 2, WIDTH), jnp.float32), *(tile(n) for _ in range(3))]
     body = functools.partial(_outputs_body, split=split, scale=scale, save=save, interpret=bool(interpret))
-    return launch(body, split, out_type, scratch, 4, interpret=interpret)(q, k, v, g, entry)
+    run = launch(body, split, out_type, scratch, 5, interpret=interpret)
+    return run(q, k, v, g, found.sums, parts.strong_units(found, split), entry)
 
 
 def to_units(state: Array, split: Split) -> Array:
@@ -202,10 +230,11 @@ def from_units(state: Array, split: Split) -> Array:
 
 
 def entry_states(local: Array, decay: Array, start: Array, split: Split, *, reverse: bool) -> tuple[Array, Array]:
-    """From every segment's own state to the state that enters it (`[units, 64, 64]`), and the one after all."""
+    """From every segment's own state and decay `[units, 64]` to the state that enters it (`[units, 64, 64]`), and the
+    one after all."""
 
     def by_segment(x):
-        return jnp.moveaxis(x.reshape(split.batch, split.segments, split.lanes, WIDTH, WIDTH), 1, 0)
+        return jnp.moveaxis(x.reshape(split.batch, split.segments, split.lanes, WIDTH, -1), 1, 0)
 
     def combine(a, b):
         return a[0] * b[0], a[1] * b[0] + b[1]
@@ -225,7 +254,8 @@ def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=None, slots: 
     """
     b, t, h, dk = q.shape
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)
-    local, decay = segment_states(k, v, g, split, reverse=False, interpret=interpret)
-    entry, last = entry_states(local, decay, s0, split, reverse=False)
-    o, *chunk_states = outputs(q, k, v, g, entry, split, scale=scale, save=save, interpret=interpret)
+    found = parts.halves(g)
+    local = segment_states(k, v, g, found, split, reverse=False, interpret=interpret)
+    entry, last = entry_states(local, parts.unit_decays(found, split), s0, split, reverse=False)
+    o, *chunk_states = outputs(q, k, v, g, found, entry, split, scale=scale, save=save, interpret=interpret)
     return o, last, chunk_states[0] if save else None

@@ -15,28 +15,30 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 CHUNK = 64
 WIDTH = 64  # of keys and values
 FLOOR = -16.0  # a stronger log-decay counts as this one: e^-16 = 1e-7 is far under the rounding of bfloat16
+RANGE = 60.0  # of the exponents of one factorisation of a chunk
 LEVELS = (8, 16, 32)  # block widths of the one-sided levels; below them, pairs inside a block of 8 rows
 
 
 class Sums:
-    """Rows of the constant matrices, by index: what each adds up."""
+    """Constant matrices by index: what each adds up. Two are signed, from the middle of a block to the row."""
 
-    INNER, L8, L16, L32, PREFIX, TOTAL = range(6)  # INNER is signed, from the middle of the row's block of 8
+    MIDDLE, INNER, L8, L16, L32 = range(5)  # from the middle of the chunk; of the row's block of 8; across a border
 
 
 def sum_matrices() -> np.ndarray:
-    """`[6, 64, 64]`; row i of a matrix marks the tokens whose log-decays its sum holds."""
+    """`[5, 64, 64]`; row i of a matrix marks the tokens whose log-decays its sum holds."""
     i, t = np.mgrid[:CHUNK, :CHUNK]
-    out = np.zeros((6, CHUNK, CHUNK), np.float32)
-    middle = i // 8 * 8 + 4
-    out[Sums.INNER] = np.where((t >= middle) & (t <= i), 1, 0) - np.where((t < middle) & (t > i), 1, 0)
-    for n, w in enumerate(LEVELS):
+
+    def from_middle(w):
+        middle = i // w * w + w // 2
+        return np.where((t >= middle) & (t <= i), 1, 0) - np.where((t < middle) & (t > i), 1, 0)
+
+    def to_border(w):
         right = i // w % 2 == 1
         border = np.where(right, i // w, i // w + 1) * w
-        out[Sums.L8 + n] = np.where(right, (t >= border) & (t <= i), (t > i) & (t < border))
-    out[Sums.PREFIX] = t <= i
-    out[Sums.TOTAL] = 1
-    return out
+        return np.where(right, (t >= border) & (t <= i), (t > i) & (t < border))
+
+    return np.stack([from_middle(CHUNK), from_middle(8), *map(to_border, LEVELS)]).astype(np.float32)
 
 
 class Split(NamedTuple):
@@ -84,6 +86,10 @@ class Place(NamedTuple):
         """Index of a chunk's `[64, 64]` tile in `[B, T, H, features]`."""
         return (self.row, pl.ds(chunk * CHUNK, CHUNK), self.head, pl.ds(tile_index * WIDTH, WIDTH))
 
+    def sums(self, chunk):
+        """Index of a chunk's two rows of `Halves.sums`."""
+        return (self.row, chunk, self.head, slice(None), pl.ds(self.key_tile * WIDTH, WIDTH))
+
     def state(self, chunk):
         """Index of a chunk's tile in `[B, N, H, Dk, Dv]`."""
         return (self.row, chunk, self.head, pl.ds(self.key_tile * WIDTH, WIDTH), pl.ds(self.value_tile * WIDTH, WIDTH))
@@ -105,25 +111,29 @@ def tile(*lead: int, rows: int = CHUNK, columns: int = WIDTH, dtype=jnp.bfloat16
     )
 
 
-def products(pairs, init=None, *, interpret: bool):
+def products(terms, init=None, *, interpret: bool):
     """`init + sum of a @ b`, float32. An `a` is a ref or registers, a `b` a ref."""
     if interpret:
         out = 0.0 if init is None else init
-        for a, b in pairs:
+        for a, b in terms:
             out = out + jnp.dot(
                 a[...].astype(jnp.float32), b[...].astype(jnp.float32), preferred_element_type=jnp.float32
             )
         return out
 
     def run(acc):
-        for a, b in pairs:
+        for a, b in terms:
             plgpu.wgmma(acc, a, b)
         return acc[...] if init is None else None
 
     if init is None:
-        shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
+        shape = (terms[0][0].shape[0], terms[0][1].shape[1])
         return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
     return pl.run_state(run)(plgpu.ACC.init(init))
+
+
+def bf16(x):
+    return x.astype(jnp.bfloat16)
 
 
 def read(ref):
@@ -135,20 +145,72 @@ def zeros(rows: int = WIDTH, columns: int = WIDTH):
     return plgpu.layout_cast(jnp.full((rows, columns), 0, jnp.float32), plgpu.Layout.WGMMA)
 
 
-def distance():
-    """`(i, j, i xor j)` over a chunk's score matrix: the xor's highest bit names the level that the pair belongs to."""
+def causal(level=None):
+    """Pairs j <= i of a chunk; of level 0 (same block of 8) or 1, 2, 3 (first parted at width 8, 16, 32) alone."""
     i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), d, layout=plgpu.Layout.WGMMA) for d in (0, 1))
-    return i, j, i ^ j
-
-
-def level_mask(level: int):
-    """Pairs j <= i of level 0 (same block of 8) or 1, 2, 3 (first parted at width 8, 16, 32)."""
-    i, j, apart = distance()
-    low, high = (0, 8) if level == 0 else (4 << level, 8 << level)
-    return (j <= i) & (apart >= low) & (apart < high)
+    if level is None:
+        return j <= i
+    return (j <= i) & ((i ^ j) >= ((4 << level) & ~7)) & ((i ^ j) < (8 << level))
 
 
 def clamp_decay(g):
     """Puts the floor under a tile of log-decays, in place."""
     g[...] = jnp.maximum(read(g), FLOOR).astype(g.dtype)
     plgpu.commit_smem()
+
+
+def per_row(vector, at=None):
+    """A `[64]` vector of shared memory with entry i along row i of a tile; `at` maps it before it is spread out."""
+    x = plgpu.load(vector, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    return jax.lax.broadcast_in_dim(x if at is None else at(x), (CHUNK, WIDTH), (0,))
+
+
+def per_column(vector, at=None):
+    """The same along column i."""
+    x = plgpu.load(vector, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return jax.lax.broadcast_in_dim(x if at is None else at(x), (CHUNK, WIDTH), (1,))
+
+
+class Halves(NamedTuple):
+    """Log-decays summed over the halves of each chunk, and where they are too strong for one factorisation.
+
+    Pairs (i, j) of a chunk decay by `exp(x_i - x_j)`, x being the signed sum from the chunk's middle. While no half
+    sums to less than `-RANGE`, `q exp(x)` and `k exp(-x)` stay in range and one product gives all scores; this holds
+    for any mean log-decay above -1.9. Stronger chunks go level by level.
+    """
+
+    sums: jax.Array  # [B, N, H, 2, Dk] float32, floored
+    strong: jax.Array  # [B, N, H, Dk / 64] bool
+
+
+def halves(g) -> Halves:
+    b, t, h, dk = g.shape
+    split = g.reshape(b, t // CHUNK, 2, CHUNK // 2, h, dk).astype(jnp.float32)
+    sums = jnp.maximum(split, FLOOR).sum(3)
+    strong = (sums < -RANGE).any(2) | (split.min((2, 3)) < FLOOR)
+    strong = strong.reshape(b, t // CHUNK, h, dk // WIDTH, WIDTH).any(-1)
+    return Halves(jnp.moveaxis(sums, 2, 3), strong)
+
+
+def by_segment(x, split: Split, fill):
+    """`[B, N, ...]` to `[B, segments, chunks, ...]`."""
+    missing = split.segments * split.chunks - split.total_chunks
+    x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
+    return x.reshape(x.shape[0], split.segments, split.chunks, *x.shape[2:])
+
+
+def spread(x, split: Split):
+    """`[B, segments, H, key tiles, ...]` to units, alike for all value tiles."""
+    shape = (*x.shape[:4], split.value_tiles, *x.shape[4:])
+    return jnp.broadcast_to(jnp.expand_dims(x, 4), shape).reshape(split.units, *x.shape[4:])
+
+
+def strong_units(found: Halves, split: Split):
+    """1 for each unit that has a strong chunk."""
+    return spread(by_segment(found.strong, split, False).any(2), split).astype(jnp.int32)
+
+
+def unit_decays(found: Halves, split: Split):
+    """Decay factors over each unit's tokens, `[units, 64]`."""
+    sums = by_segment(found.sums.sum(3), split, 0).sum(2)
+    return spread(jnp.exp(sums).reshape(*sums.shape[:3], split.key_tiles, WIDTH), split)

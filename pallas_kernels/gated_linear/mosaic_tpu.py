@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.gated_linear.problem import LinearState, Problem, widen, widened_results
+from pallas_kernels.gated_linear.problem import LinearState, Problem, varying_like, widen, widened_results
 from pallas_kernels.op import Unsupported, interpreter, platform
 
 CHUNK = 128
@@ -176,7 +176,7 @@ def attend(p: Problem) -> tuple[Array, LinearState]:
     def by_head(x):
         return jnp.pad(x, ((0, 0), (0, -t % step), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    g = jnp.zeros_like(p.k) if p.log_decay is None else p.log_decay
+    g = varying_like(jnp.zeros_like(p.k), p.q) if p.log_decay is None else p.log_decay
     g = jnp.broadcast_to(g if g.ndim == 4 else g[..., None], p.k.shape)
     o, last = _kernel(by_head(p.q), by_head(p.k), by_head(v), by_head(g), s0.swapaxes(2, 3), p.scale, interpreter())
     return widened_results(p, o.swapaxes(1, 2)[:, :t], last.swapaxes(2, 3))

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -28,6 +29,12 @@ class Problem(NamedTuple):
     state: LinearState
     segments: Segments | None
     scale: float
+
+
+def varying_like(x: Array, like: Array) -> Array:
+    """x, marked as differing between the shards between which `like` differs (a scan inside `shard_map` insists)."""
+    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def fold_segments(p: Problem) -> Problem:

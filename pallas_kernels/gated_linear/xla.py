@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState, Problem
+from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState, Problem, varying_like
 
 MAX_CHUNK = 64
 
@@ -231,7 +231,7 @@ def gated_linear_xla(p: Problem, chunk: int | None = None) -> tuple[Float[Array,
         x = jnp.pad(x.astype(acc), ((0, 0), (0, n * c - t), (0, 0), (0, 0)))
         return x.reshape(b, n, c, h, -1).transpose(1, 0, 3, 2, 4).reshape(n, b * h, c, -1)
 
-    g = jnp.zeros((b, t, h), acc) if p.log_decay is None else p.log_decay
+    g = varying_like(jnp.zeros((b, t, h), acc), p.q) if p.log_decay is None else p.log_decay
     v, s0 = split(p.v), p.state.s
     if p.state.z is not None:
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)

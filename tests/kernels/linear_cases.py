@@ -40,9 +40,11 @@ def make_case(t=65, kind="vector", *, shape=(2, 2, 8, 5), dtype=np.float64, mean
     return Case((q, k, v, g, beta, state), cotangents, {"normalise": bool(normalise), "segment_ids": segment_ids})
 
 
-def jit(f):
+def jit(f, **options):
     """Compiles fast: these programs run once, on a few numbers."""
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+    return jax.jit(
+        f, **options, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    )
 
 
 def forward(case: Case, implementation: str):

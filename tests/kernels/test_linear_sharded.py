@@ -1,0 +1,101 @@
+"""A sequence in shards gives what one device gives: outputs, states and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import (
+    causal_conv1d,
+    causal_conv1d_sharded,
+    gated_linear_attention,
+    gated_linear_attention_sharded,
+)
+from tests.kernels.linear_cases import assert_close, jit, make_case
+
+LENGTH = 32
+IDS = jnp.asarray([[1] * 3 + [2] * 15 + [5] * 9 + [0] * 5, [3] * 24 + [-1] * 3 + [4] * 5])  # segments cross shards of 4
+
+
+def with_gradients(case, shards: int | None):
+    """Outputs and gradients over a context axis; with `shards` None, of the definition on one device."""
+    ids, normalise = case.options["segment_ids"], case.options["normalise"]
+
+    def one(q, k, v, g, beta, state, ids):
+        given = {"beta": beta, "initial_state": state, "segment_ids": ids, "normalise": normalise}
+        return gated_linear_attention(q, k, v, g, **given, implementation="reference")
+
+    def shard(q, k, v, g, beta, state, ids):
+        given = {"beta": beta, "initial_state": state, "segment_ids": ids, "normalise": normalise}
+        return gated_linear_attention_sharded(q, k, v, g, **given, axis_name="context")
+
+    if shards is not None:
+        mesh = jax.sharding.Mesh(jax.devices()[:shards], ("context",))
+        along = P(None, "context")
+        specs = (*[along] * 5, P(), along)
+        one = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(along, P()))
+
+    def run(inputs, cotangents):
+        out, vjp = jax.vjp(lambda *x: one(*x, ids), *inputs)
+        return out, vjp(cotangents)
+
+    return jit(run)(case.inputs, case.cotangents)
+
+
+def check(shards, ids=None, **options):
+    case = make_case(LENGTH, shape=(2, 2, 4, 3), segment_ids=ids, **options)
+    assert_close(with_gradients(case, shards), with_gradients(case, None), 1e-10)
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_any_number_of_shards(shards):
+    check(shards, ids=IDS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "none"},
+        {"kind": "scalar", "mean": -50.0},
+        {"kind": "vector", "mean": -np.inf},
+        {"kind": "vector", "normalise": True, "ids": IDS},
+        {"kind": "scalar", "delta": True, "ids": IDS},
+    ],
+    ids=["none", "strong scalar", "infinite", "normalised", "delta rule"],
+)
+def test_kinds(options):
+    check(4, **options)
+
+
+class TestConvolution:
+    @pytest.mark.parametrize(("shards", "width", "packed"), [(1, 4, True), (2, 2, True), (8, 4, True), (8, 7, False)])
+    def test_halo(self, shards, width, packed):
+        rng = np.random.default_rng(width)
+        x, w, bias = rng.normal(size=(2, LENGTH, 3)), rng.normal(size=(width, 3)), rng.normal(size=3)
+        tail, y_bar = rng.normal(size=(2, width - 1, 3)), rng.normal(size=x.shape)
+        ids = IDS if packed else None
+        mesh, along = jax.sharding.Mesh(jax.devices()[:shards], ("context",)), P(None, "context")
+
+        def one(x, w, bias, tail, ids):
+            return causal_conv1d(x, w, bias=bias, tail=tail, segment_ids=ids, activation="silu")
+
+        def shard(x, w, bias, tail, ids):
+            return causal_conv1d_sharded(
+                x, w, bias=bias, tail=tail, segment_ids=ids, activation="silu", axis_name="context"
+            )
+
+        specs = (along, P(), P(), P(), along)
+        sharded = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(along, P()))
+
+        def run(f):
+            out, vjp = jax.vjp(lambda *x: f(*x, ids), x, w, bias, tail)
+            return out, vjp((y_bar, tail))
+
+        assert_close(jit(run, static_argnums=0)(sharded), jit(run, static_argnums=0)(one), 1e-10)
