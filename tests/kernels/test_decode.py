@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels as pk
 from pallas_kernels import op
-from pallas_kernels.decode import api, mosaic_gpu, schedule
+from pallas_kernels.decode import api, mosaic_gpu, schedule, xla
 from pallas_kernels.decode.cache import KVCache, quantize_tokens
 from pallas_kernels.masks import Causal, Sink, Stride, Window, per_head
 
@@ -224,3 +224,46 @@ def test_bad_calls_are_named():
         pk.decode_attention(
             draw(2, 1, KV * GROUP, D), contiguous(), Causal() & Stride(64, 2), implementation="mosaic_gpu"
         )
+
+
+class TestPlantedBugs:
+    """The checks above notice these mistakes."""
+
+    def expect_caught(self, case):
+        with pytest.raises(AssertionError):
+            test_xla(case)
+
+    def test_a_window_that_starts_a_block_late(self, monkeypatch):
+        def late(*args):
+            found = schedule.static_visits(*args)
+            return found._replace(tail=found.tail + 1, static=found.static - 1)
+
+        monkeypatch.setattr(xla, "static_visits", late)
+        self.expect_caught("sink and window")
+
+    def test_sinks_that_nobody_visits(self, monkeypatch):
+        def without(*args):
+            found = schedule.static_visits(*args)
+            return found._replace(sinks=found.sinks * 0, static=found.static - found.sinks)
+
+        monkeypatch.setattr(xla, "static_visits", without)
+        self.expect_caught("sink and window")
+
+    def test_codes_without_their_factors(self, monkeypatch):
+        monkeypatch.setattr(xla, "gather", lambda x, _, *rest, gather=xla.gather: gather(x, None, *rest))
+        self.expect_caught("int8")
+
+    def test_a_ring_read_as_if_it_never_turned(self, monkeypatch):
+        position = KVCache.slot_positions
+
+        def straight(cache, slot=None):  # the definition asks for all slots, the backend for some
+            return position(cache if slot is None else dataclasses.replace(cache, ring=None), slot)
+
+        monkeypatch.setattr(KVCache, "slot_positions", straight)
+        self.expect_caught("ring")
+
+    def test_a_program_that_ends_a_visit_early(self, monkeypatch):
+        share = schedule.share
+        monkeypatch.setattr(schedule, "share", lambda *args: (share(*args)[0], jnp.maximum(share(*args)[1] - 1, 0)))
+        with pytest.raises(AssertionError):
+            test_the_schedule_covers_every_visit_once(5, 1)
