@@ -88,6 +88,8 @@ CONFIGURABLES = {
     # decoding
     "generate": "lcjax.serve.job:Generate",
     "Engine": "lcjax.serve.engine:Engine",
+    "Cache": "lcjax.cache.init:CacheLayout",
+    "Selection": "lcjax.cache.selected:Selection",
     "Sampling": "lcjax.serve.sampling:Sampling",
     # evaluation
     "evaluate": "lcjax.eval.job:Evaluate",
