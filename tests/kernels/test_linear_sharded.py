@@ -75,7 +75,7 @@ def test_kinds(options):
 
 
 class TestConvolution:
-    @pytest.mark.parametrize(("shards", "width", "packed"), [(1, 4, True), (2, 2, True), (8, 4, True), (8, 7, False)])
+    @pytest.mark.parametrize(("shards", "width", "packed"), [(1, 4, True), (2, 2, True), (8, 4, True), (8, 5, False)])
     def test_halo(self, shards, width, packed):
         rng = np.random.default_rng(width)
         x, w, bias = rng.normal(size=(2, LENGTH, 3)), rng.normal(size=(width, 3)), rng.normal(size=3)
@@ -99,3 +99,14 @@ class TestConvolution:
             return out, vjp((y_bar, tail))
 
         assert_close(jit(run, static_argnums=0)(sharded), jit(run, static_argnums=0)(one), 1e-10)
+
+    def test_refuses_shards_shorter_than_the_halo(self):
+        mesh, along = jax.sharding.Mesh(jax.devices(), ("context",)), P(None, "context")
+        run = jax.shard_map(
+            lambda x: causal_conv1d_sharded(x, jnp.ones((6, 3)), axis_name="context")[0],
+            mesh=mesh,
+            in_specs=along,
+            out_specs=along,
+        )
+        with pytest.raises(ValueError, match="x has 4 tokens on each shard: a convolution of width 6 needs 5"):
+            run(jnp.ones((1, LENGTH, 3)))
