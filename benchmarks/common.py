@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import fcntl
 import importlib.metadata
 import json
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from pallas_kernels import Unsupported
 
 RESULTS = Path(__file__).parent / "results"
 FLOP_CONVENTION = (
@@ -76,6 +80,20 @@ def milliseconds(run: Any, *args: Any, target: float = 0.15, repeats: int = 5) -
             jax.block_until_ready(out)
             samples.append((time.perf_counter() - start) / calls * 1e3)
     return {"ms": float(np.median(samples)), "min_ms": min(samples), "max_ms": max(samples)}
+
+
+def compile_all[K](jobs: Mapping[K, tuple[Callable, Sequence[Any]]]) -> dict[K, Any]:
+    """Each (function, shapes) compiled, several at a time; where a call is declined, the reason instead."""
+
+    def one(job):
+        run, shapes = job
+        try:
+            return jax.jit(run).lower(*shapes).compile()
+        except (Unsupported, NotImplementedError, ValueError, RuntimeError) as reason:
+            return str(reason).splitlines()[0][:200]
+
+    with concurrent.futures.ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:
+        return dict(zip(jobs, pool.map(one, jobs.values()), strict=True))
 
 
 def tflops(flops: float, ms: float) -> float:

@@ -6,6 +6,7 @@ from pallas_kernels.causal_conv import causal_conv1d, causal_conv1d_sharded, cau
 from pallas_kernels.decode.api import decode_attention
 from pallas_kernels.decode.cache import KVCache, quantize_tokens
 from pallas_kernels.decode.select import BlockBounds, block_bounds, block_scores, select_blocks
+from pallas_kernels.dual_chunk import chunk_masks, dual_chunk_attention
 from pallas_kernels.gated_linear import (
     LinearState,
     gated_linear_attention,
@@ -28,7 +29,9 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_sharded",
     "causal_conv1d_step",
+    "chunk_masks",
     "decode_attention",
+    "dual_chunk_attention",
     "gated_linear_attention",
     "gated_linear_attention_sharded",
     "masks",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.checks import check_values
 from pallas_kernels.pytrees import record
 
 
@@ -24,7 +24,7 @@ class BlockList:
     block_k: int
 
     def check(self, batch: int, length: int, keys: int, num_heads: int, num_kv_heads: int) -> None:
-        """Raises ValueError naming what does not fit a call of these sizes; values only where they are concrete."""
+        """Raises ValueError naming what does not fit a call of these sizes; values where they are known (`checks`)."""
         if self.block_q < 1 or self.block_k < 1:
             raise ValueError(f"lists: block_q={self.block_q} and block_k={self.block_k} must be at least 1")
         if self.idx.ndim != 4 or self.idx.shape[:3] != self.count.shape:
@@ -36,20 +36,27 @@ class BlockList:
             raise ValueError(f"lists: idx has {hs} head rows; use 1, {num_kv_heads} (KV heads) or {num_heads} (heads)")
         if rows != -(-length // self.block_q):
             raise ValueError(f"lists: {rows} query blocks of {self.block_q} do not cover the {length} rows of q")
-        if isinstance(self.idx, jax.core.Tracer) or isinstance(self.count, jax.core.Tracer):
-            return
-        idx, count = np.asarray(self.idx), np.asarray(self.count)
-        used = np.arange(idx.shape[-1]) < count[..., None]
-        blocks = -(-keys // self.block_k)
-        if count.size and (count.min() < 0 or count.max() > idx.shape[-1]):
-            raise ValueError(f"lists: count must lie in 0..{idx.shape[-1]}, found {count.min()}..{count.max()}")
-        bad = used & ((idx < 0) | (idx >= blocks))
-        if bad.any():
-            raise ValueError(
-                f"lists: block index {idx[bad][0]} is outside 0..{blocks - 1} ({keys} keys in blocks of {self.block_k})"
-            )
-        if (used[..., 1:] & (np.diff(idx, axis=-1) <= 0)).any():
-            raise ValueError("lists: idx must ascend without repeats inside each query block")
+        self._check_values(-(-keys // self.block_k), keys)
+
+    def _check_values(self, blocks: int, keys: int) -> None:
+        width = self.idx.shape[-1]
+        place = np.arange(width)
+        check_values(
+            lambda count: (count >= 0) & (count <= width), f"lists: count {{found}} is outside 0..{width}", self.count
+        )
+        check_values(
+            lambda idx, count: ((idx >= 0) & (idx < blocks)) | (place >= count[..., None]),
+            f"lists: block index {{found}} is outside 0..{blocks - 1} ({keys} keys in blocks of {self.block_k})",
+            self.idx,
+            self.count,
+        )
+        check_values(
+            lambda later, earlier, count: (later > earlier) | (place[1:] >= count[..., None]),
+            "lists: idx must ascend without repeats inside each query block; {found} does not",
+            self.idx[..., 1:],
+            self.idx[..., :-1],
+            self.count,
+        )
 
     def to_array(self, length: int, keys: int) -> Bool[Array, "B Hs T S"]:
         """The selection as a dense array (tests and the oracle)."""

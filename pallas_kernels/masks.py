@@ -4,7 +4,9 @@
 
 A mask is a frozen pytree: its structure is static, its numbers may be traced. `&` and `|` combine masks; `plan` reduces
 them to the normal form of `plan.py` and refuses what does not reduce; `to_array` evaluates the expression (tests).
-Positions are absolute, 0-based; `i` is the query's, `j` the key's.
+Positions are absolute, 0-based; `i` is the query's, `j` the key's. In packed rows `Sink` counts from the first key of
+the query's segment, so that a document behind others reads as it would alone; windows are differences of positions and
+need no such rule; `Stride` and `Intervals` name blocks of the row, whatever its segments.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pallas_kernels.lists import BlockList
 from pallas_kernels.normal_form import Form, plan_of
 from pallas_kernels.plan import INF, Ints, Plan, namespace
 from pallas_kernels.pytrees import record
+from pallas_kernels.segments import key_places
 
 Number = int | np.integer | Int[Ints, ""]
 
@@ -92,6 +95,19 @@ class Mask:
         return self.patterns()[0][0].causal
 
     @property
+    def counts_sinks(self) -> bool:
+        """Whether some head has `Sink` terms, whose keys packed segments move."""
+        return any(kind == "sink" for term in self._terms() for kind in term)
+
+    def check_packed(self) -> None:
+        """ValueError where a term has no meaning with segments: sinks belong to a segment, blocks to the row."""
+        if any({"sink", "columns"} <= set(term) for term in self._terms()):
+            raise ValueError("mask: Sink(n) & Stride or Intervals cannot be combined with segment_ids")
+
+    def _terms(self) -> list[list[str]]:
+        return [[atom.kind for atom in term] for form in self.patterns()[0] for term in form.terms or ()]
+
+    @property
     def needs_segments(self) -> bool:
         return any(form.segments for form in self.patterns()[0])
 
@@ -144,7 +160,7 @@ class Segments(Mask):
 
 @record(eq=True)
 class Sink(Mask):
-    """The first `n` keys: j < n."""
+    """The first `n` keys, of the query's segment where there are segments: j - (first key of the segment) < n."""
 
     kind: ClassVar[str] = "sink"
 
@@ -154,7 +170,9 @@ class Sink(Mask):
         _check_count("Sink(n)", self.n, 0)
 
     def evaluate(self, i, j, context):
-        return j < self.n
+        if context.segment_ids is None:
+            return j < self.n
+        return key_places(jnp.asarray(context.segment_ids[1])[None]) < self.n
 
 
 @record(eq=True)

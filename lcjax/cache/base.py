@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import block_sparse_attention
+from lcjax.parallel import ops
 from pallas_kernels.masks import Mask
 
 type Counts = Int[Array | np.ndarray, "B"]
@@ -44,6 +44,11 @@ class AttentionCache(Protocol):
     def start(self) -> Array: ...
 
     @property
+    def k(self) -> Array:
+        """The keys `[B,S,K,D]` in their slots."""
+        ...
+
+    @property
     def capacity(self) -> int:
         """Tokens that one request may reach; the caller checks this on the host before a launch."""
         ...
@@ -51,6 +56,14 @@ class AttentionCache(Protocol):
     @property
     def bytes(self) -> int:
         """Bytes of keys, values and states held for the whole batch."""
+        ...
+
+    def positions(self) -> Array:
+        """The absolute position `[B,S]` of the token in each slot; -1 where a slot is known to be empty."""
+        ...
+
+    def with_keys(self, k: Array) -> "AttentionCache":
+        """The same tokens with other keys in the slots, to attend with once."""
         ...
 
     def append(self, k: Array, v: Array, valid: Array | None = None) -> "AttentionCache":
@@ -71,7 +84,7 @@ def through_op(
     """`block_sparse_attention` in the cache's dtype, with a pair as result whether or not lse was asked for."""
     if options.pop("return_lse", True):
         return with_lse(q, k, v, mask, **options)
-    o = block_sparse_attention(q.astype(k.dtype), k, v, mask, **options)
+    o = ops.attention(q.astype(k.dtype), k, v, mask, **options)
     assert not isinstance(o, tuple)
     return o.astype(q.dtype), None
 
@@ -80,7 +93,7 @@ def with_lse(
     q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K Dv"], mask: Mask, **options: Any
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """As `through_op`, and always with lse."""
-    out = block_sparse_attention(q.astype(k.dtype), k, v, mask, return_lse=True, **options)
+    out = ops.attention(q.astype(k.dtype), k, v, mask, return_lse=True, **options)
     assert isinstance(out, tuple)
     return out[0].astype(q.dtype), out[1]
 

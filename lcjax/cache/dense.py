@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels as pk
 from lcjax.cache.base import (
@@ -53,6 +53,10 @@ class DenseCache:
         """Bytes of keys and values: 2 B S K D times the width of the dtype (K and V of equal width)."""
         return self.k.nbytes + self.v.nbytes
 
+    def with_keys(self, k: Float[Array, "B S K E"]) -> "DenseCache":
+        """The same tokens with other keys in the slots."""
+        return replace(self, k=k)
+
     def append(
         self, k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], valid: Bool[Array, "B T"] | None = None
     ) -> "DenseCache":
@@ -71,6 +75,10 @@ class DenseCache:
             length=self.length + count,
             start=self.length,
         )
+
+    def positions(self) -> Int[Array, "B S"]:
+        """The absolute position of the token in each slot."""
+        return jnp.broadcast_to(jnp.arange(self.capacity, dtype=jnp.int32), self.k.shape[:2])
 
     def attend(
         self, q: Float[Array, "B T H D"], mask: Mask, **options: Unpack[Options]

@@ -10,7 +10,8 @@ from lcjax.cache.recurrent import RecurrentCache, zero_state
 from lcjax.cache.ring import RingCache
 
 if TYPE_CHECKING:
-    from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+    from lcjax.models.recurrent import RecurrentMixer
+    from lcjax.models.spec import Attention, ModelSpec
 
 type Cache = DenseCache | RingCache | RecurrentCache
 
@@ -36,7 +37,7 @@ def cache_bytes(caches: tuple[Cache, ...]) -> int:
 
 
 def _init(mixer: Any, spec: "ModelSpec", batch: int, capacity: int, dtype: DTypeLike, chunk: int) -> Cache:
-    if hasattr(mixer, "conv_width"):
+    if hasattr(mixer, "memory"):
         return _recurrent(mixer, spec, batch, dtype)
     return _attention(mixer, spec, batch, capacity, dtype, chunk)
 
@@ -49,9 +50,7 @@ def _attention(mixer: "Attention", spec: "ModelSpec", batch: int, capacity: int,
     return DenseCache.init(batch, capacity, spec.num_kv_heads, spec.head_dim, dtype)
 
 
-def _recurrent(mixer: "GatedLinear", spec: "ModelSpec", batch: int, dtype: DTypeLike) -> RecurrentCache:
-    heads = mixer.num_heads or spec.num_heads
-    key_dim, value_dim = mixer.key_dim or spec.head_dim, mixer.value_dim or spec.head_dim
-    widths = {"q": heads * key_dim, "k": heads * key_dim, "v": heads * value_dim} if mixer.conv_width else {}
-    tails = {name: jnp.zeros((batch, mixer.conv_width - 1, width), dtype) for name, width in widths.items()}
-    return RecurrentCache.init(zero_state(batch, heads, key_dim, value_dim, mixer.normalise), tails)
+def _recurrent(mixer: "RecurrentMixer", spec: "ModelSpec", batch: int, dtype: DTypeLike) -> RecurrentCache:
+    memory = mixer.memory(spec)
+    tails = {name: jnp.zeros((batch, held, channels), dtype) for name, (held, channels) in memory.tails.items()}
+    return RecurrentCache.init(zero_state(batch, memory.heads, memory.keys, memory.values, memory.normalise), tails)

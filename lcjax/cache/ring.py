@@ -74,6 +74,10 @@ class RingCache:
         """Slots behind the sinks."""
         return self.k.shape[1] - self.sink
 
+    def with_keys(self, k: Float[Array, "B S K E"]) -> "RingCache":
+        """The same tokens with other keys in the slots."""
+        return replace(self, k=k)
+
     def append(
         self, k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], valid: Bool[Array, "B T"] | None = None
     ) -> "RingCache":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from lcjax.eval.item import Prompt
+from lcjax.eval.task import Prompt
 
 type Truncation = Literal["error", "drop", "head", "tail", "middle"]
 TRUNCATIONS: tuple[Truncation, ...] = ("error", "drop", "head", "tail", "middle")

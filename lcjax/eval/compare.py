@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lcjax.eval.metrics.statistics import Interval, paired_difference
+from lcjax.eval.metrics.statistics import Interval
 from lcjax.eval.outcome import Outcome, Table
-from lcjax.eval.report import write_comparison
+from lcjax.eval.report import difference, write_comparison
 from lcjax.eval.runner import Suite
 from lcjax.serve.engine import Engine
 from lcjax.serve.source import Loaded, Pretrained
@@ -51,7 +51,7 @@ class Compare:
         text = comparison(outcomes)
         (output / f"{self.suite.name}_comparison.txt").write_text(text + "\n", encoding="utf-8")
         print(text, flush=True)
-        write_comparison(output / f"{self.suite.name}_comparison.html", outcomes, text)
+        write_comparison(output, outcomes)
         return {f"{name}/{task}": table for name, out in outcomes.items() for task, table in out.tables().items()}
 
     @staticmethod
@@ -67,11 +67,8 @@ def comparison(outcomes: dict[str, Outcome]) -> str:
     for cell in first.cells:
         row = [cell.task, f"{cell.length:,}", f"{100 * cell.interval.mean:.1f}"]
         for _, outcome in others:
-            found = [c for c in outcome.cells if (c.task, c.length) == (cell.task, cell.length)]
-            if found and len(found[0].headline) == len(cell.headline):
-                row.append(_signed(paired_difference(cell.headline, found[0].headline)))
-            else:
-                row.append("missing")
+            change = difference(cell, outcome)
+            row.append("missing" if change is None else _signed(change))
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lcjax.cache import init_caches
-from lcjax.eval.task import Table
+from lcjax.eval.measure import Table
 from lcjax.eval.tasks.copy_recall import SCORED, plants
 from lcjax.models.decoder import abstract
 from lcjax.models.spec import Attention, ModelSpec
@@ -77,7 +77,9 @@ class CopyRecallProbe:
         for begin in range(0, len(rows), self.batch):
             mine = rows[begin : begin + self.batch]
             filled = np.concatenate([mine, np.repeat(mine[-1:], self.batch - len(mine), axis=0)])
-            found.append([values[: len(mine)] for values in score_tail(model, filled, SCORED, self.chunk)])
+            found.append(
+                [values[: len(mine)] for values in score_tail(model, filled, SCORED, self.chunk, max(self.lengths))]
+            )
         nll, hits = (np.concatenate(values) for values in zip(*found, strict=True))
         return nll, hits
 
@@ -94,13 +96,15 @@ def cut_off(model: Loaded, sink: int, window: int) -> Loaded:
     return model._replace(graphdef=abstract(spec)[0], spec=spec)
 
 
-def score_tail(model: Loaded, rows: np.ndarray, tail: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """rows [B, N] of tokens -> loss and top-1 hits [B, tail] of the last `tail` tokens, each given all before it."""
+def score_tail(model: Loaded, rows: np.ndarray, tail: int, chunk: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """rows [B, N] of tokens -> loss and top-1 hits [B, tail] of the last `tail` tokens, each given all before it.
+
+    `longest` is the largest N of the run: one program reads rows of every length.
+    """
     inputs = rows[:, :-1].astype(np.int32)
     batch, count = inputs.shape
-    padded = np.pad(inputs, ((0, 0), (-count % chunk, 0)))
-    first = padded.shape[1] - count
-    caches = init_caches(model.spec, batch, padded.shape[1], chunk=chunk)
+    first = -count % chunk
+    caches = init_caches(model.spec, batch, -(-longest // chunk) * chunk, chunk=chunk)
     read, finish = _programs(model.graphdef, tail)
     # The first chunk is the short one, so that the last chunk is whole and holds the tail.
     pieces = [inputs[:, : chunk - first]] if first else []

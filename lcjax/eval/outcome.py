@@ -1,5 +1,6 @@
 """What a run of a suite found: scores by task and length, and what is missing."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,22 @@ type Table = dict[str, float]
 
 @dataclass(frozen=True)
 class Cell:
-    """One task at one length: a score for each example (headline and others by name) and where its needle was."""
+    """One task at one length: a row for each example, as the JSON lines hold it.
+
+    A row has `scores` (by name, the headline first), `where` (such as the depth of the needle) and `cache_bytes` of one
+    request. `seconds` were spent on it in this run; `dropped` documents were over the budget.
+    """
 
     task: str
     length: int
-    scores: dict[str, list[float]]
-    items: list[dict[str, Any]]
-    cache_bytes: int = 0  # of one request
+    rows: list[dict[str, Any]]
+    seconds: float = 0.0
+    dropped: int = 0
+
+    @property
+    def scores(self) -> dict[str, list[float]]:
+        """{metric: a score for each example}, the headline first."""
+        return {name: [float(row["scores"][name]) for row in self.rows] for name in self.rows[0]["scores"]}
 
     @property
     def headline(self) -> list[float]:
@@ -24,39 +34,73 @@ class Cell:
         return next(iter(self.scores.values()))
 
     @property
+    def places(self) -> list[dict[str, Any]]:
+        """Where each example's needle was, and the like."""
+        return [row["where"] for row in self.rows]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Most bytes of keys, values and states of one request."""
+        return max(row["cache_bytes"] for row in self.rows)
+
+    @functools.cached_property
     def interval(self) -> Interval:
         """Mean of the headline with its 95 % bootstrap interval."""
         return bootstrap_interval(self.headline)
 
+    def __str__(self) -> str:
+        mean, low, high, count = self.interval
+        dropped = f", {self.dropped} over the budget left out" if self.dropped else ""
+        score = f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"{self.task} at {self.length:,}: {score} of {count} examples, {self.seconds:.1f} s{dropped}"
+
 
 @dataclass
 class Outcome:
-    """All cells of a run and what is missing from it, as (task, length, reason)."""
+    """All cells of a run of a suite with a model, and what is missing from it, as (task, length, reason)."""
 
     suite: str
+    model: str = ""
     cells: list[Cell] = field(default_factory=list)
     missing: list[tuple[str, int, str]] = field(default_factory=list)
 
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that have a cell, in the order of the run."""
+        return list(dict.fromkeys(cell.task for cell in self.cells))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths that have a cell, ascending."""
+        return sorted({cell.length for cell in self.cells})
+
+    def find(self, task: str, length: int) -> Cell | None:
+        """The cell of a task at a length, None where it is missing."""
+        return next((cell for cell in self.cells if (cell.task, cell.length) == (task, length)), None)
+
+    def means(self) -> dict[int, float]:
+        """{length: mean of the tasks' headlines}, where no task is missing."""
+        gaps = {length for _, length, _ in self.missing}
+        found = {n: [cell.interval.mean for cell in self.cells if cell.length == n] for n in self.lengths}
+        return {n: sum(values) / len(values) for n, values in found.items() if n not in gaps}
+
     def tables(self) -> dict[str, Table]:
-        """{task: {length: mean}}; further metrics as task.metric; the mean of the tasks where none is missing."""
+        """{task: {length: mean}}; further metrics as task.metric; the mean of several tasks as {suite}_mean."""
         tables: dict[str, Table] = {}
         for cell in self.cells:
             for place, (metric, scores) in enumerate(cell.scores.items()):
                 name = f"{cell.task}.{metric}" if place else cell.task
                 tables.setdefault(name, {})[str(cell.length)] = sum(scores) / len(scores)
-        gaps = {length for _, length, _ in self.missing}
-        names = {cell.task for cell in self.cells}
-        whole = [n for n in sorted({cell.length for cell in self.cells}) if n not in gaps]
-        if len(names) > 1 and whole:
-            tables[f"{self.suite}_mean"] = {
-                str(n): sum(tables[name][str(n)] for name in sorted(names)) / len(names) for n in whole
-            }
+        means = self.means()
+        if len(self.tasks) > 1 and means:
+            tables[f"{self.suite}_mean"] = {str(n): mean for n, mean in means.items()}
         return tables
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able: intervals by task and length, and what is missing."""
+        """JSON-able: intervals, seconds and dropped documents by task and length, and what is missing."""
         cells: dict[str, dict[str, Any]] = {}
         for cell in self.cells:
-            cells.setdefault(cell.task, {})[str(cell.length)] = cell.interval._asdict()
+            facts = {**cell.interval._asdict(), "seconds": round(cell.seconds, 3), "dropped": cell.dropped}
+            cells.setdefault(cell.task, {})[str(cell.length)] = facts
         missing = [{"task": task, "length": length, "reason": reason} for task, length, reason in self.missing]
-        return {"suite": self.suite, "cells": cells, "missing": missing}
+        return {"suite": self.suite, "model": self.model, "cells": cells, "missing": missing}

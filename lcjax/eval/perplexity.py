@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import track
 
 from lcjax.cache import init_caches
+from lcjax.eval.measure import Table
 from lcjax.eval.plots import by_position
-from lcjax.eval.task import Table
 from lcjax.serve.source import Loaded
 
 PIECE = 64  # tokens whose logits exist at a time

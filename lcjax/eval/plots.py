@@ -1,37 +1,12 @@
-"""Figures as PNG files."""
+"""The curve of a loss or a score by position, as a PNG file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 DPI = 150
-
-
-def heat_map(
-    values: np.ndarray,
-    *,
-    columns: Sequence[str],
-    rows: Sequence[str],
-    title: str,
-    labels: tuple[str, str, str],
-    path: Path,
-) -> None:
-    """Shares in 0..1 `[rows, columns]` as coloured cells with their numbers. `labels`: of x, of y, of the colour."""
-    figure = Figure(figsize=(2.4 + 0.9 * len(columns), 1.8 + 0.5 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    axes.set_title(title)
-    axes.spines[:].set_visible(False)
-    for (row, column), value in np.ndenumerate(values):
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
-    figure.colorbar(image, ax=axes, label=labels[2])
-    figure.savefig(path, dpi=DPI)
 
 
 def by_position(

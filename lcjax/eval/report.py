@@ -1,250 +1,228 @@
-"""One HTML page for a run: tables with intervals, plots inside, no network."""
+"""One HTML page for a run or a comparison: tables with intervals, figures inside, sample answers, no network."""
 
 import base64
 import html
 import io
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from lcjax.eval.contour import effective_length, effective_lengths, longest_passing
-from lcjax.eval.metrics.statistics import Interval, bootstrap_interval
+from lcjax.eval.contour import effective_length, longest_passing
+from lcjax.eval.figures import (
+    THRESHOLD,
+    comparison_figure,
+    contour_figures,
+    depth_figure,
+    memory_figure,
+    score_figure,
+    short,
+)
+from lcjax.eval.metrics.statistics import Interval, paired_difference
 from lcjax.eval.outcome import Cell, Outcome
 
-DPI = 110
-DEPTH_BINS = 5
-THRESHOLD = 0.75
+DPI = 130
+_SAMPLES = 2  # wrong answers shown a task
+_LONGEST = 240  # characters of an answer shown
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1b1b1b}"
-    "table{border-collapse:collapse;margin:1rem 0}"
-    "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}"
-    "th:first-child,td:first-child{text-align:left}small{color:#666}img{max-width:100%}h2{margin-top:2.2rem}"
-    ".bad{color:#a40000}"
+    ":root{--ink:#1b1e23;--soft:#5f6670;--line:#e4e6ea}"
+    "body{font:15px/1.55 system-ui,sans-serif;margin:2.5rem auto;max-width:76rem;padding:0 1.5rem;color:var(--ink)}"
+    "h1{margin:0 0 .2rem;font-size:1.9rem}h2{margin:2.6rem 0 .6rem;font-size:1.2rem}p{margin:.3rem 0}"
+    ".lead,small,.note{color:var(--soft)}.note{font-size:.85rem;max-width:60rem}"
+    "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
+    "th{font-weight:600;color:var(--soft);border-bottom:2px solid var(--line)}"
+    "th,td{padding:.32rem .8rem;text-align:right;white-space:nowrap}td{border-bottom:1px solid var(--line)}"
+    "th:first-child,td:first-child{text-align:left}tr.sum td{font-weight:600;border-top:2px solid var(--line)}"
+    "td small{font-size:.78em}.up{color:#14713f}.down{color:#b3261e}"
+    ".bad{background:#fdf3f2;border-left:4px solid #b3261e;padding:.6rem 1rem .6rem 2rem}"
+    "img{max-width:100%}details{margin:.4rem 0;border:1px solid var(--line);border-radius:6px;padding:.4rem .9rem}"
+    "summary{cursor:pointer}dt{color:var(--soft);font-size:.85rem}dd{margin:0 0 .5rem;white-space:pre-wrap}"
 )
 
 
-def write_report(path: Path, outcome: Outcome) -> None:
-    """Write the page of a run; it replaces an older one at once."""
-    draft = path.with_suffix(".part")
-    draft.write_text(report_page(outcome), encoding="utf-8")
-    draft.replace(path)
-
-
-def report_page(outcome: Outcome) -> str:
-    """The page as text."""
-    parts = [f"<h1>{html.escape(outcome.suite)}</h1>"]
+def write_report(output: Path, outcome: Outcome) -> None:
+    """{suite}.html, and its figures once more as {suite}_{name}.png, into the folder `output`."""
+    figures = run_figures(outcome)
+    for name, (_, figure) in figures.items():
+        figure.savefig(output / f"{outcome.suite}_{name}.png", dpi=DPI)
+    parts = [f"<h1>{_text(outcome.suite)}</h1><p class='lead'>{_lead(outcome)}</p>"]
     if outcome.cells:
         parts.append(score_table(outcome))
-        parts.append(_section("Score by length", score_plot(outcome)))
-        depths = depth_plot(outcome.cells)
-        if depths is not None:
-            parts.append(_section("Score by length and depth", depths))
-        for title, figure in contour_plots(outcome.cells):
-            parts.append(_section(title, figure))
-    if outcome.missing:
-        rows = [f"{html.escape(task)} at {length}: {html.escape(reason)}" for task, length, reason in outcome.missing]
-        parts.append("<h2>Missing</h2><ul class='bad'>" + "".join(f"<li>{row}</li>" for row in rows) + "</ul>")
-    return _page(outcome.suite, parts)
+    parts += [_section(title, figure) for title, figure in figures.values()]
+    parts += [wrong_answers(outcome), missing_list(outcome.missing)]
+    _write(output / f"{outcome.suite}.html", outcome.suite, parts)
+
+
+def write_comparison(output: Path, outcomes: Mapping[str, Outcome]) -> None:
+    """{suite}_comparison.html with the differences to the first run, a line a run, and quality against memory."""
+    suite = next(iter(outcomes.values())).suite
+    lead = ", ".join(f"<b>{_text(name)}</b> ({_text(outcome.model)})" for name, outcome in outcomes.items())
+    parts = [f"<h1>{_text(suite)}, compared</h1><p class='lead'>{lead}</p>", difference_table(outcomes)]
+    if all(outcome.cells for outcome in outcomes.values()):
+        titles = {"scores": "Score by length", "memory": "Quality against memory"}
+        for name, figure in (("scores", comparison_figure(outcomes)), ("memory", memory_figure(outcomes))):
+            figure.savefig(output / f"{suite}_comparison_{name}.png", dpi=DPI)
+            parts.append(_section(titles[name], figure))
+    parts.append(
+        missing_list(
+            (f"{name}: {task}", length, reason)
+            for name, outcome in outcomes.items()
+            for task, length, reason in outcome.missing
+        )
+    )
+    _write(output / f"{suite}_comparison.html", f"{suite}, compared", parts)
+
+
+def run_figures(outcome: Outcome) -> dict[str, tuple[str, Figure]]:
+    """{name: (title, figure)} of what the run has to show."""
+    figures: dict[str, tuple[str, Figure]] = {}
+    if outcome.cells:
+        figures["scores"] = ("Score by length", score_figure(outcome))
+    if (depths := depth_figure(outcome)) is not None:
+        figures["depths"] = ("Score by length and depth", depths)
+    for number, (title, figure) in enumerate(contour_figures(outcome.cells), 1):
+        figures[f"contour_{number}"] = (title, figure)
+    return figures
 
 
 def score_table(outcome: Outcome) -> str:
     """Mean and 95 % interval for each task and length, and each task's effective context."""
-    lengths = sorted({cell.length for cell in outcome.cells})
-    found = {(cell.task, cell.length): cell for cell in outcome.cells}
-    tasks = list(dict.fromkeys(cell.task for cell in outcome.cells))
-    rows = [
-        "<tr><th>task</th>" + "".join(f"<th>{n:,}</th>" for n in lengths) + "<th>effective</th><th>examples</th></tr>"
-    ]
     effective = effective_context(outcome)
-    for task in tasks:
-        cells = [found.get((task, n)) for n in lengths]
-        counts = {len(cell.headline) for cell in cells if cell}
-        shown = "".join(f"<td>{_shown(cell.interval) if cell else '&ndash;'}</td>" for cell in cells)
-        more = f"<td>{effective[task][0]:,.0f}</td><td>{'/'.join(map(str, sorted(counts)))}</td>"
-        rows.append(f"<tr><td>{html.escape(task)}</td>{shown}{more}</tr>")
-    if len(tasks) > 1:
-        means = "".join(f"<td>{_mean_row([found.get((t, n)) for t in tasks])}</td>" for n in lengths)
-        rows.append(f"<tr><td><b>mean of tasks</b></td>{means}<td></td><td></td></tr>")
+    heads = [short(n) for n in outcome.lengths]
+    rows = [_row(["task", *heads, "effective", "examples", "seconds"], "th")]
+    for task in outcome.tasks:
+        cells = [outcome.find(task, n) for n in outcome.lengths]
+        there = [cell for cell in cells if cell]
+        counts = "/".join(map(str, sorted({len(cell.rows) for cell in there})))
+        if dropped := max(cell.dropped for cell in there):
+            counts += f" <small>({dropped} left out)</small>"
+        passed = f"{effective[task][0]:,.0f}" if effective[task][0] else "&ndash;"
+        last = [passed, counts, f"{sum(cell.seconds for cell in there):.1f}"]
+        rows.append(f"<tr><td>{_text(task)}</td>{''.join(map(_score_cell, cells))}{_cells(last)}</tr>")
+    if len(outcome.tasks) > 1:
+        means = outcome.means()
+        shown = [f"{100 * means[n]:.1f}" if n in means else "&ndash;" for n in outcome.lengths]
+        total = f"{sum(cell.seconds for cell in outcome.cells):.1f}"
+        rows.append(f"<tr class='sum'>{_cells(['mean of tasks', *shown, '', '', total])}</tr>")
     note = (
-        "<small>Mean x 100 with its 95 % bootstrap interval (Wilson where all examples agree). Effective: tokens up to "
-        f"which the score stays at {THRESHOLD:.0%} or more, interpolated in the logarithm of the length.</small>"
+        "Mean x 100 with its 95 % bootstrap interval (Wilson where all examples agree). Effective: tokens up to which "
+        f"the score stays at {THRESHOLD:.0%} or more, interpolated in the logarithm of the length. Seconds: of this "
+        "run; answers from disk take none."
     )
-    return f"<table>{''.join(rows)}</table>{note}"
+    return f"<table>{''.join(rows)}</table><p class='note'>{note}</p>"
 
 
-def _shown(interval: Interval) -> str:
-    return f"{100 * interval.mean:.1f} <small>[{100 * interval.low:.1f}, {100 * interval.high:.1f}]</small>"
+def difference_table(outcomes: Mapping[str, Outcome]) -> str:
+    """Scores of the first run and differences of the others; those whose interval excludes 0 are coloured."""
+    (base, first), *others = outcomes.items()
+    rows = [_row(["task", "context", _text(base), *(_text(name) for name, _ in others)], "th")]
+    for cell in first.cells:
+        shown = [_text(cell.task), short(cell.length)]
+        changes = [difference(cell, outcome) for _, outcome in others]
+        rows.append(f"<tr>{_cells(shown)}{_score_cell(cell)}{''.join(map(_change_cell, changes))}</tr>")
+    note = (
+        "Scores x 100; differences to the first run over the same examples with their 95 % bootstrap interval, in "
+        "colour where it excludes 0."
+    )
+    return f"<table>{''.join(rows)}</table><p class='note'>{note}</p>"
 
 
-def _mean_row(cells: Sequence[Cell | None]) -> str:
-    """Mean over tasks where none is missing."""
-    there = [cell for cell in cells if cell]
-    if len(there) < len(cells):
-        return "&ndash;"
-    return f"{100 * float(np.mean([cell.interval.mean for cell in there])):.1f}"
-
-
-def score_plot(outcome: Outcome) -> Figure:
-    """Score against length, a line a task with its interval as a band; many tasks are spread over panels of six."""
-    tasks = list(dict.fromkeys(cell.task for cell in outcome.cells))
-    panels = [tasks[i : i + 6] for i in range(0, len(tasks), 6)]
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(6.2 * columns, 3.6 * rows), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)).ravel()
-    for axis, names in zip(axes, panels, strict=False):
-        for name in names:
-            cells = sorted((cell for cell in outcome.cells if cell.task == name), key=lambda cell: cell.length)
-            lengths, intervals = [cell.length for cell in cells], [cell.interval for cell in cells]
-            (line,) = axis.plot(lengths, [i.mean for i in intervals], marker="o", markersize=4, label=name)
-            bounds = [i.low for i in intervals], [i.high for i in intervals]
-            axis.fill_between(lengths, *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
-        axis.legend(fontsize=7, loc="lower left")
-        axis.grid(alpha=0.3)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    lengths = sorted({cell.length for cell in outcome.cells})
-    for axis in axes[: len(panels)]:
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        axis.minorticks_off()
-        axis.set_ylim(-0.03, 1.03)
-        axis.set_xlabel("context, tokens")
-        axis.set_ylabel("score")
-    return figure
-
-
-def depth_plot(cells: Iterable[Cell]) -> Figure | None:
-    """Heat maps, length by depth of the needle, of every task that says where it hides something."""
-    by_task: dict[str, dict[int, Cell]] = {}
-    for cell in cells:
-        if all("depth" in item for item in cell.items):
-            by_task.setdefault(cell.task, {})[cell.length] = cell
-    if not by_task:
+def difference(cell: Cell, other: Outcome) -> Interval | None:
+    """What the other run scores more on the same examples, None where it has not the same ones."""
+    found = other.find(cell.task, cell.length)
+    if found is None or [row["id"] for row in found.rows] != [row["id"] for row in cell.rows]:
         return None
-    columns = min(3, len(by_task))
-    rows = -(-len(by_task) // columns)
-    figure = Figure(figsize=(4.3 * columns, 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    image = None
-    for axis, (task, found) in zip(axes, by_task.items(), strict=False):
-        lengths = sorted(found)
-        grid = np.stack([_by_depth(found[n]) for n in lengths], axis=1)
-        image = axis.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(grid):
-            if not np.isnan(value):
-                colour = "black" if value > 0.6 else "white"
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-        axis.set_title(task, fontsize=9)
-        axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
-        labels = [f"{20 * i}-{20 * (i + 1)}%" for i in range(DEPTH_BINS)]
-        axis.set_yticks(range(DEPTH_BINS), labels, fontsize=8)
-        axis.set_xlabel("context, tokens", fontsize=8)
-        axis.set_ylabel("depth", fontsize=8)
-    for axis in axes[len(by_task) :]:
-        axis.set_visible(False)
-    if image is not None:
-        figure.colorbar(image, ax=list(axes), label="score", shrink=0.8)
-    return figure
+    return paired_difference(cell.headline, found.headline)
 
 
-def _by_depth(cell: Cell) -> np.ndarray:
-    """Mean score in each fifth of the depth, NaN where no example lies: [DEPTH_BINS]."""
-    bins = [min(int(item["depth"] * DEPTH_BINS), DEPTH_BINS - 1) for item in cell.items]
-    groups = [[score for score, b in zip(cell.headline, bins, strict=True) if b == i] for i in range(DEPTH_BINS)]
-    return np.array([np.mean(group) if group else np.nan for group in groups])
+def wrong_answers(outcome: Outcome) -> str:
+    """For each task some answers that did not get the full score, at the shortest length that has any."""
+    parts = []
+    for task in outcome.tasks:
+        cells = [cell for n in outcome.lengths if (cell := outcome.find(task, n))]
+        wrong = [(cell, row) for cell in cells for row, s in zip(cell.rows, cell.headline, strict=True) if s < 1]
+        shown = "".join(_answer(cell, row) for cell, row in wrong[:_SAMPLES])
+        if shown:
+            total = sum(len(cell.rows) for cell in cells)
+            parts.append(
+                f"<details><summary>{_text(task)}: {len(wrong)} of {total}</summary><dl>{shown}</dl></details>"
+            )
+    return f"<h2>Answers below the full score</h2>{''.join(parts)}" if parts else ""
 
 
-def contour_plots(cells: Iterable[Cell]) -> list[tuple[str, Figure]]:
-    """Effective-context contours of families of tasks that differ in the number of needles, or of hops of a thread."""
-    families: dict[tuple[str, str], dict[int, dict[int, list[float]]]] = {}
-    for cell in cells:
-        for axis in ("needles", "thread_length"):
-            counts = {item.get(axis) for item in cell.items}
-            if len(counts) == 1 and (count := counts.pop()) is not None:
-                label = re.sub(r"_\d+(x\d+)?", "", cell.task)
-                families.setdefault((label, axis), {}).setdefault(int(count), {}).setdefault(cell.length, [])
-                families[label, axis][int(count)][cell.length] += cell.headline
-    plots = []
-    for (label, axis), scores in families.items():
-        means = {n: {length: float(np.mean(v)) for length, v in curve.items()} for n, curve in scores.items()}
-        if len(means) > 1 and all(len(curve) > 1 for curve in means.values()):
-            plots.append((f"Effective context of {label} by {axis}", contour_plot(means, axis.replace("_", " "))))
-    return plots
-
-
-def contour_plot(scores: Mapping[int, Mapping[int, float]], label: str) -> Figure:
-    """Score over length x count as filled contours; the line is the effective context at THRESHOLD."""
-    counts = sorted(scores)
-    lengths = sorted(set.intersection(*(set(curve) for curve in scores.values())))
-    grid = np.array([[scores[count][length] for length in lengths] for count in counts])
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axis = figure.add_subplot()
-    filled = axis.contourf(np.log2(lengths), counts, grid, levels=np.linspace(0, 1, 11), cmap="viridis")
-    effective = effective_lengths(scores, THRESHOLD)
-    seen = [(np.log2(length), count) for count, length in effective.items() if length > 0]
-    if seen:
-        axis.plot(*zip(*seen, strict=True), color="white", marker="o", linewidth=2, label=f"score = {THRESHOLD:.0%}")
-        axis.legend(loc="upper right", facecolor="0.3", labelcolor="white")
-    axis.set_xticks(np.log2(lengths), [f"{n:,}" for n in lengths])
-    axis.set_yticks(counts)
-    axis.set_xlabel("context, tokens")
-    axis.set_ylabel(label)
-    figure.colorbar(filled, ax=axis, label="score")
-    return figure
-
-
-def write_comparison(path: Path, outcomes: Mapping[str, Outcome], table: str) -> None:
-    """A page with the table of differences, and quality against cache memory at each length."""
-    parts = [f"<h1>Comparison</h1><pre>{html.escape(table)}</pre>"]
-    if all(outcome.cells for outcome in outcomes.values()):
-        parts.append(_section("Quality against memory", memory_plot(outcomes)))
-    path.write_text(_page("Comparison", parts), encoding="utf-8")
-
-
-def memory_plot(outcomes: Mapping[str, Outcome]) -> Figure:
-    """Mean score of a run at a length, with its interval, against the cache of one request; a line a run."""
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    axis = figure.add_subplot()
-    for name, outcome in outcomes.items():
-        points = []
-        for length in sorted({cell.length for cell in outcome.cells}):
-            cells = [cell for cell in outcome.cells if cell.length == length]
-            found = bootstrap_interval([score for cell in cells for score in cell.headline])
-            points.append((max(cell.cache_bytes for cell in cells) / 2**20, found, length))
-        means = [found.mean for _, found, _ in points]
-        error = [[f.mean - f.low for _, f, _ in points], [f.high - f.mean for _, f, _ in points]]
-        axis.errorbar([size for size, _, _ in points], means, yerr=error, marker="o", capsize=3, label=name)
-        for size, found, length in points:
-            axis.annotate(f"{length:,}", (size, found.mean), textcoords="offset points", xytext=(5, 5), fontsize=7)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_ylim(-0.03, 1.03)
-    axis.set_xlabel("cache of one request, MiB")
-    axis.set_ylabel("mean score of all examples")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    return figure
+def missing_list(missing: Iterable[tuple[str, int, str]]) -> str:
+    """What did not run, and why."""
+    rows = [f"<li>{_text(task)} at {short(length)}: {_text(reason)}</li>" for task, length, reason in missing]
+    return f"<h2>Missing</h2><ul class='bad'>{''.join(rows)}</ul>" if rows else ""
 
 
 def effective_context(outcome: Outcome, threshold: float = THRESHOLD) -> dict[str, tuple[float, int]]:
     """For each task: the interpolated effective length at the threshold, and the longest length that passes it."""
-    curves: dict[str, dict[int, float]] = {}
-    for cell in outcome.cells:
-        curves.setdefault(cell.task, {})[cell.length] = cell.interval.mean
+    curves = {
+        task: {cell.length: cell.interval.mean for cell in outcome.cells if cell.task == task} for task in outcome.tasks
+    }
     return {task: (effective_length(c, threshold), longest_passing(c, threshold)) for task, c in curves.items()}
+
+
+def _lead(outcome: Outcome) -> str:
+    examples = sum(len(cell.rows) for cell in outcome.cells)
+    counts = f"{len(outcome.tasks)} tasks, {examples:,} examples, {', '.join(map(short, outcome.lengths))} tokens"
+    return f"{_text(outcome.model)}: {counts}" if outcome.model else counts
+
+
+def _answer(cell: Cell, row: Mapping[str, Any]) -> str:
+    """What was wanted and what was answered, as items of a description list."""
+    wanted, said = _clipped(", ".join(row["references"])), _clipped(row["output"]) or "<i>nothing</i>"
+    head = f"{_text(row['id'])} at {short(cell.length)}, wanted"
+    return f"<dt>{head}</dt><dd>{wanted}</dd><dt>answered</dt><dd>{said}</dd>"
+
+
+def _score_cell(cell: Cell | None) -> str:
+    """A mean with its interval on a colour from red (0) over yellow to green (1)."""
+    if cell is None:
+        return "<td>&ndash;</td>"
+    mean, low, high, _ = cell.interval
+    colour = f"hsl({110 * mean:.0f} 65% 90%)"
+    return f"<td style='background:{colour}'>{100 * mean:.1f} <small>[{100 * low:.0f}, {100 * high:.0f}]</small></td>"
+
+
+def _change_cell(change: Interval | None) -> str:
+    if change is None:
+        return "<td>missing</td>"
+    kind = "up" if change.low > 0 else "down" if change.high < 0 else ""
+    bounds = f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+    return f"<td class='{kind}'>{100 * change.mean:+.1f} <small>{bounds}</small></td>"
+
+
+def _row(cells: Iterable[str], tag: str) -> str:
+    return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
+
+
+def _cells(cells: Iterable[str]) -> str:
+    return "".join(f"<td>{cell}</td>" for cell in cells)
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _clipped(text: str) -> str:
+    text = text.strip()
+    return _text(text if len(text) <= _LONGEST else text[:_LONGEST] + " ...")
 
 
 def _section(title: str, figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<h2>{html.escape(title)}</h2><img alt='{html.escape(title)}' src='data:image/png;base64,{data}'>"
+    return f"<h2>{_text(title)}</h2><img alt='{_text(title)}' src='data:image/png;base64,{data}'>"
 
 
-def _page(title: str, parts: list[str]) -> str:
-    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+def _write(path: Path, title: str, parts: list[str]) -> None:
+    """Write the page whole or not at all."""
+    head = f"<meta charset='utf-8'><title>{_text(title)}</title><style>{_STYLE}</style>"
+    page = f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    draft = path.with_suffix(".part")
+    draft.write_text(page, encoding="utf-8")
+    draft.replace(path)

@@ -7,26 +7,27 @@ under the budget, a data set that is missing, a judge that gives no answer) is n
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lcjax.eval.budget import BudgetError, prompt_ids, require_fit, require_whole
-from lcjax.eval.item import Item, SuiteTask
+from lcjax.eval.measure import Table
 from lcjax.eval.metrics.judge import JudgeError
 from lcjax.eval.outcome import Cell, Outcome
 from lcjax.eval.report import write_report
 from lcjax.eval.shared_prefix import Answers, SharedPrefixGenerator, answer_batch
-from lcjax.eval.task import Table
+from lcjax.eval.task import Example, Task
 from lcjax.serve.engine import Engine
 from lcjax.serve.source import Loaded
 
 
 class Asked(NamedTuple):
-    """An item with the ids that the model gets and the key that its answer is stored under."""
+    """An example with the ids that the model gets and the key that its answer is stored under."""
 
-    item: Item
+    example: Example
     ids: tuple[int, ...]
     key: str
 
@@ -57,23 +58,27 @@ class Suite:
         """The tables of the run; see `Outcome.tables`."""
         return dict(self.outcome(model, output).tables())
 
-    def outcome(self, model: Loaded, output: Path) -> Outcome:
-        """Run all cells that are not on disk yet; the report is written anew after each length."""
-        runner = Runner(model, output / f"{self.name}.jsonl", self.engine)
-        outcome = Outcome(self.name)
+    def outcome(self, model: Loaded, output: Path, answers: Answers | None = None) -> Outcome:
+        """Run all cells that are not on disk yet; the report is written anew after each length.
+
+        `answers` takes the place of an engine with the model's weights, such as answers that were recorded elsewhere.
+        """
+        runner = Runner(model, output / f"{self.name}.jsonl", self.engine, answers)
+        outcome = Outcome(self.name, model.source)
         for length in self.lengths:
             for task in flatten(self.tasks):
                 try:
-                    outcome.cells.append(runner.cell(task, length, self.seed))
+                    outcome.cells.append(cell := runner.cell(task, length, self.seed))
+                    print(cell, flush=True)
                 except (ValueError, OSError, JudgeError) as reason:
                     outcome.missing.append((task.name, length, str(reason)))
                     print(f"{task.name} at {length}: missing: {reason}", flush=True)
             (output / f"{self.name}_summary.json").write_text(json.dumps(outcome.summary(), indent=2) + "\n")
-            write_report(output / f"{self.name}.html", outcome)
+            write_report(output, outcome)
         return outcome
 
 
-def flatten(tasks: Any) -> Iterator[SuiteTask]:
+def flatten(tasks: Any) -> Iterator[Task]:
     """Tasks of nested lists and tuples, in order."""
     for task in tasks if isinstance(tasks, list | tuple) else (tasks,):
         if isinstance(task, list | tuple):
@@ -85,74 +90,74 @@ def flatten(tasks: Any) -> Iterator[SuiteTask]:
 class Runner:
     """Asks, scores and remembers the examples of one model in one JSON-lines file."""
 
-    def __init__(self, model: Loaded, path: Path, engine: Engine):
+    def __init__(self, model: Loaded, path: Path, engine: Engine, answers: Answers | None = None):
         self._model, self._path = model, path
         self._batch = engine.batch
         self._capacity = engine.capacity or model.spec.max_length
         self._engine = replace(engine, capacity=self._capacity)
         self._known = read_examples(path)
-        self._generator: Answers | None = None
+        self._generator = answers
         about = [model.source, repr(model.spec), model.tokenizer.fingerprint, engine.cache_dtype]
         self._config = hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
-    def cell(self, task: SuiteTask, length: int, seed: int) -> Cell:
+    def cell(self, task: Task, length: int, seed: int) -> Cell:
         """Every example of a task at a length, the unanswered ones answered in batches."""
         if length > self._capacity:
             raise BudgetError(
                 f"the model's context is {self._capacity} tokens, under the budget of {length}; "
                 "choose shorter lengths, or raise Engine.capacity for a method that extends the context"
             )
-        asked = [self._ask(item, length) for item in task.examples(self._model.tokenizer, length, seed)]
+        asked = [self._ask(example, length) for example in task.examples(self._model.tokenizer, length, seed)]
         if not asked:
             raise BudgetError(f"{task.name} has no example within {length} tokens")
+        began = time.perf_counter()
         for batch in batches([one for one in asked if one.key not in self._known], self._batch):
             answers, size = self._answer(batch)
             pairs = zip(batch, answers, strict=True)
             rows = [{**self._row(task, length, one, text), "cache_bytes": size} for one, text in pairs]
             self._write(rows)
+        seconds = time.perf_counter() - began
         rows = [self._known[one.key] for one in asked]
-        scores = {name: [float(row["scores"][name]) for row in rows] for name in rows[0]["scores"]}
-        return Cell(task.name, length, scores, [row["where"] for row in rows], max(row["cache_bytes"] for row in rows))
+        return Cell(task.name, length, rows, seconds, max(one.example.metadata.get("dropped", 0) for one in asked))
 
-    def _ask(self, item: Item, length: int) -> Asked:
-        ids = tuple(prompt_ids(self._model.tokenizer, item.prompt))
-        require_fit(item.id, len(ids), item.max_new_tokens, length)
-        key = hashlib.sha256(json.dumps([self._config, *ids, item.max_new_tokens]).encode()).hexdigest()[:24]
-        return Asked(item, ids, key)
+    def _ask(self, example: Example, length: int) -> Asked:
+        ids = tuple(prompt_ids(self._model.tokenizer, example.prompt))
+        require_fit(example.id, len(ids), example.max_new_tokens, length)
+        key = hashlib.sha256(json.dumps([self._config, *ids, example.max_new_tokens]).encode()).hexdigest()[:24]
+        return Asked(example, ids, key)
 
     def _answer(self, batch: list[Asked]) -> tuple[list[str], int]:
         """Texts of a batch and bytes of cache a row. Checks that nothing cut the prompts on their way in."""
         for one in batch:
-            require_whole(self._model.tokenizer, one.item.prompt, one.ids, one.item.id)
-        generator = self._generator or self._make()
+            require_whole(self._model.tokenizer, one.example.prompt, one.ids, one.example.id)
+        generator = self._generator = self._generator or self._make()
         shared = getattr(generator, "shared_tokens", 0)
-        answers = answer_batch(generator, [one.ids for one in batch], [one.item.max_new_tokens for one in batch])
+        answers = answer_batch(generator, [one.ids for one in batch], [one.example.max_new_tokens for one in batch])
         read = generator.report.prompt_tokens + getattr(generator, "shared_tokens", 0) - shared
         whole = sum(len(one.ids) for one in batch)
         if read != whole:
             raise BudgetError(
-                f"{batch[0].item.id}: the engine read {read} of {whole} prompt tokens; something cut them"
+                f"{batch[0].example.id}: the engine read {read} of {whole} prompt tokens; something cut them"
             )
         return [answer.text for answer in answers], generator.report.cache_bytes // len(batch)
 
     def _make(self) -> Answers:
         model = self._model
-        self._generator = SharedPrefixGenerator(model.graphdef, model.params, model.spec, model.tokenizer, self._engine)
-        return self._generator
+        return SharedPrefixGenerator(model.graphdef, model.params, model.spec, model.tokenizer, self._engine)
 
-    def _row(self, task: SuiteTask, length: int, one: Asked, text: str) -> dict[str, Any]:
-        score = task.score(one.item, text)
+    def _row(self, task: Task, length: int, one: Asked, text: str) -> dict[str, Any]:
+        score = task.score(one.example, text)
         scores = dict(score) if isinstance(score, Mapping) else {"score": score}
-        where = {name: one.item.metadata[name] for name in PLACES if name in one.item.metadata}
+        where = {name: one.example.metadata[name] for name in PLACES if name in one.example.metadata}
         return {
             "key": one.key,
             "task": task.name,
             "length": length,
-            "id": one.item.id,
+            "id": one.example.id,
             "prompt_sha256": hashlib.sha256(json.dumps(one.ids).encode()).hexdigest(),
             "prompt_tokens": len(one.ids),
-            "max_new_tokens": one.item.max_new_tokens,
-            "references": list(one.item.references),
+            "max_new_tokens": one.example.max_new_tokens,
+            "references": list(one.example.references),
             "output": text,
             "scores": {name: float(value) for name, value in scores.items()},
             "where": where,
@@ -181,10 +186,10 @@ def read_examples(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def batches(asked: Iterable[Asked], size: int) -> Iterator[list[Asked]]:
-    """Batches of at most `size`: items of one prefix group stay together, the others go by length."""
+    """Batches of at most `size`: examples of one prefix group stay together, the others go by length."""
     groups: dict[str, list[Asked]] = {}
     for one in asked:
-        groups.setdefault(str(one.item.metadata.get("prefix_group") or ""), []).append(one)
+        groups.setdefault(str(one.example.metadata.get("prefix_group") or ""), []).append(one)
     groups[""] = sorted(groups.get("", []), key=lambda one: len(one.ids))
     for group in groups.values():
         for begin in range(0, len(group), size):

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcjax.cache import cache_bytes
-from lcjax.serve.engine import Completion, Generator, Request, bucket
+from lcjax.serve.engine import Completion, Generator, Request
 from lcjax.serve.programs import Programs
+from lcjax.serve.report import Report
 from lcjax.serve.sampling import Sampling, stack
 
 
 @runtime_checkable
 class Answers(Protocol):
-    """What a run of a suite needs of an engine."""
+    """What a run of a suite needs of an engine: greedy answers in order, and a report of the tokens that were read."""
 
-    report: Any
+    report: Report
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
 
@@ -47,9 +48,7 @@ class SharedPrefixGenerator(Generator):
         if len(rows) == 1 or shared < size:
             yield from super()._run(rows)
             return
-        batch = min(bucket(len(rows), 1), self._engine.batch)
-        needed = max(len(row.ids) + row.request.max_new_tokens for row in rows)
-        capacity = min(bucket(needed, 512), -(-self.capacity // 256) * 256)
+        batch, capacity = self._size(rows)
         sampling = stack([row.request.sampling for row in rows] + [Sampling()] * (batch - len(rows)))
         settings = sampling, self._limits(rows, batch)
         programs = self._programs_for(batch, capacity)

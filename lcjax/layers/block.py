@@ -7,10 +7,22 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lcjax.layers.attention import AttentionLayer, Context
+from lcjax.layers.delta_net import DeltaNetLayer
 from lcjax.layers.gated_linear import GatedLinearLayer
+from lcjax.layers.linearized import LinearizedLayer
+from lcjax.layers.mamba2 import Mamba2Layer
 from lcjax.layers.mlp import MLP
 from lcjax.layers.norm import RMSNorm
+from lcjax.models.recurrent import DeltaNet, GatedLinear, Linearized, Mamba2
 from lcjax.models.spec import Attention, Mixer, ModelSpec
+
+LAYERS: dict[type[Mixer], Any] = {
+    Attention: AttentionLayer,
+    GatedLinear: GatedLinearLayer,
+    Linearized: LinearizedLayer,
+    DeltaNet: DeltaNetLayer,
+    Mamba2: Mamba2Layer,
+}
 
 
 class Block(nnx.Module):
@@ -18,8 +30,7 @@ class Block(nnx.Module):
 
     def __init__(self, spec: ModelSpec, mixer: Mixer, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         init: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
-        attends = isinstance(mixer, Attention)
-        self.mixer = AttentionLayer(spec, mixer, **init) if attends else GatedLinearLayer(spec, mixer, **init)
+        self.mixer = LAYERS[type(mixer)](spec, mixer, **init)
         self.mlp = MLP(spec, **init)
         norm: dict[str, Any] = {"eps": spec.norm_eps, "offset": spec.norm_offset, **init}
         self.mixer_norm = RMSNorm(spec.width, "embed", **norm)
@@ -31,6 +42,10 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T width"], context: Context, cache: Any = None
     ) -> tuple[Float[Array, "B T width"], Any]:
         y, cache = self.mixer(self.mixer_norm(x), context, cache)
+        return self.after_mixer(x, y), cache
+
+    def after_mixer(self, x: Float[Array, "B T width"], y: Float[Array, "B T width"]) -> Float[Array, "B T width"]:
+        """The layer's result, given its input and what the mixer made of it."""
         x = x + (y if self.post_mixer_norm is None else self.post_mixer_norm(y))
         y = self.mlp(self.mlp_norm(x))
-        return x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y)), cache
+        return x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))

@@ -8,13 +8,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from lcjax.cache.recurrent import RecurrentCache, ragged_tail
+from lcjax.cache.recurrent import RecurrentCache
 from lcjax.layers.attention import Context
 from lcjax.layers.linear import Linear
 from lcjax.layers.norm import RMSNorm
+from lcjax.layers.recurrence import Convolution, Inputs, recur
 from lcjax.layers.weight import Weight
-from lcjax.models.spec import GatedLinear, ModelSpec
-from pallas_kernels import causal_conv1d, gated_linear_attention, recurrent_step
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import ModelSpec
 
 GATE_TEMPERATURE = 16.0  # keeps one step's decay above exp(-1) for any sane logit
 
@@ -49,12 +50,12 @@ class GatedLinearLayer(nnx.Module):
         self.decay_up = Linear(up, bias=True, **init) if mixer.decay != "none" else None
         self.gate = Linear(value, **init) if mixer.output_gate else None
         self.norm = RMSNorm(values, "head_dim", eps=spec.norm_eps, **init) if mixer.output_gate else None
-        streams = {"q": (heads, keys), "k": (heads, keys), "v": (heads, values)} if mixer.conv_width else {}
-        self.convs = nnx.Dict({name: self._taps(shape, rngs, param_dtype) for name, shape in streams.items()})
-
-    def _taps(self, shape: tuple[int, int], rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.Param:
-        taps = self.mixer.conv_width
-        return Weight((taps, *shape), ("taps", "heads", "head_dim"), std=taps**-0.5).param(rngs, dtype)
+        taps = mixer.conv_width
+        streams = {"q": (heads, keys), "k": (heads, keys), "v": (heads, values)} if taps else {}
+        axes = ("taps", "heads", "head_dim")
+        self.convs = nnx.Dict(
+            {name: Convolution(Weight((taps, *shape), axes, std=taps**-0.5), **init) for name, shape in streams.items()}
+        )
 
     def _log_decay(self, x: Float[Array, "B T width"]) -> Float[Array, "..."] | None:
         if self.decay_up is None:
@@ -62,44 +63,17 @@ class GatedLinearLayer(nnx.Module):
         logits = self.decay_up(x if self.decay_down is None else self.decay_down(x))
         return jax.nn.log_sigmoid(logits.astype(jnp.float32)) / GATE_TEMPERATURE
 
-    def _convolve(self, streams: dict[str, jax.Array], context: Context, cache: RecurrentCache | None):
-        """Convolve every stream over time; also the new tails (last W-1 real inputs) when there is a cache."""
-        tails = {}
-        for name, taps in self.convs.items():
-            x = streams[name]
-            flat = x.reshape(*x.shape[:2], -1)  # [B,T,H*D]
-            w = taps[...].astype(x.dtype).reshape(self.mixer.conv_width, -1)
-            tail = None if cache is None else cache.tails[name].astype(x.dtype)
-            y, _ = causal_conv1d(flat, w, tail=tail, segment_ids=context.segment_ids)
-            streams[name] = y.reshape(x.shape)
-            if tail is not None:
-                tails[name] = ragged_tail(flat, tail, context.valid)
-        return streams, tails
-
     def __call__(
         self, x: Float[Array, "B T width"], context: Context, cache: RecurrentCache | None = None
     ) -> tuple[Float[Array, "B T width"], RecurrentCache | None]:
-        streams, tails = self._convolve({"q": self.query(x), "k": self.key(x), "v": self.value(x)}, context, cache)
+        streams, tails = {"q": self.query(x), "k": self.key(x), "v": self.value(x)}, {}
+        for name, convolve in self.convs.items():
+            tail = None if cache is None else cache.tails[name]
+            streams[name], tails[name] = convolve(streams[name], context, tail)
         features = FEATURES[self.mixer.feature_map]
-        q, k, v, decay = features(streams["q"]), features(streams["k"]), streams["v"], self._log_decay(x)
-        if context.valid is not None:  # padding neither writes to the state nor decays it
-            real = context.valid[:, :, None, None]
-            k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
-            if decay is not None:
-                decay = jnp.where(real.reshape(real.shape[: decay.ndim]), decay, 0)
-        if cache is not None and x.shape[1] == 1:
-            now = None if decay is None else decay[:, 0]
-            o, state = recurrent_step(q[:, 0], k[:, 0], v[:, 0], now, cache.state, normalise=self.mixer.normalise)
-            o = o[:, None]
-        else:
-            o, state = gated_linear_attention(
-                q, k, v, decay,
-                initial_state=None if cache is None else cache.state,
-                segment_ids=context.segment_ids,
-                normalise=self.mixer.normalise,
-            )  # fmt: skip
+        inputs = Inputs(features(streams["q"]), features(streams["k"]), streams["v"], self._log_decay(x))
+        o, state = recur(inputs, context, cache, normalise=self.mixer.normalise)
         if self.gate is not None and self.norm is not None:
             o = self.norm(o) * jax.nn.silu(self.gate(x))
-        return self.out(o.astype(x.dtype)), None if cache is None else cache.advance(
-            state, tails, x.shape[1], context.valid
-        )
+        after = None if cache is None else cache.advance(state, tails, x.shape[1], context.valid)
+        return self.out(o.astype(x.dtype)), after

@@ -1,5 +1,7 @@
 """Dense projections over any number of input and output axes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,17 +17,23 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
 
 
 class Linear(nnx.Module):
-    """y = x W (+ b), contracting the last `inputs` axes of x; W is stored [*inputs, *outputs]."""
+    """y = x W (+ b), contracting the last `inputs` axes of x; W is stored [*inputs, *outputs].
+
+    `adapter` (see `lcjax.layers.adapter`) changes what W does without touching it.
+    """
 
     def __init__(self, kernel: Weight, *, inputs: int = 1, bias: bool = False, rngs: nnx.Rngs, param_dtype: DTypeLike):
         self.inputs = inputs
         self.kernel = kernel.param(rngs, param_dtype)
         self.bias = Weight(kernel.shape[inputs:], kernel.axes[inputs:]).param(rngs, param_dtype) if bias else None
+        self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[Array, "*batch_and_outputs"]:
         kernel = self.kernel[...].astype(x.dtype)
         last = tuple(range(x.ndim - self.inputs, x.ndim))
         y = jax.lax.dot_general(x, kernel, ((last, tuple(range(self.inputs))), ((), ())), precision=precision(x.dtype))
+        if self.adapter is not None:
+            y = self.adapter(x, y, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

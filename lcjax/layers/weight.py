@@ -1,5 +1,6 @@
 """The single declaration of a weight."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -10,12 +11,16 @@ from jax.typing import DTypeLike
 
 @dataclass(frozen=True)
 class Weight:
-    """Shape, one logical axis name per dimension, and the initial values: normal with `std`, or the constant `fill`."""
+    """Shape, one logical axis name per dimension, and the initial values.
+
+    Those are normal with `std`, or the constant `fill`, or what `draw(key, shape)` returns in float32.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     std: float | None = None
     fill: float = 0.0
+    draw: Callable[[jax.Array, tuple[int, ...]], jax.Array] | None = None
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -23,6 +28,8 @@ class Weight:
 
     def param(self, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.Param:
         """An initialised parameter that carries its logical axes as metadata `axes`."""
+        if self.draw is not None:
+            return nnx.Param(self.draw(rngs.params(), self.shape).astype(dtype), axes=self.axes)
         if self.std is None:
             return nnx.Param(jnp.full(self.shape, self.fill, dtype), axes=self.axes)
         return nnx.Param(self.std * jax.random.normal(rngs.params(), self.shape, dtype), axes=self.axes)

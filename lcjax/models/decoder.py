@@ -7,15 +7,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from lcjax.layers.adapter import attach
 from lcjax.layers.attention import Context
 from lcjax.layers.block import Block
 from lcjax.layers.linear import Embed, Linear, precision
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
-from lcjax.models.spec import Attention, ModelSpec
+from lcjax.models.spec import ModelSpec
 from lcjax.models.stack import apply_stacked
 from lcjax.parallel.rules import constrain
-from lcjax.positions.rotary import rope_table
+from lcjax.positions.by_factor import CLEX
+from lcjax.positions.clex import Flow
+from lcjax.positions.rotary import Positions
+from lcjax.positions.tables import of_tokens
 
 HIDDEN_AXES = ("batch", "length", "hidden")
 
@@ -35,21 +39,47 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([Block(spec, mixer, **init) for mixer in spec.layers])
         self.norm = RMSNorm(spec.width, "embed", eps=spec.norm_eps, offset=spec.norm_offset, **init)
         head = Weight((spec.width, spec.vocab_size), ("embed", "vocab"), std=spec.width**-0.5)
+        learnt = dict.fromkeys(law for law, _ in spec.laws if isinstance(law, CLEX))
+        self.flows = nnx.List([Flow(law, spec.head_dim, rngs=rngs) for law in learnt])
         self.head = None if spec.tie_embeddings else Linear(head, **init)
+        if spec.adapters is not None:
+            attach(self, spec.adapters, **init)
 
-    def _context(self, positions: Int[Array, "B T"], segment_ids: Any, valid: Any) -> Context:
-        """Rotary tables once per law; laws that follow the length see the batch's largest real position + 1."""
+    def context(self, positions: Positions, start: Any, segment_ids: Any, valid: Any) -> Context:
+        """Frequencies once per law, tables once per law and remap. `start`: of the columns, 0 without caches.
+
+        Laws that follow the length see each row's largest real position + 1.
+        """
+        span = (*positions.shape[-2:],)
         reached = positions if valid is None else jnp.where(valid, positions, 0)
-        length = jnp.max(reached) + 1
-        laws = {mixer.rope for mixer in self.spec.layers if isinstance(mixer, Attention) and mixer.rope is not None}
-        tables = {law: rope_table(law, self.spec.head_dim, positions, length) for law in laws}
-        return Context(tables, segment_ids, valid)
+        reached = jnp.floor(jnp.max(reached, axis=(*range(reached.ndim - 2), -1))).astype(jnp.int32)
+        columns = jnp.broadcast_to(start + jnp.arange(span[1], dtype=jnp.int32), span)
+        cached = not isinstance(start, int)
+        frequencies = {law: law.frequencies(self.spec.head_dim, reached + 1) for law, _ in self.spec.laws}
+        frequencies |= {flow.law: (flow.frequencies(reached + 1), 1.0) for flow in self.flows}
+        tables = {
+            (law, remap): of_tokens(
+                law,
+                remap,
+                frequencies[law],
+                self.spec.head_dim,
+                positions if remap is None else columns,
+                reached + 1 if cached else span[1] // 2,
+            )
+            for law, remap in self.spec.laws
+        }
+        return Context(frequencies, tables, reached + 1, segment_ids, valid)
+
+    def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
+        """What the first layer reads."""
+        x = self.embed(tokens).astype(jnp.float32) * self.spec.embed_scale
+        return constrain(x.astype(self.spec.compute_dtype), HIDDEN_AXES)
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Positions | Int[Array, "A B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         caches: tuple[Any, ...] | None = None,
         valid: Bool[Array, "B T"] | None = None,
@@ -58,7 +88,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T width"], tuple[Any, ...] | None]:
         """Final normed states and the advanced caches (None without caches).
 
-        positions: tokens since the document's start; default: column index, or the caches' lengths onwards.
+        positions: tokens since the document's start; default: column index, or the caches' lengths onwards. Fractions
+          are taken (training with sampled positions), and one position per axis (M-RoPE). A remap has its own.
         segment_ids: document of each token, 0 is padding; not together with caches.
         caches, valid: one cache per layer; `valid` marks real tokens of a chunk whose rows are padded on the right.
         remat: 'none', 'full' or 'dots' (matrix products kept). scan: stack runs of equal layers and scan over them.
@@ -72,13 +103,11 @@ class Decoder(nnx.Module):
             )
         if valid is not None and caches is None:
             raise ValueError("hidden: valid is for cached chunks; mark padding by segment id 0 instead")
+        start = 0 if caches is None else caches[0].length[:, None]
         if positions is None:
-            start = 0 if caches is None else caches[0].length[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        context = self._context(positions, segment_ids, valid)
-        dtype = self.spec.compute_dtype
-        x = (self.embed(tokens).astype(jnp.float32) * self.spec.embed_scale).astype(dtype)
-        x = constrain(x, HIDDEN_AXES)
+        context = self.context(positions, start, segment_ids, valid)
+        x = self.embedded(tokens)
         if caches is None:
             x = apply_stacked(list(self.layers), x, context, remat, scan)
             return self.norm(x), None

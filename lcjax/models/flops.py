@@ -5,6 +5,7 @@ import math
 import jax
 
 from lcjax.models.decoder import abstract
+from lcjax.models.recurrent import Linearized, RecurrentMixer
 from lcjax.models.spec import Attention, Mixer, ModelSpec
 
 CONVENTION = (
@@ -40,7 +41,7 @@ def _multiplied_weights(spec: ModelSpec) -> int:
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(spec)[1]):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         looked_up = name.startswith("embed/") and not spec.tie_embeddings
-        added = leaf.ndim < 2 or "/bias/" in name
+        added = leaf.ndim < 2 or any(part in name for part in ("/bias/", "/magnitude/"))
         total += 0 if added or looked_up else math.prod(leaf.shape)
     return total
 
@@ -49,5 +50,7 @@ def _mixing(spec: ModelSpec, mixer: Mixer, length: int) -> float:
     """FLOPs a token of one layer spends between tokens, forward: scores and values, or writing and reading a state."""
     if isinstance(mixer, Attention):
         return 4.0 * spec.num_heads * spec.head_dim * visible_keys(mixer, length)
-    heads, keys, values = mixer.sizes(spec)
-    return 4.0 * heads * keys * values
+    assert isinstance(mixer, RecurrentMixer)
+    memory = mixer.memory(spec)
+    window = Attention(window=mixer.window) if isinstance(mixer, Linearized) and mixer.window else None
+    return 4.0 * memory.heads * memory.keys * memory.values + (0.0 if window is None else _mixing(spec, window, length))

@@ -1,52 +1,66 @@
 """What a decoder is, as data: frozen records without arrays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lcjax.positions.dpe import DPE
 from lcjax.positions.laws import Rope
+from lcjax.positions.remap import Remap
+from lcjax.positions.xpos import XPos
 from pallas_kernels import masks
 
-FEATURE_MAPS = ("none", "elu", "relu", "softmax")
-DECAYS = ("none", "scalar", "vector")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = ("bfloat16", "float32")
 PLAIN_ROPE = Rope()
 
 
-def _one_of(record: object, field: str, allowed: tuple[str, ...]) -> None:
+def check_choice(record: object, field: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError when a field of a record is none of the allowed values."""
     value = getattr(record, field)
     if value not in allowed:
         raise ValueError(f"{type(record).__name__}.{field} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
 
 
-def _positive(record: object, *fields: str) -> None:
+def check_positive(record: object, *fields: str) -> None:
+    """Raise ValueError when a field of a record is a number that is not positive (None passes)."""
     for field in fields:
         value = getattr(record, field)
         if value is not None and value <= 0:
             raise ValueError(f"{type(record).__name__}.{field} must be positive, got {value}")
 
 
+class Mixer:
+    """Base of the records that say how one layer moves information between tokens."""
+
+
 @dataclass(frozen=True)
-class Attention:
+class Attention(Mixer):
     """Causal softmax attention: full, or the last `window` tokens (own included), plus the first `sink` tokens.
 
-    Sinks count from the start of the row: of packed documents, only the first sees its own.
+    Of packed documents, each sees its own sinks.
     """
 
     window: int | None = None
     sink: int = 0
     rope: Rope | None = PLAIN_ROPE
+    remap: Remap | None = None  # which rotation a pair of tokens gets; None: the same for all
     scale: float | None = None  # None: head_dim ** -0.5
     soft_cap: float | None = None
     sink_logits: bool = False  # one learned logit per head that joins the softmax's denominator
 
     def __post_init__(self):
-        _positive(self, "window", "scale", "soft_cap")
+        check_positive(self, "window", "scale", "soft_cap")
         if self.sink < 0 or (self.sink and self.window is None):
             raise ValueError(
                 f"Attention.sink must be >= 0 and needs a window; got sink={self.sink}, window={self.window}"
+            )
+
+        if self.remap is not None and (self.window is not None or self.rope is None or isinstance(self.rope, XPos)):
+            raise ValueError(
+                f"Attention.remap {type(self.remap).__name__} needs full attention with rotary positions; got "
+                f"window={self.window}, rope={self.rope}"
             )
 
     def mask(self) -> masks.Mask:
@@ -59,40 +73,21 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class GatedLinear:
-    """Gated linear attention (Yang et al., arXiv 2312.06635): state S_t = decay_t S_(t-1) + k_t^T v_t, output q_t S_t.
+class Adapters:
+    """Low-rank adapters of `rank` on the linear layers whose dotted path one of `targets` (regular expressions) finds.
 
-    `None` sizes are the model's own (num_heads, head_dim). `normalise` divides by the same recurrence over ones and
-    needs a non-negative feature map. Decay is logsigmoid of a low-rank projection over 16, per head or per key feature.
+    Each adds (alpha / rank) down up to its layer's weight; `dora` also trains the length of every column.
     """
 
-    num_heads: int | None = None
-    key_dim: int | None = None
-    value_dim: int | None = None
-    feature_map: str = "none"
-    decay: str = "vector"
-    decay_rank: int = 16
-    conv_width: int = 0  # causal depthwise convolution over q, k and v; 0: none
-    normalise: bool = False
-    output_gate: bool = True  # per-head RMSNorm, then a SiLU gate
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dora: bool = False
 
     def __post_init__(self):
-        _one_of(self, "feature_map", FEATURE_MAPS)
-        _one_of(self, "decay", DECAYS)
-        _positive(self, "num_heads", "key_dim", "value_dim", "decay_rank")
-        if self.conv_width < 0 or self.conv_width == 1:
-            raise ValueError(f"GatedLinear.conv_width must be 0 (none) or at least 2, got {self.conv_width}")
-        if self.normalise and self.feature_map == "none":
-            raise ValueError(
-                "GatedLinear.normalise needs a non-negative feature_map ('elu', 'relu' or 'softmax'), got 'none'"
-            )
-
-    def sizes(self, spec: "ModelSpec") -> tuple[int, int, int]:
-        """Heads, key features and value features of a head."""
-        return self.num_heads or spec.num_heads, self.key_dim or spec.head_dim, self.value_dim or spec.head_dim
-
-
-type Mixer = Attention | GatedLinear
+        check_positive(self, "rank", "alpha")
+        if not self.targets:
+            raise ValueError("Adapters.targets is empty: name at least one linear layer, such as 'mixer.query$'")
 
 
 @dataclass(frozen=True)
@@ -121,6 +116,7 @@ class ModelSpec:
     logit_soft_cap: float | None = None
     activation: str = "silu"
     dtype: str = "bfloat16"  # compute; parameters have their own
+    adapters: Adapters | None = None
 
     def __post_init__(self):
         sizes = (
@@ -133,16 +129,34 @@ class ModelSpec:
             "head_dim",
             "max_length",
         )
-        _positive(self, *sizes, "norm_eps", "logit_soft_cap", "embed_scale")
-        _one_of(self, "activation", ACTIVATIONS)
-        _one_of(self, "dtype", DTYPES)
+        check_positive(self, *sizes, "norm_eps", "logit_soft_cap", "embed_scale")
+        check_choice(self, "activation", ACTIVATIONS)
+        check_choice(self, "dtype", DTYPES)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"ModelSpec: {self.num_heads} query heads don't divide into {self.num_kv_heads} KV heads")
         if not 1 <= len(self.pattern) <= self.num_layers:
             raise ValueError(f"ModelSpec.pattern has {len(self.pattern)} mixers for {self.num_layers} layers")
         for mixer in self.pattern:
             if isinstance(mixer, Attention) and mixer.rope is not None:
-                mixer.rope.frequencies(self.head_dim)
+                pairs = len(mixer.rope.frequencies(self.head_dim)[0])
+                if isinstance(mixer.remap, DPE) and mixer.remap.pairs != pairs:
+                    raise ValueError(f"ModelSpec: DPE.pairs is {mixer.remap.pairs}, the head has {pairs} rotary pairs")
+
+    def with_positions(self, rope: Rope, remap: Remap | None = None, max_length: int | None = None) -> "ModelSpec":
+        """The same model with this law in every full-attention layer that has rotary positions."""
+
+        def changed(mixer: Mixer) -> Mixer:
+            if isinstance(mixer, Attention) and mixer.rope is not None and mixer.window is None:
+                return replace(mixer, rope=rope, remap=remap)
+            return mixer
+
+        return replace(self, pattern=tuple(map(changed, self.pattern)), max_length=max_length or self.max_length)
+
+    @property
+    def laws(self) -> tuple[tuple[Rope, Remap | None], ...]:
+        """The different pairs of rotary law and remap, in the order of their first layers."""
+        pairs = [(getattr(m, "rope", None), getattr(m, "remap", None)) for m in self.layers]
+        return tuple(dict.fromkeys((rope, remap) for rope, remap in pairs if rope is not None))
 
     @property
     def layers(self) -> tuple[Mixer, ...]:

@@ -18,6 +18,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "rank": (),
     "taps": (),
+    "groups": (),
     # activations
     "batch": ("data", "fsdp"),
     "length": ("context",),

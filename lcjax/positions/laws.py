@@ -1,7 +1,9 @@
 """Rotary frequency laws. A law maps (head_dim, running length) to per-pair frequencies in radians per token.
 
-Frequencies are worked out in float64 on the host and rounded once to float32. Only the two laws that follow the running
-length (`DynamicNTK`, `LongRoPE`) return a JAX array, and only when the length itself is traced.
+Frequencies are worked out in float64 on the host and rounded once to float32. Only laws that follow the running length
+(`follows_length`) return a JAX array, and only when the length itself is traced: `[..., d/2]` for lengths `[...]`.
+
+Adjusted base frequency (ABF; Xiong et al., arXiv 2309.16039) is no law of its own: it is `Rope` with a larger `base`.
 """
 
 import math
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 type Length = int | jax.Array | None
-type Frequencies = tuple[np.ndarray | jax.Array, float]
+type Frequencies = tuple[np.ndarray | jax.Array, float | jax.Array]
 
 
 def require(condition: bool, law: object, message: str) -> None:
@@ -32,7 +34,7 @@ class Rope:
     base: float = 10_000.0
     partial: float = 1.0
 
-    follows_length: ClassVar[bool] = False  # frequencies depend on the running length
+    follows_length: ClassVar[bool] = False  # frequencies depend on the running length: keys are rotated when read
 
     def __post_init__(self):
         require(self.base > 1, self, f"base must be above 1, got {self.base}")
@@ -73,6 +75,12 @@ class Scaled(Rope):
         require(self.factor >= 1, self, f"factor must be at least 1, got {self.factor}")
 
 
+def ntk_exponents(law: object, dim: int) -> np.ndarray:
+    """Powers of the growth that divide each pair's frequency: d/(d-2) of the base change, folded into 2i/d."""
+    require(dim > 2, law, f"needs more than 2 rotary features, got {dim}")
+    return np.arange(0, dim, 2) / (dim - 2)
+
+
 @dataclass(frozen=True)
 class Linear(Scaled):
     """Position interpolation (Chen et al., arXiv 2306.15595): every frequency divided by `factor`."""
@@ -83,11 +91,24 @@ class Linear(Scaled):
 
 
 @dataclass(frozen=True)
+class NTK(Scaled):
+    """NTK-aware scaling (Peng et al., arXiv 2309.00071, section 3.1): base b becomes b * factor^(d / (d - 2)).
+
+    The first pair keeps its frequency, the last is divided by `factor`.
+    """
+
+    def frequencies(self, head_dim: int, length: Length = None) -> Frequencies:
+        del length
+        plain = self.plain(head_dim)
+        return (plain / self.factor ** ntk_exponents(self, 2 * len(plain))).astype(np.float32), 1.0
+
+
+@dataclass(frozen=True)
 class DynamicNTK(Scaled):
     """NTK-aware base change that follows the running length; equals plain rotary up to `original_length`.
 
-    Base b becomes b * (factor * l / L - (factor - 1))^(d / (d - 2)) for l = max(length, L). Keys already in a cache
-    keep the rotation they were written with, as in HF transformers.
+    Base b becomes b * (factor * l / L - (factor - 1))^(d / (d - 2)) for l = max(length, L), as in HF transformers. All
+    keys turn with the frequencies of the length at which they are read (HF keeps those of the step that wrote them).
     """
 
     original_length: int = 0
@@ -99,14 +120,14 @@ class DynamicNTK(Scaled):
         require(self.original_length > 0, self, f"original_length must be positive, got {self.original_length}")
 
     def frequencies(self, head_dim: int, length: Length = None) -> Frequencies:
-        dim, plain = self.rotary_dim(head_dim), self.plain(head_dim)
-        require(dim > 2, self, f"needs more than 2 rotary features, got {dim}")
-        exponents = np.arange(0, dim, 2) / (dim - 2)  # d/(d-2) of the base change, folded into 2i/d
+        plain = self.plain(head_dim)
+        exponents = ntk_exponents(self, 2 * len(plain))
         if length is None or (isinstance(length, int) and length <= self.original_length):
             return plain.astype(np.float32), 1.0
         if isinstance(length, int):
             growth = self.factor * length / self.original_length - (self.factor - 1)
             return (plain / growth**exponents).astype(np.float32), 1.0
+        length = length[..., None]
         growth = self.factor * length.astype(jnp.float32) / self.original_length - (self.factor - 1)
         scaled = plain.astype(np.float32) * jnp.maximum(growth, 1.0) ** -exponents.astype(np.float32)
         return jnp.where(length > self.original_length, scaled, plain.astype(np.float32)), 1.0
@@ -140,7 +161,10 @@ class YaRN(Scaled):
         """Index of the pair that makes `turns` turns within the original length."""
         return dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.base))
 
-    def _attention_factor(self) -> float:
+    @property
+    def magnitude(self) -> float:
+        """What multiplies cos and sin."""
+
         def growth(weight: float) -> float:
             return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
@@ -152,26 +176,34 @@ class YaRN(Scaled):
 
     def frequencies(self, head_dim: int, length: Length = None) -> Frequencies:
         del length
-        dim, plain = self.rotary_dim(head_dim), self.plain(head_dim)
+        plain = self.plain(head_dim)
         if self.factor == 1:
-            return plain.astype(np.float32), self._attention_factor()
+            return plain.astype(np.float32), self.magnitude
+        return self.mixed(plain, self.factor).astype(np.float32), self.magnitude
+
+    def mixed(self, plain: np.ndarray, factor: float) -> np.ndarray:
+        """The frequencies `plain` [d/2] stretched by `factor`, float64."""
+        dim = 2 * len(plain)
         low, high = self._turning_pair(self.beta_fast, dim), self._turning_pair(self.beta_slow, dim)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
         high = high + 0.001 if low == high else high
         ramp = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
-        mixed = plain / self.factor * ramp + plain * (1 - ramp)
-        return mixed.astype(np.float32), self._attention_factor()
+        return plain / factor * ramp + plain * (1 - ramp)
 
 
 @dataclass(frozen=True)
-class Llama3(Scaled):
-    """Llama 3.1's by-wavelength mix: long waves divided by `factor`, short waves kept, linear in turns between."""
+class ByParts(Scaled):
+    """NTK-by-parts (arXiv 2309.00071, section 3.2): by the turns a pair makes within `original_length`.
+
+    Below `low_turns` (the paper's alpha) its frequency is divided by `factor`, above `high_turns` (beta) it is kept, in
+    between the two are mixed, linear in turns. YaRN's code, and `YaRN` here, mixes linear in the pair's index instead.
+    """
 
     original_length: int = 0
     low_turns: float = 1.0
-    high_turns: float = 4.0
+    high_turns: float = 32.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -190,6 +222,13 @@ class Llama3(Scaled):
         turns = self.original_length * plain / (2 * math.pi)
         kept = np.clip((turns - self.low_turns) / (self.high_turns - self.low_turns), 0, 1)
         return ((1 - kept) * plain / self.factor + kept * plain).astype(np.float32), 1.0
+
+
+@dataclass(frozen=True)
+class Llama3(ByParts):
+    """Llama 3.1's settings of `ByParts`."""
+
+    high_turns: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -212,7 +251,9 @@ class LongRoPE(Rope):
         require(self.original_length > 1, self, f"original_length must be above 1, got {self.original_length}")
         require(self.factor > 0, self, f"factor must be positive, got {self.factor}")
 
-    def _attention_factor(self) -> float:
+    @property
+    def magnitude(self) -> float:
+        """What multiplies cos and sin."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.factor <= 1:
@@ -226,8 +267,8 @@ class LongRoPE(Rope):
         short = (plain / np.array(self.short_factor)).astype(np.float32)
         long = (plain / np.array(self.long_factor)).astype(np.float32)
         if length is None or isinstance(length, int):
-            return (long if (length or 0) > self.original_length else short), self._attention_factor()
-        return jnp.where(length > self.original_length, long, short), self._attention_factor()
+            return (long if (length or 0) > self.original_length else short), self.magnitude
+        return jnp.where(length[..., None] > self.original_length, long, short), self.magnitude
 
 
 @dataclass(frozen=True)

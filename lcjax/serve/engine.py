@@ -1,5 +1,6 @@
 """Generating text: batches of prompts through a cache of fixed shape."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,16 +40,18 @@ class Engine:
     capacity: tokens of prompt and answer that one request may need (None: the model's trained context). Caches are
     made in a few sizes up to it, so that another prompt of similar length compiles nothing.
     batch: most requests at once. chunk: prompt tokens read at a time. steps: tokens written a dispatch.
+    slack: cache slots that a batch may get for each one it needs, so as to run a program that is compiled already.
     """
 
     capacity: int | None = None
     batch: int = 8
     chunk: int = 256
     steps: int = 8
+    slack: int = 1
     cache_dtype: str | None = None  # None: the model's compute dtype
 
     def __post_init__(self):
-        for name in ("capacity", "batch", "chunk", "steps"):
+        for name in ("capacity", "batch", "chunk", "steps", "slack"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"Engine.{name} must be positive, got {number}")
@@ -134,11 +137,10 @@ class Generator:
         return _Row(index, ids, request, TextStream(self._tokenizer, request.stop), completion)
 
     def _run(self, rows: list[_Row]) -> Iterator[Piece]:
-        batch = min(bucket(len(rows), 1), self._engine.batch)
-        needed = max(len(row.ids) + row.request.max_new_tokens for row in rows)
+        batch, capacity = self._size(rows)
         settings = stack([row.request.sampling for row in rows] + [Sampling()] * (batch - len(rows)))
         settings = settings, self._limits(rows, batch)
-        programs = self._programs_for(batch, min(bucket(needed, 512), -(-self.capacity // 256) * 256))
+        programs = self._programs_for(batch, capacity)
         chunks = list(self._chunks(rows, batch))
         programs.prepare(*settings, extend=len(chunks) > 1)
         self.report.compile_seconds += programs.compile_seconds
@@ -208,6 +210,15 @@ class Generator:
             valid = np.arange(begin, begin + size) < lengths[:, None]
             last = (lengths > begin) & (lengths <= begin + size)
             yield jnp.asarray(padded[:, begin : begin + size]), jnp.asarray(valid), jnp.asarray(last)
+
+    def _size(self, rows: list[Any]) -> tuple[int, int]:
+        """(batch, capacity) of the smallest compiled programs within the slack, else the bucket that fits."""
+        needed = max(len(row.ids) + row.request.max_new_tokens for row in rows)
+        batch = min(bucket(len(rows), 1), self._engine.batch)
+        capacity = min(bucket(needed, 512), -(-self.capacity // 256) * 256)
+        most = self._engine.slack * batch * capacity
+        fits = [(b, c) for b, c in self._programs if b >= len(rows) and c >= needed and b * c <= most]
+        return min(fits, key=math.prod, default=(batch, capacity))
 
     def _programs_for(self, batch: int, capacity: int) -> Programs:
         if (batch, capacity) not in self._programs:

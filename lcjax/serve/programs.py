@@ -1,6 +1,7 @@
 """The compiled programs of one batch size and cache size."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -57,9 +58,13 @@ class Programs:
         missing = {name: arguments for name, arguments in needed.items() if name not in self._compiled}
         if missing:
             state = jax.eval_shape(self._jitted["begin"], self._params, *tokens)
-            for name, arguments in missing.items():
-                states = () if name == "begin" else (state,)
-                self._compiled[name] = self._jitted[name].lower(self._params, *states, *arguments).compile()
+            with ThreadPoolExecutor() as pool:  # one is compiled while the next is traced
+                compiling = {}
+                for name, arguments in missing.items():
+                    states = () if name == "begin" else (state,)
+                    lowered = self._jitted[name].lower(self._params, *states, *arguments)
+                    compiling[name] = pool.submit(lowered.compile)
+                self._compiled |= {name: future.result() for name, future in compiling.items()}
         self.compile_seconds = time.perf_counter() - began
 
     def begin(

@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from lcjax.checkpoint.hf import load_pretrained
+from lcjax.checkpoint import hf
 from lcjax.checkpoint.run import is_run, load_run
 from lcjax.data.tokenizers import Tokenizer, load_tokenizer
+from lcjax.methods.base import Method, adapt_model
+from lcjax.methods.lora import merge
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.spec import ModelSpec
+from lcjax.models.weights import carry_over
 from lcjax.serve.fetch import KNOWN, fetch
 
 
@@ -30,26 +33,37 @@ class Pretrained:
     (config.json and *.safetensors), the output folder of a training run, or 'hf:org/name'.
 
     dtype: of weights, activations and cache, 'float32' or 'bfloat16'. tokenizer: where it is not the model's own.
+    methods: changes of the model that need no training. Adapters of a run are merged into its weights.
     """
 
     source: str
     dtype: str = "float32"
     tokenizer: str | None = None
+    methods: tuple[Method, ...] = ()
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"pretrained.dtype is {self.dtype!r}; choose 'float32' or 'bfloat16'")
 
     def load(self) -> Loaded:
-        """Read the weights, tensor by tensor."""
+        """The model and its tokenizer."""
+        read = self.read()
+        return Loaded(
+            abstract(read.spec)[0], read.params, read.spec, load_tokenizer(read.tokenizer_source), self.source
+        )
+
+    def read(self) -> hf.Pretrained:
+        """Spec, weights (read tensor by tensor) and where the tokenizer is."""
         source = str(fetch(self.source)) if self.source in KNOWN else self.source
         if is_run(Path(source)):
-            loaded = load_run(Path(source), dtype=self.dtype)
+            found = load_run(Path(source), dtype=self.dtype)
         else:
-            loaded = load_pretrained(source, dtype=self.dtype)
-        graphdef, _ = abstract(loaded.spec)
-        tokenizer = load_tokenizer(self.tokenizer or loaded.tokenizer_source)
-        return Loaded(graphdef, loaded.params, loaded.spec, tokenizer, self.source)
+            found = hf.load_pretrained(source, dtype=self.dtype)
+        spec, params = merge(found.spec, found.params)
+        adapted = adapt_model(self.methods, spec)
+        if adapted != spec:
+            spec, params = adapted, carry_over(adapted, params)
+        return hf.Pretrained(spec, params, self.tokenizer or found.tokenizer_source)
 
 
 def random_model(spec: ModelSpec, tokenizer: Any, seed: int = 0, dtype: Any = None) -> Loaded:

@@ -1,32 +1,50 @@
 """The training job as a record: what `configs/run/*.gin` fills in."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from lcjax.checkpoint.manifest import Sections, describe
 from lcjax.data.spec import DataSpec
+from lcjax.methods.base import Method, adapt_job, adapt_model
 from lcjax.models.spec import ModelSpec
-from lcjax.parallel.mesh import make_mesh
+from lcjax.parallel.mesh import AXES, make_mesh
+from lcjax.positions.sampling import Sampler
 from lcjax.serve.sampling import Sampling
-from lcjax.train.losses import CrossEntropy
+from lcjax.serve.source import Pretrained
+from lcjax.train.losses import CrossEntropy, Loss
 from lcjax.train.optimizers import Optimizer
 from lcjax.train.step import StepOptions
 
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """Degrees of the mesh axes; -1 takes the devices that are left."""
+    """Degrees of the mesh axes; -1 takes the devices that are left.
+
+    dcn_*: the factor of that degree which spans several slices. slice: the TPU slice that the degrees are meant for,
+    such as 'v5p:4x4x4', which `--compile_for` takes if it names none.
+    """
 
     data: int = 1
     fsdp: int = -1
     context: int = 1
     tensor: int = 1
+    dcn_data: int = 1
+    dcn_fsdp: int = 1
+    dcn_context: int = 1
+    dcn_tensor: int = 1
+    slice: str | None = None
 
-    def build(self) -> Mesh:
-        return make_mesh(self.data, self.fsdp, self.context, self.tensor)
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over all devices of the run, or those given."""
+        across = {axis: getattr(self, f"dcn_{axis}") for axis in AXES}
+        degrees = {axis: getattr(self, axis) for axis in AXES}
+        return make_mesh(**degrees, across_slices=across, devices=devices)
 
 
 @dataclass(frozen=True)
@@ -47,14 +65,20 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Reports:
-    """A metrics line every `every` steps; a device profile of `profile_steps` steps from step `profile_start` on."""
+    """A metrics line every `every` steps; a device profile of `profile_steps` steps from step `profile_start` on.
+
+    hang_seconds: the run ends, naming the line that each process is at, when no step was finished for so long.
+    """
 
     every: int = 10
     tensorboard: bool = True
     profile_start: int = 0
     profile_steps: int = 0
+    hang_seconds: float | None = 1800.0
 
     def __post_init__(self):
+        if self.hang_seconds is not None and self.hang_seconds <= 0:
+            raise ValueError(f"hang_seconds is {self.hang_seconds}; it must be positive, or None to wait forever")
         if self.every < 1:
             raise ValueError(f"every is {self.every}; it must be at least 1 step")
 
@@ -69,21 +93,48 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Train:
-    """Next-token training of one decoder on one stream of batches.
+class Stage:
+    """One stage of a job, written to the folder `name`: what is given replaces the job's own setting, None keeps it.
 
-    batch: rows of one update, over all processes and micro-batches. length: tokens of a row.
-    abort_after: updates in a row that may be skipped for not being finite before the run stops.
+    The first stage starts from the job's model, each later one from the result of the stage before.
     """
 
-    model: ModelSpec
+    name: str
+    methods: tuple[Method, ...] = ()
+    steps: int | None = None
+    optimizer: Optimizer | None = None
+    loss: Loss | None = None
+    data: DataSpec | None = None
+    batch: int | None = None
+    length: int | None = None
+    trainable: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Train:
+    """Training of one decoder on one stream of batches.
+
+    model: a spec, trained from scratch, or a pretrained model to start from. methods: what is changed about it; new
+    parameters are drawn at random. trainable: regular expressions on dotted parameter paths; the others are frozen
+    (none: all are trained, or what the methods say).
+    batch: rows of one update, over all processes and micro-batches. length: tokens of a row.
+    tokenizer: by default the pretrained model's, or bytes. stages: runs one after the other instead of a single one.
+    abort_after: updates in a row that may be skipped for not being finite before the run stops.
+    positions: how rows get their rotary positions (None: tokens since the document's start).
+    """
+
+    model: ModelSpec | Pretrained
     data: DataSpec
     optimizer: Optimizer
     steps: int
     batch: int
     length: int
-    tokenizer: str = "bytes"
-    loss: CrossEntropy = field(default_factory=CrossEntropy)
+    methods: tuple[Method, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    trainable: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    positions: Sampler | None = None
+    loss: Loss = field(default_factory=CrossEntropy)
     options: StepOptions = field(default_factory=StepOptions)
     mesh: MeshSpec = MeshSpec()
     checkpoints: Checkpoints = Checkpoints()
@@ -96,7 +147,10 @@ class Train:
         for name in ("steps", "batch", "length", "abort_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.length > self.model.max_length:
+        names = [stage.name for stage in self.stages]
+        if len({*names}) < len(names):
+            raise ValueError(f"stages are named {names}: give each its own name")
+        if isinstance(self.model, ModelSpec) and self.length > self.model.max_length:
             raise ValueError(
                 f"length {self.length} is more than ModelSpec.max_length {self.model.max_length}; "
                 "raise max_length to train longer"
@@ -106,6 +160,35 @@ class Train:
                 f"batch {self.batch} does not divide into {self.options.accumulate} micro-batches "
                 "(StepOptions.accumulate)"
             )
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's spec, of a resolved job."""
+        if not isinstance(self.model, ModelSpec):
+            raise ValueError("the job's model is not read yet: call Train.resolve first")
+        return self.model
+
+    def runs(self, output: Path) -> Iterator[tuple["Train", Path]]:
+        """The job and folder of every stage, in order; of a job without stages, itself."""
+        job = replace(self, stages=(), methods=() if self.stages else self.methods)
+        if not self.stages:
+            yield job, output
+        for stage in self.stages:
+            changed = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name != "name"}
+            job = replace(job, **{name: value for name, value in changed.items() if value is not None})
+            yield job, output / stage.name
+            job = replace(self, stages=(), model=Pretrained(str(output / stage.name), self.model.dtype))
+
+    def resolve(self) -> tuple["Train", nnx.State | None]:
+        """The job with its model's spec under all methods, and the weights to start from (None: from scratch)."""
+        if isinstance(self.model, ModelSpec):
+            spec, weights, tokenizer = self.model, None, "bytes"
+        else:
+            read = self.model.read()
+            spec, weights, tokenizer = read.spec, read.params, read.tokenizer_source
+        job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=(), trainable=())
+        job = replace(adapt_job(self.methods, job), model=adapt_model(self.methods, spec))
+        return replace(job, trainable=self.trainable or job.trainable), weights
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raise ValueError when rows or tokens don't divide over the mesh."""
@@ -121,19 +204,19 @@ class Train:
                 f"length {self.length} does not divide over the mesh axis context={context}: use a multiple, "
                 f"such as {math.ceil(self.length / context) * context}"
             )
-        if self.batch % jax.process_count():
-            raise ValueError(f"batch {self.batch} does not divide over {jax.process_count()} processes")
 
     def sections(self, mesh: Mesh, tokenizer: str, stream: str) -> Sections:
         """What two runs must have in common to share checkpoints; `tokenizer` and `stream` are fingerprints."""
         data = {k: v for k, v in describe(self.data).items() if k not in ("data_dir", "prefetch")}
+        trained = {"trainable": list(self.trainable)} if self.trainable else {}
         return {
             "model": describe(self.model),
-            "optimizer": {**describe(self.optimizer), "schedule_steps": self.steps},
-            "loss": {"z_loss": self.loss.z_loss},
+            "optimizer": {**describe(self.optimizer), "schedule_steps": self.steps, **trained},
+            "loss": self.loss.describe(),
             "data": {**data, "batch": self.batch, "length": self.length, "stream": stream},
             "tokenizer": tokenizer,
             "about": {"tokenizer": self.tokenizer},
+            "positions": describe(self.positions),
             "seed": self.seed,
             "mesh": ", ".join(f"{axis}={degree}" for axis, degree in mesh.shape.items()),
         }

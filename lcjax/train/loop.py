@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import json
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -20,14 +19,18 @@ from lcjax.models.decoder import abstract
 from lcjax.models.flops import CONVENTION, flops_per_token
 from lcjax.observe.hardware import peak_flops, peak_memory_bytes
 from lcjax.observe.metrics import MetricsLog, plot_loss
+from lcjax.parallel.reading import Part, part_of_batch
 from lcjax.parallel.rules import batch_sharding
+from lcjax.parallel.startup import check_agreement, gather
 from lcjax.serve import engine as serving
 from lcjax.train import state as states
 from lcjax.train.job import Train
 from lcjax.train.preempt import Preemption
+from lcjax.train.program import dtypes, flags_sharding, step_program
 from lcjax.train.progress import Progress
 from lcjax.train.state import TrainState
-from lcjax.train.step import BATCH_DTYPES, Batch, make_step
+from lcjax.train.step import Batch
+from lcjax.train.watchdog import Watchdog
 
 IN_FLIGHT = 2
 """Steps that the host may run ahead of the device, so that a signal waits for no more than these."""
@@ -39,12 +42,13 @@ class TrainingStopped(RuntimeError):
 
 @dataclass
 class Run:
-    """A prepared run: its parts, and the training state after `step` batches."""
+    """A prepared run: its parts, and the training state after `step` batches. `job` is resolved (`Train.resolve`)."""
 
     job: Train
     output: Path
     config: str
     mesh: jax.sharding.Mesh
+    part: Part
     tokenizer: Tokenizer
     batches: Pipeline
     manager: CheckpointManager
@@ -62,48 +66,42 @@ def prepare(job: Train, output: Path, config: str) -> Run:
 
     Raises ValueError or OSError with one sentence about what does not fit.
     """
+    check_agreement(config)
     mesh = job.mesh.build()
     job.check_mesh(mesh)
+    part = part_of_batch(mesh, job.batch, job.length)
+    job, weights = job.resolve()
+    assert job.tokenizer is not None
     tokenizer = load_tokenizer(job.tokenizer)
     batches = build_pipeline(
         job.data,
         tokenizer,
         batch=job.batch,
         length=job.length,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        vocab_size=job.model.vocab_size,
+        process_index=part.index,
+        process_count=part.count,
+        vocab_size=job.spec.vocab_size,
     )
     sections = job.sections(mesh, tokenizer.fingerprint, batches.fingerprint)
     manager = CheckpointManager(output / "checkpoints", keep=job.checkpoints.keep)
-    optimizer = job.optimizer.build(job.steps)
-    shapes = states.abstract_state(job.model, optimizer, mesh)
+    start = states.Start(job.spec, job.optimizer.build(job.steps), job.seed, job.trainable, weights)
+    shapes = states.abstract_state(start, mesh)
     restored = manager.restore(shapes, sections, accept=job.checkpoints.accept)
     if restored is None:
-        state, step = states.create(job.model, optimizer, job.seed, shapes), 0
+        state, step = states.create(start, shapes), 0
     else:
         state, step = restored.state, restored.step
         batches.set_state(restored.data_state)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.gin").write_text(config)
-    return Run(job, output, config, mesh, tokenizer, batches, manager, sections, state, step)
+    return Run(job, output, config, mesh, part, tokenizer, batches, manager, sections, state, step)
 
 
 def compile_step(run: Run) -> Any:
     """The one executable of the run. Being compiled ahead of time, it refuses other shapes instead of recompiling."""
-    job = run.job
-    graphdef, _ = abstract(job.model)
-    optimizer, schedule = job.optimizer.build(job.steps), job.optimizer.schedule.build(job.steps)
-    shapes = states.abstract_state(job.model, optimizer, run.mesh)
-    sharding = batch_sharding(run.mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((job.batch, job.length), dtype, sharding=sharding)
-        for name, dtype in BATCH_DTYPES.items()
-    }
-    step = make_step(graphdef, optimizer, schedule, job.loss, job.options)
+    program = step_program(run.job, states.shapes_of(run.state), run.mesh)
     with jax.set_mesh(run.mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(states.shardings(shapes), None))
-        return jitted.lower(shapes, batch).compile()
+        return program.jitted.lower(*program.shapes).compile()
 
 
 def train(run: Run, stop: Preemption) -> int:
@@ -139,15 +137,18 @@ def steps(run: Run, compiled: Any, stop: Preemption, progress: Progress) -> None
     job, every, saved_at = run.job, run.job.checkpoints.every, run.step
     reports = Reporter(run, progress)
     in_flight: collections.deque[Any] = collections.deque()
-    with contextlib.closing(reports), profile(run) as profiler, jax.transfer_guard("disallow"):
-        while run.step < job.steps and not stop.requested:
+    watchdog = Watchdog(run.output / "processes", jax.process_index(), job.reports.hang_seconds)
+    alone, asked = jax.process_count() == 1, False
+    with contextlib.closing(reports), profile(run) as profiler, watchdog, jax.transfer_guard("disallow"):
+        while run.step < job.steps and not (asked or (alone and stop.requested)):
             with reports.waiting_for_data():
                 batch = place(run, next_rows(run))
-            run.state, metrics = compiled(run.state, batch)
+            run.state, metrics = compiled(run.state, batch, raised(run, stop.requested))
             run.step += 1
-            in_flight.append(metrics["loss"])
+            in_flight.append(metrics.pop("asked_to_stop"))
             if len(in_flight) > IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
+                asked = bool(jax.device_get(in_flight.popleft()))
+                watchdog.beat(run.step)
             progress.advance()
             reports.step(metrics)
             profiler.step(run.step)
@@ -161,8 +162,14 @@ def steps(run: Run, compiled: Any, stop: Preemption, progress: Progress) -> None
 
 
 def next_rows(run: Run) -> dict[str, np.ndarray]:
+    """This process's rows of the next batch, with the positions that the job samples."""
+    sampler = run.job.positions
     try:
-        return next(run.batches)
+        rows = next(run.batches)
+        if sampler is None:
+            return rows
+        first = run.part.index * len(rows["inputs"])
+        return rows | {"positions": sampler.positions(rows["inputs"], run.job.seed, run.step, first)}
     except StopIteration:
         raise TrainingStopped(
             f"the data ended after {run.step} batches: lower train.steps or let the data repeat"
@@ -173,30 +180,30 @@ def place(run: Run, rows: dict[str, np.ndarray]) -> Batch:
     """This process's rows as its part of the global arrays `[B,T]`."""
     sharding = batch_sharding(run.mesh)
     return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(rows[name], dtype))
-        for name, dtype in BATCH_DTYPES.items()
+        name: jax.make_array_from_process_local_data(
+            sharding, np.asarray(rows[name], dtype)[:, run.part.columns], (run.job.batch, run.job.length)
+        )
+        for name, dtype in dtypes(run.job).items()
     }
+
+
+def raised(run: Run, flag: bool) -> jax.Array:
+    """This process's flag as its part of an array over all devices.
+
+    A preemption notice may reach one process only. The flags go through the step, so that every process learns of
+    it from the same step, and all save the same one.
+    """
+    sharding = flags_sharding(run.mesh)
+    local = np.full(len(sharding.addressable_devices), flag, np.int32)
+    return jax.make_array_from_process_local_data(sharding, local, (run.mesh.size,))
 
 
 def save(run: Run) -> None:
     """Start a checkpoint of everything that the next step depends on."""
     with jax.transfer_guard("allow"):  # saving is a transfer that is meant
-        data_state = merge_states(gather(run.batches.get_state()))
+        states_by_part = dict(gather((run.part.index, run.batches.get_state())))
+        data_state = merge_states([states_by_part[index] for index in range(run.part.count)])
         run.manager.save(run.step, run.state, data_state, run.sections)
-
-
-def gather(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """A JSON value of every process, in their order."""
-    if jax.process_count() == 1:
-        return [value]
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(text.size))
-    padded = np.zeros(max(sizes), np.uint8)
-    padded[: text.size] = text
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 class Reporter:
@@ -209,7 +216,7 @@ class Reporter:
         if jax.process_index() == 0:
             self._log = MetricsLog(run.output, resumed_at=run.step, tensorboard=job.reports.tensorboard)
         peak = peak_flops(jax.devices()[0])
-        flops = flops_per_token(job.model, job.length, training=True)
+        flops = flops_per_token(job.spec, job.length, training=True)
         self._utilisation_per_rate = flops / (peak * jax.device_count()) if peak else None
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
         self._losses: list[jax.Array] = []  # of the steps since the last report, whose mean it tells
@@ -286,11 +293,11 @@ def describe(run: Run, progress: Progress) -> None:
     """What is about to run, in a few lines."""
     job = run.job
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
-    flops = flops_per_token(job.model, job.length, training=True)
+    flops = flops_per_token(job.spec, job.length, training=True)
     devices = jax.devices()
     axes = " ".join(f"{axis}={degree}" for axis, degree in run.mesh.shape.items() if degree > 1)
     progress.say(
-        f"{job.model.name}: {parameters / 1e6:.1f}M parameters, state {states.bytes_of(run.state) / 2**30:.2f} GiB, "
+        f"{job.spec.name}: {parameters / 1e6:.1f}M parameters, state {states.bytes_of(run.state) / 2**30:.2f} GiB, "
         f"{len(devices)} x {devices[0].device_kind}{' with ' + axes if axes else ''}"
     )
     progress.say(f"{flops / 1e6:,.1f} MFLOP per token ({CONVENTION})")
@@ -303,8 +310,8 @@ def sample(run: Run, progress: Progress) -> None:
     """Decode the job's prompts with the trained parameters."""
     wanted = run.job.sample
     assert wanted is not None
-    graphdef, _ = abstract(run.job.model)
-    generator = serving.Generator(graphdef, run.state.params, run.job.model, run.tokenizer)
+    graphdef, _ = abstract(run.job.spec)
+    generator = serving.Generator(graphdef, run.state.params, run.job.spec, run.tokenizer)
     requests = [serving.Request(prompt, wanted.max_new_tokens, sampling=wanted.sampling) for prompt in wanted.prompts]
     for request, answer in zip(requests, generator.generate(requests), strict=True):
         progress.say(f"--- {request.prompt}{answer.text}")

@@ -1,12 +1,16 @@
-"""Next-token loss from hidden states, in chunks of tokens: the T x V logits never exist at once."""
+"""What training minimises: the protocol, and the next-token loss whose T x V logits never exist at once."""
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
+
+from lcjax.parallel.work import checkpoint
 
 
 @runtime_checkable
@@ -20,12 +24,39 @@ class Unembedding(Protocol):
     def unembedding(self) -> Float[Array, "width V"]: ...
 
 
+@runtime_checkable
+class Passes(Protocol):
+    """How forward and backward pass spend memory for time: the arguments of `Decoder.hidden`."""
+
+    @property
+    def remat(self) -> str: ...
+
+    @property
+    def scan(self) -> bool: ...
+
+
 class LossSums(NamedTuple):
     """Sums over tokens, so that micro-batches add up: divide by `weight` at the end."""
 
     nll: Float[Array, ""]  # sum of weight * negative log-likelihood, nats
     z: Float[Array, ""]  # sum of weight * log(Z)**2, before its coefficient
     weight: Float[Array, ""]
+    parts: dict[str, Array] | None = None  # further sums to report, by name
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What a training step minimises."""
+
+    def gradients(
+        self, graphdef: Any, trained: nnx.State, frozen: nnx.State, batch: Mapping[str, Array], how: Passes
+    ) -> tuple[nnx.State, LossSums]:
+        """Gradients of the sum over the batch with respect to `trained`, and the sums; `how` changes no number."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What two runs must have in common to share checkpoints (JSON)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +98,29 @@ class CrossEntropy:
             lambda: chunked(model, hidden, targets, weights, self.chunk_tokens),
         )
 
+    def gradients(
+        self, graphdef: Any, trained: nnx.State, frozen: nnx.State, batch: Mapping[str, Array], how: Passes
+    ) -> tuple[nnx.State, LossSums]:
+        """See `Loss`."""
+
+        def total(trained: nnx.State) -> tuple[Array, LossSums]:
+            model = nnx.merge(graphdef, trained, frozen)
+            hidden, _ = model.hidden(
+                batch["inputs"],
+                positions=batch["positions"],
+                segment_ids=batch["segment_ids"],
+                remat=how.remat,
+                scan=how.scan,
+            )
+            sums = self(model, hidden, batch["targets"], batch["loss_weights"])
+            return sums.nll + self.z_loss * sums.z, sums
+
+        return jax.grad(total, has_aux=True)(trained)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Loss`."""
+        return {"z_loss": self.z_loss}
+
     def _fused_refusal(self, model: Unembedding) -> str:
         if self.implementation == "chunked":
             return "chunked was asked for"
@@ -104,7 +158,7 @@ def chunked(
         x = jnp.pad(x, pad).reshape(batch, shards, count, size, *x.shape[3:])
         return jnp.moveaxis(x, 2, 0)  # [count, B, shards, size, ...]
 
-    @jax.checkpoint
+    @checkpoint
     def one(h: Float[Array, "B P C width"], target: Int[Array, "B P C"], weight: Float[Array, "B P C"]) -> LossSums:
         real = weight > 0
         logits = model.logits(jnp.where(real[..., None], h, 0))  # f32 [B,P,C,V]
@@ -119,9 +173,9 @@ def chunked(
     def add(total: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         return jax.tree.map(jnp.add, total, one(*part)), None
 
-    zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
+    nothing = jnp.zeros((), jnp.float32)
     parts = (slices(hidden), slices(targets), slices(weights.astype(jnp.float32)))
-    return jax.lax.scan(add, zero, parts)[0]
+    return jax.lax.scan(add, LossSums(nothing, nothing, nothing), parts)[0]
 
 
 def fused(

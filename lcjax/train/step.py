@@ -10,8 +10,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from lcjax.train.losses import CrossEntropy, LossSums
-from lcjax.train.state import TrainState
+from lcjax.parallel.layout import Exchange, attention_exchange
+from lcjax.train.losses import Loss, LossSums
+from lcjax.train.state import TrainState, divide
 
 type Batch = dict[str, Array]  # inputs, targets, positions, segment_ids, loss_weights, each [B,T]
 type Metrics = dict[str, Array]
@@ -33,63 +34,58 @@ class StepOptions:
     accumulate: int = 1  # micro-batches per update
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = False
+    exchange: Exchange = "auto"  # of full attention over a split sequence, see `lcjax.parallel.dense`
 
 
 def make_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
-    loss: CrossEntropy,
+    loss: Loss,
     options: StepOptions = StepOptions(),
+    trainable: tuple[str, ...] = (),
 ) -> Step:
     """The step for `jax.jit(step, donate_argnums=0)`.
 
     A step whose loss or gradient is not finite leaves parameters and optimiser state bit for bit as they were; it is
     counted in `skipped`. `accumulate` > 1 cuts the batch's rows into that many micro-batches: the update is that of
-    the whole batch, since losses are summed and divided by the batch's total weight.
+    the whole batch, since losses are summed and divided by the batch's total weight. Only parameters that `trainable`
+    matches (empty: all) have gradients and optimiser state; the others pass through.
     """
 
-    def objective(params: Any, batch: Batch) -> tuple[Array, LossSums]:
-        model = nnx.merge(graphdef, params)
-        hidden, _ = model.hidden(
-            batch["inputs"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            remat=options.remat,
-            scan=options.scan,
-        )
-        sums = loss(model, hidden, batch["targets"], batch["loss_weights"])
-        return sums.nll + loss.z_loss * sums.z, sums
+    def gradients(trained: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Any, LossSums]:
+        def grad(trained: nnx.State, batch: Batch) -> tuple[Any, LossSums]:
+            with attention_exchange(options.exchange):
+                return loss.gradients(graphdef, trained, frozen, batch, options)
 
-    def gradients(params: Any, batch: Batch) -> tuple[Any, LossSums]:
-        grad = jax.grad(objective, has_aux=True)
         if options.accumulate == 1:
-            return grad(params, batch)
+            return grad(trained, batch)
 
         # Row r goes to micro-batch r mod accumulate, so that each holds rows of every data shard.
         split = lambda x: jnp.moveaxis(x.reshape(-1, options.accumulate, *x.shape[1:]), 1, 0)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, grad(params, part)), None)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, grad(trained, part)), None)
         zeros = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(grad, params, jax.tree.map(lambda x: split(x)[0], batch)),
+            jax.eval_shape(grad, trained, jax.tree.map(lambda x: split(x)[0], batch)),
         )
         return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = gradients(state.params, batch)
+        trained, frozen = divide(state.params, trainable)
+        grads, sums = gradients(trained, frozen, batch)
         weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         mean_nll = sums.nll / weight
         finite = jnp.isfinite(mean_nll) & jnp.isfinite(norm)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        updated = optax.apply_updates(trained, updates)
         keep = lambda new, old: jnp.where(finite, new, old)
         skip = (~finite).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
-            params=jax.tree.map(keep, params, state.params),
+            params=nnx.merge_state(jax.tree.map(keep, updated, trained), frozen),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             key=jax.random.split(state.key, 1)[0],
             skipped=state.skipped + skip,
@@ -101,6 +97,7 @@ def make_step(
             "grad_norm": norm,
             "learning_rate": jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32),
             "tokens": sums.weight,
+            **{name: part / weight for name, part in (sums.parts or {}).items()},
             "skipped": new_state.skipped,
             "skipped_in_row": new_state.skipped_in_row,
         }

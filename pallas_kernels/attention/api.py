@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import library, reference, xla
 from pallas_kernels.attention.call import Call
+from pallas_kernels.checks import check_values
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Mask
 from pallas_kernels.merge import add_sink_logits
@@ -43,6 +42,7 @@ def block_sparse_attention(
     soft_cap: float | None = None,
     sink_logits: Float[Array, " H"] | None = None,
     return_lse: bool = False,
+    whole: tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H Dv"] | tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """Softmax attention of each query over the keys that `mask` and `lists` allow.
@@ -55,13 +55,17 @@ def block_sparse_attention(
     Args:
       mask: from `pallas_kernels.masks`, over absolute positions.
       lists: key blocks chosen at run time, in addition to the mask's own blocks and under its causality.
-      segment_ids: a query sees only keys of its own segment. [B,T] when S == T, or a pair ([B,T], [B,S]).
+      segment_ids: a query sees only keys of its own segment. [B,T] when S == T, or a pair ([B,T], [B,S]). Sinks are the
+        first keys of the query's segment; a segment is a run of equal ids among the keys.
       q_offset: position of the first query, one for all or one per batch row (chunked prefill).
       kv_length: keys at or beyond it do not exist (a cache partly filled).
       scale: of the scores, D**-0.5 by default.
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_logits: one more softmax entry per head, with a zero value.
       return_lse: also return the log-sum-exp of the scores, float32.
+      whole: the known (o, lse) of attention over a larger set of keys, of which these are a part. It is returned as it
+        is; the gradients in q, k and v are this part's share, so that a backward pass can go through parts one by one
+        (ring attention) without computing any forward again.
       implementation: 'xla', 'mosaic_tpu', 'mosaic_gpu', 'cudnn' (plain causal or full masks) or 'reference'; None picks
         the first of the platform's order that can.
 
@@ -90,6 +94,7 @@ def block_sparse_attention(
         scale=_positive("scale", dim**-0.5 if scale is None else scale),
         soft_cap=None if soft_cap is None else _positive("soft_cap", soft_cap),
         need_lse=return_lse or sink_logits is not None,
+        whole=_whole(whole, q, v, sink_logits),
     )
     o, lse = dispatch("block_sparse_attention", BACKENDS, ORDER[platform()], implementation)(call)
     if sink_logits is not None:
@@ -142,6 +147,7 @@ def _segments(mask, segment_ids, batch, length, keys) -> tuple[Array, Array] | N
         if length != keys:
             raise ValueError(f"segment_ids: one array with {length} queries and {keys} keys; pass ([B,T], [B,S])")
         segment_ids = (segment_ids, segment_ids)
+    mask.check_packed()
     for name, ids, size in (("queries", segment_ids[0], length), ("keys", segment_ids[1], keys)):
         if ids.shape != (batch, size):
             raise ValueError(f"segment_ids: shape {ids.shape} for {name}, expected ({batch}, {size})")
@@ -159,6 +165,7 @@ def _offset(q_offset, batch: int) -> int | Array:
         return q_offset
     if q_offset.shape not in ((), (batch,)) or not jnp.issubdtype(q_offset.dtype, jnp.integer):
         raise ValueError(f"q_offset: {q_offset.dtype}{q_offset.shape}, expected an integer or int32 [{batch}]")
+    check_values(lambda offset: offset >= 0, "q_offset: {found} is negative", q_offset)
     return jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
 
 
@@ -167,10 +174,21 @@ def _lengths(kv_length, batch: int, keys: int) -> Array | None:
         return None
     if kv_length.shape != (batch,) or not jnp.issubdtype(kv_length.dtype, jnp.integer):
         raise ValueError(f"kv_length: {kv_length.dtype}{kv_length.shape}, expected int32 [{batch}]")
-    values = None if isinstance(kv_length, jax.core.Tracer) else np.asarray(kv_length)
-    if values is not None and (values.min() < 0 or values.max() > keys):
-        raise ValueError(f"kv_length: {values} must lie in 0..{keys}, the number of keys")
+    message = f"kv_length: {{found}} is outside 0..{keys}, the number of keys"
+    check_values(lambda n: (n >= 0) & (n <= keys), message, kv_length)
     return jnp.asarray(kv_length, jnp.int32)
+
+
+def _whole(whole, q: Array, v: Array, sink_logits) -> tuple[Array, Array] | None:
+    if whole is None:
+        return None
+    if sink_logits is not None:
+        raise ValueError("sink_logits: not together with whole; add them to the whole result (`add_sink_logits`)")
+    batch, length, heads, _ = q.shape
+    for name, x, shape in (("o", whole[0], (*q.shape[:3], v.shape[3])), ("lse", whole[1], (batch, heads, length))):
+        if x.shape != shape:
+            raise ValueError(f"whole: its {name} has shape {x.shape}, expected {shape}")
+    return whole[0].astype(q.dtype), whole[1].astype(jnp.float32)
 
 
 def _positive(name: str, value: float) -> float:

@@ -35,7 +35,7 @@ def _reason(call: Call) -> str | None:
                 (not isinstance(call.q_offset, int) or call.q_offset != 0, "no q_offset"),
                 (call.mask.causal and call.q.shape[1] != call.k.shape[1], "causal only with as many queries as keys"),
                 (call.soft_cap is not None, "no soft cap"),
-                (call.need_lse, "its lse has no gradient"),
+                (call.need_lse or call.whole is not None, "its lse has no gradient"),
                 (call.q.dtype == jnp.float32, "no float32"),
                 (call.v.shape[-1] != dim or dim % 8 or dim > 128, f"head dims {dim} and {call.v.shape[-1]}"),
             )

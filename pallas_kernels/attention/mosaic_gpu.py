@@ -34,7 +34,8 @@ def attend(
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """(o, lse) of the call on a Hopper GPU, or in the interpreter.
 
-    The gradient runs dQ and dK/dV kernels; head dims above 128 and run-time lists take their gradient from `xla`.
+    The gradient runs dQ and dK/dV kernels. Head dims above 128 take it from `xla`: two accumulators of 64 x 256 for
+    dK and dV fill all registers of a warpgroup.
 
     Raises:
       Unsupported: with the reason.
@@ -50,6 +51,7 @@ def attend(
         causal=plan.causal,
         patterns=plan.num_patterns,
         lists=lists,
+        list_rows=0 if call.lists is None else call.lists.block_q,
         forward=forward_tiles or _forward_tiles(plan, max(dim, dim_v)),
         backward=backward_tiles or BackwardTiles(**tuning.tiles("attention_backward", dim=max(dim, dim_v))),
         interpret=interpret,
@@ -59,7 +61,13 @@ def attend(
         k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v))
     q, k, v = (_padded(x, interpret, is_key) for x, is_key in ((call.q, False), (k, True), (v, True)))
     tables = _tables(call, plan, settings, q.shape[1], k.shape[1])
-    if max(dim, dim_v) > 128 or lists == "call":
+    if call.whole is not None:
+        o, lse = (
+            jnp.pad(x, [(0, q.shape[1] - length if axis == n else 0) for axis in range(x.ndim)])
+            for n, x in zip((1, 2), call.whole, strict=True)
+        )
+        o, lse = _part(settings, q, k, v, tables, o, lse)
+    elif max(dim, dim_v) > 128:
         o, lse = _with_xla_gradient(call, settings, tables)(call.q, call.k, call.v, q, k, v)
     else:
         o, lse = _attend(settings, q, k, v, tables)
@@ -75,6 +83,7 @@ class Settings:
     causal: bool
     patterns: int
     lists: str
+    list_rows: int
     forward: ForwardTiles
     backward: BackwardTiles
     interpret: bool
@@ -94,6 +103,7 @@ class Tables(NamedTuple):
     dkv: Any
     pattern: Any
     lists: Any
+    column_lists: Any
     rules: Any
     segments: Any
 
@@ -106,9 +116,10 @@ def refusal(call: Call, interpret: bool = False) -> str | None:
         (platform() != "gpu" and not interpret, f"needs an NVIDIA Hopper GPU, this is {platform()}"),
         (call.q.dtype == jnp.float32, "wgmma has no float32; cast to bfloat16 or use xla"),
         (any(d not in (64, 128, 256) for d in dims), f"head dims {dims[0]} and {dims[1]} are not 64, 128 or 256"),
-        (not _bare(columns) and call.segment_ids is not None, "segments with column blocks"),
-        (not _bare(columns) and lists is not None, "run-time lists with column blocks"),
-        (call.segment_ids is not None and lists is not None, "segments with run-time lists"),
+        (not _bare(columns) and call.segment_ids is not None, "segments together with Stride or Intervals"),
+        (not _bare(columns) and lists is not None, "run-time lists together with Stride or Intervals"),
+        (call.segment_ids is not None and lists is not None, "segments together with run-time lists"),
+        (call.whole is not None and (max(dims) > 128 or lists is not None), "parts of head dims above 128 or of lists"),
     ]
     if lists is not None:
         sizes = f"list blocks of {lists.block_q} x {lists.block_k} are not multiples of {tb.ROW_TILE} x {tb.UNIT}"
@@ -143,7 +154,7 @@ def _every_key_is_seen(call: Call, plan: Plan) -> bool:
     """Known beforehand: each query sees the key at its own position, and there are no other keys."""
     plain = call.kv_length is None and call.segment_ids is None and call.lists is None
     square = call.q.shape[1] == call.k.shape[1] and isinstance(call.q_offset, int) and call.q_offset == 0
-    if not (plain and square and isinstance(plan.sink, np.ndarray)):
+    if not (plain and square and isinstance(plan.sink, np.ndarray) and isinstance(plan.window, np.ndarray)):
         return False
     return bool(((plan.window > 0) | (plan.sink == INF)).all())
 
@@ -160,15 +171,16 @@ def _tables(call: Call, plan: Plan, settings: Settings, rows: int, keys: int) ->
     batch = call.q.shape[0]
     offset = jnp.broadcast_to(jnp.asarray(call.q_offset, jnp.int32), (batch,))
     length = jnp.full((batch,), call.k.shape[1], jnp.int32) if call.kv_length is None else call.kv_length
-    segs = None if call.segment_ids is None else tb.segments(*call.segment_ids, rows, keys)
+    segs = tb.segments(call, rows, keys)
     block_k = settings.forward.block_k
     table, lists = tb.row_table(plan, rows, keys, block_k, offset, length, segs)
     dq, _ = tb.row_table(plan, rows, keys, settings.backward.dq_block_k, offset, length, segs)
     dkv = tb.column_table(plan, rows, keys, settings.backward.dkv_block_q, offset, length, segs)
+    columns = None
     if call.lists is not None:
-        lists = tb.run_time_lists(call.lists, plan, keys, offset)
+        lists, columns = tb.run_time_lists(call.lists, plan, keys, offset), tb.column_lists(call.lists, keys)
     pattern = jnp.asarray(plan.pattern_of_head, jnp.int32)
-    return Tables(table, dq, dkv, pattern, lists, tb.rules(plan), segs)
+    return Tables(table, dq, dkv, pattern, lists, columns, tb.rules(plan), segs)
 
 
 def _static(settings: Settings, q, k, v) -> Static:
@@ -186,6 +198,7 @@ def _static(settings: Settings, q, k, v) -> Static:
         scale=settings.scale,
         soft_cap=settings.soft_cap,
         lists=settings.lists,
+        list_rows=settings.list_rows,
         interpret=settings.interpret,
     )
 
@@ -229,11 +242,23 @@ def _attend_bwd(settings: Settings, saved, cotangent):
     rows = cotangents(o, lse, do.astype(q.dtype), dlse)
     inputs = Inputs(q, k, v, tables.dq, tables.pattern, tables.lists, tables.rules, tables.segments)
     dq, delta = backward_dq(inputs, rows, static, settings.backward)
-    dk, dv = backward_dkv(inputs._replace(table=tables.dkv, lists=None), rows, delta, static, settings.backward)
+    by_key = inputs._replace(table=tables.dkv, lists=tables.column_lists)
+    dk, dv = backward_dkv(by_key, rows, delta, static, settings.backward)
     return dq, dk, dv, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _part(settings: Settings, q, k, v, tables: Tables, o, lse) -> tuple[Array, Array]:
+    return o, lse
+
+
+_part.defvjp(
+    lambda settings, q, k, v, tables, o, lse: ((o, lse), (q, k, v, o, lse, tables)),
+    lambda settings, saved, cotangent: (*_attend_bwd(settings, saved, cotangent), None, None),
+)
 
 
 def _with_xla_gradient(call: Call, settings: Settings, tables: Tables):

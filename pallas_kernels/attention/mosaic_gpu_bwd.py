@@ -30,11 +30,15 @@ from pallas_kernels.attention.mosaic_gpu_common import (
     Static,
     Work,
     accumulate,
+    all_sinks,
     fields,
     iota,
+    key_copies,
     launch,
+    load_keys,
     mask_rows,
     one_segment,
+    sinks,
     spread,
     steps,
     tiled,
@@ -108,9 +112,9 @@ def backward_dq(
         "k_s": tiled((stages, keys, s.dim), dtype),
         "v_s": tiled((stages, keys, s.dim_v), dtype),
         "q_ready": plgpu.Barrier(num_barriers=WGS, num_arrivals=3),
-        "k_ready": plgpu.Barrier(num_barriers=stages),
+        "k_ready": plgpu.Barrier(num_barriers=stages, num_arrivals=key_copies(s, keys)),
         "k_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WGS),
-        "v_ready": plgpu.Barrier(num_barriers=stages),
+        "v_ready": plgpu.Barrier(num_barriers=stages, num_arrivals=key_copies(s, keys)),
         "v_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WGS),
     }
     body = functools.partial(_dq_kernel, static=s, tiles=tiles, row_tiles=row_tiles)
@@ -150,12 +154,11 @@ def _dq_kernel(
         @pl.loop(0, total)
         def _step(n):
             slot = slot_of(n)
-            first = plan.place(n).first
+            place = plan.place(n)
             for name, src in (("v", g.v), ("k", g.k)):
                 free = m[name + "_free"].at[slot]
                 pl.when(n >= tiles.dq_stages)(lambda free=free: plgpu.barrier_wait(free))
-                src = src.at[batch, pl.ds(first, tiles.dq_block_k), kv_head]
-                plgpu.copy_gmem_to_smem(src, m[name + "_s"].at[slot], m[name + "_ready"].at[slot])
+                load_keys(s, place, src.at[batch, :, kv_head], m[name + "_s"].at[slot], m[name + "_ready"].at[slot])
 
         _drain(total, tiles.dq_stages, m["k_free"], m["v_free"])
 
@@ -286,16 +289,31 @@ def _dkv_kernel(
                 plgpu.copy_gmem_to_smem(stat_g.at[w.batch, head, rows], m[stat + "_s"].at[slot], ready)
             return done + 1
 
-        body = lambda head, tile, _, __, ___, done: load(head, tile, done)
-        done = _each_row_tile(g, s, w, w.index * (ROW_TILE // tb.UNIT), body, jnp.int32(0))
+        unit = w.index * (ROW_TILE // tb.UNIT)
+        done = _each_row_tile(
+            g, s, tiles, w, unit, lambda visit, done: load(visit.head, visit.tile, done), jnp.int32(0)
+        )
         _drain(done, stages, m["q_free"], m["do_free"])
 
 
-def _each_row_tile(g: Inputs, s: Static, w: Column, unit, body, carry):
-    """Runs `body(head, row tile, pattern, field -> scalar, unmasked tiles, carry)` over the rows that read the keys.
+class Visit(NamedTuple):
+    """A tile of rows of one query head that reads the keys of a block.
 
-    Head by head; the fields are those of key unit `unit`.
+    Tiles in [inner, inner_end) need no mask. `listed` is 0 for rows by the mask's own rules, else the units that a
+    run-time list names (bit 0 and bit 1).
     """
+
+    head: jax.Array
+    tile: jax.Array
+    pattern: jax.Array
+    field: Any  # field -> scalar, of one key unit
+    inner: Any
+    inner_end: Any
+    listed: Any
+
+
+def _each_row_tile(g: Inputs, s: Static, tiles: BackwardTiles, w: Column, unit, body, carry):
+    """Runs `body(visit, carry)` over the rows that read the keys, head by head; the fields are those of `unit`."""
 
     def one_head(n, carry):
         head = w.head + n
@@ -306,13 +324,34 @@ def _each_row_tile(g: Inputs, s: Static, w: Column, unit, body, carry):
 
         def step(r, carry):
             tile = jnp.where(r < first, begin_1 + r, begin_2 + r - first)
-            return body(head, tile, pattern, field, inner, carry)
+            return body(Visit(head, tile, pattern, field, *inner, jnp.int32(0)), carry)
 
-        return lax.fori_loop(0, first + field(tb.STEPS_2), step, carry)
+        carry = lax.fori_loop(0, first + field(tb.STEPS_2), step, carry)
+        return carry if s.lists != "call" else _each_listed(g, s, tiles, w, head, pattern, field, body, carry)
 
     if w.heads_here == 1:
         return one_head(jnp.int32(0), carry)
     return lax.fori_loop(0, w.heads_here, one_head, carry)
+
+
+def _each_listed(g: Inputs, s: Static, tiles: BackwardTiles, w: Column, head, pattern, field, body, carry):
+    """Runs `body` over the rows whose run-time list names keys of the block."""
+    heads = g.lists.begin.shape[1]
+    list_head = lax.div(head, s.heads // heads)
+    begin, end = (g.lists.begin[w.batch, list_head, w.index + n] for n in (0, 1))
+    per = s.list_rows // tiles.dkv_block_q
+
+    def step(r, carry):
+        entry = g.lists.entries[w.batch * heads + list_head, begin + lax.div(r, per)]
+        tile = lax.div(entry, 4) * per + lax.rem(r, per)
+        row = tile * tiles.dkv_block_q
+        real = (lax.rem(entry, 4) > 0) & (row < s.rows)
+        if s.causal:
+            real &= field(tb.C_OFFSET) + row + tiles.dkv_block_q > w.index * ROW_TILE
+        visit = Visit(head, tile, pattern, field, jnp.int32(0), jnp.int32(0), lax.rem(entry, 4))
+        return lax.cond(real, lambda c: body(visit, c), lambda c: c, carry)
+
+    return lax.fori_loop(0, (end - begin) * per, step, carry)
 
 
 def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Column) -> None:
@@ -323,43 +362,42 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
     plgpu.barrier_wait(m["kv_ready"].at[wg])
     shape = (WG, tiles.dkv_block_q)
 
-    def step(head, tile, pattern, field, inner, carry):
+    def step(visit, carry):
         dk, dv, done = carry
+        tile, field = visit.tile, visit.field
         slot = lax.rem(done, jnp.int32(tiles.dkv_stages))
         q_s, do_s = m["q_s"].at[slot], m["do_s"].at[slot]
         plgpu.barrier_wait(m["q_ready"].at[slot])
         plgpu.barrier_wait(m["do_ready"].at[slot])
 
-        def products(x_ref, dp_ref):
+        def products(x_ref, dp_ref, start_dv):
             plgpu.wgmma(x_ref, m["k_s"].at[wg], q_s.transpose((1, 0)))
             plgpu.wgmma(dp_ref, m["v_s"].at[wg], do_s.transpose((1, 0)))
             x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
-            edge = lambda: _mask_columns(g, s, w, pattern, field, first, tile * tiles.dkv_block_q, x)
-            seen = lax.cond((tile >= inner[0]) & (tile < inner[1]), lambda: x, edge)
+            edge = lambda: _mask_columns(g, s, w, visit, first, tile * tiles.dkv_block_q, x)
+            seen = lax.cond((tile >= visit.inner) & (tile < visit.inner_end), lambda: x, edge)
             lse = plgpu.load(m["lse_s"].at[slot], layout=COLS)
             p = jnp.exp2(seen * factor - spread(lse, shape, 1))
+            p16 = p.astype(g.k.dtype)
+            started = start_dv(p16)
             delta = plgpu.load(m["delta_s"].at[slot], layout=COLS)
-            ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=0) - spread(delta, shape, 1))
-            return p.astype(g.k.dtype), (ds if s.soft_cap is None else ds * (1 - x * x)).astype(g.k.dtype)
+            ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=started) - spread(delta, shape, 1))
+            return p16, (ds if s.soft_cap is None else ds * (1 - x * x)).astype(g.k.dtype)
 
-        acc = plgpu.ACC(shape, jnp.float32)
-
-        def compute():
-            p16, ds16 = pl.run_scoped(products, acc, acc)
-            return _accumulate_two(dv, p16, do_s, dk, ds16, q_s, s.interpret)
-
-        if g.rules.expiry is None:
-            new_dv, new_dk = compute()
-        else:  # columns of one unit of the two often live longer
+        compute = functools.partial(_add_products, products, dv, do_s, dk, q_s, shape, s.interpret)
+        own = None  # whether these rows read this unit of the two
+        if s.lists == "call":
+            own = (visit.listed == 0) | ((visit.listed & jnp.where(wg == 0, 1, 2)) > 0)
+        elif g.rules.expiry is not None:
             own = (tile >= field(tb.OWN_1)) & (tile < field(tb.OWN_END_1))
             own |= (tile >= field(tb.OWN_2)) & (tile < field(tb.OWN_END_2))
-            new_dv, new_dk = lax.cond(own, compute, lambda: (dv, dk))
+        new_dv, new_dk = compute() if own is None else lax.cond(own, compute, lambda: (dv, dk))
         plgpu.barrier_arrive(m["do_free"].at[slot])
         plgpu.barrier_arrive(m["q_free"].at[slot])
         return new_dk, new_dv, done + 1
 
     start = zeros((WG, s.dim), TILE), zeros((WG, s.dim_v), TILE), jnp.int32(0)
-    dk, dv, _ = _each_row_tile(g, s, w, w.index * (ROW_TILE // tb.UNIT) + wg, step, start)
+    dk, dv, _ = _each_row_tile(g, s, tiles, w, w.index * (ROW_TILE // tb.UNIT) + wg, step, start)
     m["k_s"][wg] = (dk * s.scale).astype(dk_g.dtype)
     m["v_s"][wg] = dv.astype(dv_g.dtype)
     plgpu.commit_smem()
@@ -368,32 +406,41 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
     plgpu.wait_smem_to_gmem(0)
 
 
-def _accumulate_two(dv, p, do_s, dk, ds, q_s, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def _add_products(products, dv, do_s, dk, q_s, shape, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """dV + p @ do and dK + ds @ q; the first product runs while `products` turns p into ds."""
+    acc = plgpu.ACC(shape, jnp.float32)
     if interpret:
+        p, ds = pl.run_scoped(functools.partial(products, start_dv=lambda _: 0), acc, acc)
         return accumulate(dv, p, do_s, True), accumulate(dk, ds, q_s, True)
 
     def compute(refs):
-        plgpu.wgmma(refs[0], p, do_s)
+        def start_dv(p) -> int:
+            plgpu.wgmma(refs[0], p, do_s)
+            return 1
+
+        _, ds = pl.run_scoped(functools.partial(products, start_dv=start_dv), acc, acc)
         plgpu.wgmma(refs[1], ds, q_s)
 
     return pl.run_state(compute)((plgpu.ACC.init(dv), plgpu.ACC.init(dk)))
 
 
-def _mask_columns(g: Inputs, s: Static, w: Column, pattern, field, first, row, x: jax.Array) -> jax.Array:
+def _mask_columns(g: Inputs, s: Static, w: Column, visit: Visit, first, row, x: jax.Array) -> jax.Array:
     """Transposed scores (keys by rows) with -inf where the row may not see the key."""
-    shape = x.shape
+    shape, pattern, field = x.shape, visit.pattern, visit.field
     row_lo, limit = field(tb.C_OFFSET) + row, field(tb.C_KEY_STOP)
     sink, window = field(tb.C_SINK), field(tb.C_WINDOW)
 
     def edge():
         j, i = first + iota(shape, 0), row_lo + iota(shape, 1)
-        keep = (j < sink) | (i - j < window)
+        keep = sinks(g, w.batch, first, j, sink, 0) | (i - j < window)
         unit = lax.div(first, tb.UNIT)
         if g.rules.expiry is not None:
             unit = jnp.minimum(unit, g.rules.expiry.shape[1] - 1)
             keep |= i < g.rules.expiry[pattern, unit]
         if g.rules.start is not None:
             keep |= (g.rules.start[pattern, unit] <= i) & (i < g.rules.stop[pattern, unit])
+        if s.lists == "call":
+            keep ^= visit.listed > 0  # the mask's own keys have their own visits
         keep &= j < limit
         if s.causal:
             keep &= j <= i
@@ -403,8 +450,12 @@ def _mask_columns(g: Inputs, s: Static, w: Column, pattern, field, first, row, x
             keep &= spread(k_seg, shape, 0) == spread(q_seg, shape, 1)
         return jnp.where(keep, x, -jnp.inf)
 
+    if s.lists == "call":  # a listed tile is whole beyond sinks and window
+        whole = (visit.listed > 0) & (first >= sink) & (row_lo - first - (WG - 1) >= window) & (first + WG <= limit)
+        return lax.cond(whole & ((first + WG <= row_lo + 1) | (not s.causal)), lambda: x, edge)
     if g.segments is None:
         return edge()
     same = one_segment(g, w.batch, lax.div(row, WG), shape[1] // WG, lax.div(first, tb.UNIT), 1)
-    full = (first + WG <= limit) & ((first + WG <= sink) | (row_lo + shape[1] - 1 - first < window))
+    full = all_sinks(g, w.batch, first, WG, sink) | (row_lo + shape[1] - 1 - first < window)
+    full &= first + WG <= limit
     return lax.cond(same & full & ((first + WG <= row_lo + 1) | (not s.causal)), lambda: x, edge)

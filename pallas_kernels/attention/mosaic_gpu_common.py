@@ -43,6 +43,7 @@ class Static(NamedTuple):
     scale: float
     soft_cap: float | None
     lists: str  # "none", "plan" (per pattern) or "call" (per batch, head and row tile)
+    list_rows: int  # rows of a run-time list's block
     interpret: bool
 
 
@@ -54,7 +55,7 @@ class Inputs(NamedTuple):
     v: Any
     table: Any  # [B, P, tiles, F] int32, a row or a column table
     pattern: Any  # [H] int32
-    lists: Any  # tables.Lists
+    lists: Any  # tables.Lists, of dK/dV tables.ColumnLists
     rules: Any  # tables.Rules
     segments: Any  # tables.Segments
 
@@ -76,11 +77,16 @@ def tiled(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
 
 
 def launch(interpret: bool) -> dict[str, Any]:
-    """Compiler settings. No thread here reads and writes the same shared memory, as dropping the barriers demands."""
+    """Compiler settings. No thread here reads and writes the same shared memory, as dropping the barriers demands.
+
+    Sums along rows stay inside a warp and need no scratch memory.
+    """
     if interpret:
         return {"interpret": plgpu.InterpretGPUParams()}
     lane = plgpu.LoweringSemantics.Lane
-    params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=lane)
+    params = plgpu.CompilerParams(
+        approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=lane, reduction_scratch_bytes=0
+    )
     return {"compiler_params": params}
 
 
@@ -211,6 +217,20 @@ def _listed(s: Static, g: Inputs, w: Work, per: int) -> tuple[jax.Array, Any]:
     return lax.div(length + (per - 1), per), place
 
 
+def key_copies(s: Static, block_k: int) -> int:
+    """Copies that bring the keys of one step: listed units need not be neighbours."""
+    return block_k // tb.UNIT if s.lists != "none" else 1
+
+
+def load_keys(s: Static, place: Place, src: Any, dst: Any, ready: Any) -> None:
+    """Starts the copies of a step's keys [S,D] to shared memory [block_k,D]; each arrives at `ready`."""
+    begins = (place.first, jnp.minimum(place.second, (tb.cdiv(s.keys, tb.UNIT) - 1) * tb.UNIT))
+    copies = key_copies(s, dst.shape[0])
+    size = dst.shape[0] // copies
+    for part in range(copies):
+        plgpu.copy_gmem_to_smem(src.at[pl.ds(begins[part], size)], dst.at[pl.ds(part * size, size)], ready)
+
+
 def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array, place: Place) -> jax.Array:
     """Scores with -inf where the row may not see the key; passes listed tiles whose every pair is allowed."""
     first, second, limit, full_until = place
@@ -223,7 +243,7 @@ def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array,
         if full_until is not None:
             j = jnp.where(col < tb.UNIT, j, second - tb.UNIT + col)
         i = row_lo + iota(shape, 0)
-        keep = (j < sink) | (i - j < window)
+        keep = sinks(g, w.batch, first, j, sink, 1) | (i - j < window)
         if g.rules.expiry is not None:
             keep |= _column_rules(g, w, (first, second), col, i)
         if s.lists == "call":
@@ -240,7 +260,8 @@ def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array,
     if g.segments is not None:
         units = block_k // tb.UNIT
         same = one_segment(g, w.batch, lax.div(row, WG), 1, lax.div(first, tb.UNIT), units)
-        full = (first + block_k <= limit) & ((first + block_k <= sink) | (row_lo + (WG - 1) - first < window))
+        full = all_sinks(g, w.batch, first, block_k, sink) | (row_lo + (WG - 1) - first < window)
+        full &= first + block_k <= limit
         return lax.cond(same & full & ((first + block_k <= row_lo + 1) | (not s.causal)), lambda: x, edge)
     return edge() if full_until is None else lax.cond(row_lo + (WG - 1) < full_until, lambda: x, edge)
 
@@ -254,6 +275,21 @@ def _column_rules(g: Inputs, w: Work, firsts: tuple, col: jax.Array, i: jax.Arra
     if g.rules.start is not None:
         keep |= (pick(g.rules.start) <= i) & (i < pick(g.rules.stop))
     return keep
+
+
+def sinks(g: Inputs, batch, first, j: jax.Array, sink, axis: int) -> jax.Array:
+    """Which keys of a tile are sinks; keys `j` begin with `first` and run along `axis`."""
+    if g.segments is None or g.segments.places is None:
+        return j < sink
+    layout = (ROWS, COLS)[axis]
+    places = plgpu.load(g.segments.places.at[batch, pl.ds(first, j.shape[axis])], layout=layout, optimized=False)
+    return spread(places, j.shape, axis) < sink
+
+
+def all_sinks(g: Inputs, batch, first, size: int, sink) -> jax.Array:
+    """Whether `size` keys of one segment, from `first` on, are all sinks."""
+    places = None if g.segments is None else g.segments.places
+    return (first if places is None else places[batch, first]) <= sink - size
 
 
 def one_segment(g: Inputs, batch, row, row_count: int, unit, unit_count: int) -> jax.Array:

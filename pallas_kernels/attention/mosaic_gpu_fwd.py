@@ -31,7 +31,9 @@ from pallas_kernels.attention.mosaic_gpu_common import (
     Work,
     accumulate,
     fields,
+    key_copies,
     launch,
+    load_keys,
     mask_rows,
     spread,
     steps,
@@ -69,9 +71,9 @@ def forward(
         "lse_s": plgpu.SMEM((WGS, WG), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=WGS),
         "q_free": plgpu.Barrier(num_barriers=WGS),
-        "k_ready": plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=_copies(s, tiles)),
+        "k_ready": plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=key_copies(s, tiles.block_k)),
         "k_free": plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=WGS),
-        "v_ready": plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=_copies(s, tiles)),
+        "v_ready": plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=key_copies(s, tiles.block_k)),
         "v_free": plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=WGS),
     }
     flat, tree = jax.tree.flatten(inputs)
@@ -91,10 +93,6 @@ def forward(
         **launch(s.interpret),
     )(*flat)
     return o, lse[..., : s.rows]
-
-
-def _copies(s: Static, tiles: ForwardTiles) -> int:
-    return tiles.block_k // tb.UNIT if s.lists != "none" else 1
 
 
 def _kernel(g: Inputs, o_g, lse_g, *, static: Static, tiles: ForwardTiles, blocks: int, row_tiles: int, **m) -> None:
@@ -145,19 +143,14 @@ def _fetch(g: Inputs, s: Static, tiles: ForwardTiles, m: dict, w: Work, carry) -
     walked, done = carry
     plan = steps(s, tiles.block_k, g, w)
     kv_head = lax.div(w.head, s.heads // s.kv_heads)
-    copies = _copies(s, tiles)
-    size = tiles.block_k // copies
 
     def load(n):
         slot = lax.rem(done + n, jnp.int32(tiles.stages))
         place = plan.place(n)
-        begins = (place.first, jnp.minimum(place.second, (tb.cdiv(s.keys, tb.UNIT) - 1) * tb.UNIT))
         for name, src in (("k", g.k), ("v", g.v)):
-            dst, ready, free = m[name + "_s"], m[name + "_ready"], m[name + "_free"]
-            pl.when(done + n >= tiles.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-            for part in range(copies):
-                keys = src.at[w.batch, pl.ds(begins[part], size), kv_head]
-                plgpu.copy_gmem_to_smem(keys, dst.at[slot, pl.ds(part * size, size)], ready.at[slot])
+            free = m[name + "_free"].at[slot]
+            pl.when(done + n >= tiles.stages)(lambda free=free: plgpu.barrier_wait(free))
+            load_keys(s, place, src.at[w.batch, :, kv_head], m[name + "_s"].at[slot], m[name + "_ready"].at[slot])
 
     # The first keys do not wait for the previous tile to be done with its queries.
     pl.when(plan.total > 0)(lambda: load(jnp.int32(0)))

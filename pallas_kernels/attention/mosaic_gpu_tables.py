@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.op import Unsupported
-from pallas_kernels.plan import Plan
+from pallas_kernels.plan import INF, Plan
+from pallas_kernels.segments import NONE, sink_runs, sink_tiles
 
 UNIT = 64  # keys per entry of a list; tiles of keys are one or two units
 ROW_TILE = 128  # query rows of a forward block, keys of a dK/dV block
@@ -38,6 +41,17 @@ class Lists(NamedTuple):
     length: Int[Array, "B Hs nQ"] | None  # entries used, for run-time lists
 
 
+class ColumnLists(NamedTuple):
+    """Run-time lists by key: blocks of rows that list one of the two units of a block of 128 keys.
+
+    Entry `e` of row `(b, list head)` is 4 x row block + a bit for each unit that is listed, or 0: skip. Key block `n`
+    owns entries `begin[b, list head, n]` up to `begin[b, list head, n + 1]`.
+    """
+
+    entries: Int[Array, "R n"]
+    begin: Int[Array, "B Hs m"]
+
+
 class Rules(NamedTuple):
     """Rows that read a key unit beyond sink and window: below `expiry`, or in the later interval [start, stop)."""
 
@@ -47,12 +61,16 @@ class Rules(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Segment ids padded to whole tiles (padding equals nothing) and their range per 64 rows and per key unit."""
+    """Segment ids padded to whole tiles (padding equals nothing) and their range per 64 rows and per key unit.
+
+    `places` is what sinks count, where that is not the key's position (`Call.key_places`).
+    """
 
     queries: Int[Array, "B T"]
     keys: Int[Array, "B S"]
     query_range: Int[Array, "B 2 m"]
     key_range: Int[Array, "B 2 n"]
+    places: Int[Array, "B S"] | None
 
 
 def cdiv(a: int, b: int) -> int:
@@ -87,18 +105,22 @@ def rules(plan: Plan) -> Rules:
     return Rules(expiry, second[..., 0], second[..., 1])
 
 
-def segments(queries: Int[Array, "B T"], keys: Int[Array, "B S"], rows: int, key_rows: int) -> Segments:
+def segments(call: Call, rows: int, key_rows: int) -> Segments | None:
     """Ids of a call whose arrays are padded to `rows` queries and `key_rows` keys."""
-    low = -(2**31)
+    if call.segment_ids is None:
+        return None
+    (queries, keys), places, low = call.segment_ids, call.key_places, -(2**31)
+    key_rows = (cdiv(key_rows, ROW_TILE) + 1) * ROW_TILE  # a step may begin in the last unit
     fill = lambda x, size, value: jnp.pad(x, ((0, 0), (0, size - x.shape[1])), constant_values=value)
     queries = fill(queries, cdiv(rows, ROW_TILE) * ROW_TILE, low + 1)
-    keys = fill(keys, (cdiv(key_rows, ROW_TILE) + 1) * ROW_TILE, low)  # a step may begin in the last unit
+    keys = fill(keys, key_rows, low)
 
     def extremes(x):
         x = x.reshape(x.shape[0], -1, UNIT)
         return jnp.stack([x.min(-1), x.max(-1)], axis=1)
 
-    return Segments(queries, keys, extremes(queries), extremes(keys))
+    places = None if places is None else fill(places, key_rows, INF)
+    return Segments(queries, keys, extremes(queries), extremes(keys), places)
 
 
 def run_time_lists(chosen: BlockList, plan: Plan, keys: int, offset: Array) -> Lists:
@@ -120,13 +142,36 @@ def run_time_lists(chosen: BlockList, plan: Plan, keys: int, offset: Array) -> L
     return Lists(flat(unit), flat(full), jnp.asarray(chosen.count) * times)
 
 
-def _reach(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) -> tuple[Array, Array]:
-    """First and one-past-last entry of `columns` whose id range meets that of each `tile` entries of `rows`."""
+def column_lists(chosen: BlockList, keys: int) -> ColumnLists:
+    """The same lists by key block, with the two units of a block merged: one sort per list head."""
+    batch, heads, rows, width = chosen.idx.shape
+    times, blocks = chosen.block_k // UNIT, cdiv(keys, ROW_TILE)
+    used = jnp.arange(width) < chosen.count[..., None]
+    unit = chosen.idx[..., None] * times + jnp.arange(times)
+    key_block = jnp.where(used[..., None] & (unit < 2 * blocks), unit // 2, blocks)
+    pair = key_block * rows + jnp.arange(rows)[:, None, None]  # (key block, row block) as one number
+    code = jnp.sort((pair * 2 + unit % 2).reshape(batch * heads, -1), axis=-1)
+    pair, bit = code // 2, 1 << code % 2
+    differs = pair[:, 1:] != pair[:, :-1]
+    first = jnp.pad(differs, ((0, 0), (1, 0)), constant_values=True)
+    last = jnp.pad(differs, ((0, 0), (0, 1)), constant_values=True)
+    entries = jnp.where(first, pair % rows * 4 + jnp.where(last, bit, 3), 0)
+    ends = jnp.arange(blocks + 1, dtype=jnp.int32) * rows
+    begin = jax.vmap(lambda row: jnp.searchsorted(row, ends))(pair)
+    return ColumnLists(entries.astype(jnp.int32), begin.astype(jnp.int32).reshape(batch, heads, -1))
+
+
+def _meet(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) -> Bool[Array, "B M n"]:
+    """Which entries of `columns` have an id range that meets that of each `tile` entries of `rows`."""
     tiles = rows.reshape(rows.shape[0], 2, -1, tile)
     low, high = tiles[:, 0].min(-1)[:, :, None], tiles[:, 1].max(-1)[:, :, None]
-    meet = (low <= columns[:, 1][:, None]) & (columns[:, 0][:, None] <= high)
+    return (low <= columns[:, 1][:, None]) & (columns[:, 0][:, None] <= high)
+
+
+def _ends(meet: Bool[Array, "B M n"]) -> tuple[Array, Array]:
+    """First and one-past-last entry that is met."""
     at = jnp.arange(meet.shape[-1], dtype=jnp.int32)
-    return jnp.where(meet, at, 2**30).min(-1), jnp.where(meet, at + 1, 0).max(-1)
+    return jnp.where(meet, at, NONE).min(-1), jnp.where(meet, at + 1, 0).max(-1)
 
 
 def row_table(
@@ -136,7 +181,9 @@ def row_table(
 
     `plan` counts columns in units. Positions of row r of batch b are `offset[b] + r`.
     """
-    runs = plan.row_runs(max(rows, keys) + rows, keys, ROW_TILE, UNIT)
+    packed_sinks = segs is not None and segs.places is not None
+    fixed = plan.without_sinks() if packed_sinks else plan
+    runs = fixed.row_runs(max(rows, keys) + rows, keys, ROW_TILE, UNIT)
     count = cdiv(rows, ROW_TILE)
     off, length = offset[:, None, None], kv_length[:, None, None]
     first = off + ROW_TILE * jnp.arange(count, dtype=jnp.int32)
@@ -148,9 +195,16 @@ def row_table(
     sinks = jnp.minimum(sinks, (length + UNIT - 1) // UNIT)
     sink_begin = jnp.zeros(shape, jnp.int32)
     if segs is not None:
-        nearest, farthest = (x[:, None] for x in _reach(segs.query_range, segs.key_range, ROW_TILE // UNIT))
+        meet = _meet(segs.query_range, segs.key_range, ROW_TILE // UNIT)[:, None]
+        nearest, farthest = _ends(meet)
         begin, stop = jnp.maximum(begin, nearest), jnp.minimum(stop, farthest)
         sink_begin, sinks = jnp.minimum(sinks, nearest), jnp.minimum(sinks, farthest)
+        if packed_sinks:
+            at = UNIT * jnp.arange(meet.shape[-1], dtype=jnp.int32)
+            wanted = meet & sink_tiles(segs.places, plan.sink, UNIT)[:, :, None] & (at < length[..., None])
+            wanted &= (at <= last[..., None]) | (not plan.causal)
+            sink_begin, sinks, rest, rest_stop = sink_runs(jnp.broadcast_to(wanted, (*shape, meet.shape[-1])))
+            begin, stop = jnp.maximum(jnp.minimum(begin, rest), sinks), jnp.maximum(stop, rest_stop)
     per = tile_k // UNIT
     steps = lambda units: (jnp.maximum(units, 0) + per - 1) // per
     sink, window = (jnp.broadcast_to(jnp.asarray(x)[:, None], shape) for x in (plan.sink, plan.window))
@@ -195,7 +249,11 @@ def column_table(
     """dK/dV schedule: one or two runs of `tile_q` rows for every key unit, and their union over a block's units."""
     per = ROW_TILE // UNIT
     count = cdiv(keys, ROW_TILE) * per
-    columns = plan.columns(count * UNIT, UNIT)
+    packed_sinks = segs is not None and segs.places is not None
+    columns = (plan.without_sinks() if packed_sinks else plan).columns(count * UNIT, UNIT)
+    end = jnp.asarray(columns.end)[None]
+    if packed_sinks:
+        end = jnp.where(sink_tiles(segs.places, plan.sink, UNIT)[..., :count], INF, end)
     key = UNIT * jnp.arange(count, dtype=jnp.int32)
     shape = (offset.shape[0], plan.num_patterns, count)
     off, length = offset[:, None, None], kv_length[:, None, None]
@@ -203,13 +261,13 @@ def column_table(
     local = lambda x: jnp.clip(x, off, off + rows) - off  # a position as a row, without overflow at INF
     least = jnp.maximum(key - off, 0) if plan.causal else jnp.zeros(shape, jnp.int32)
     live = jnp.broadcast_to(key < length, shape)
-    begin_1, end_1 = _run(live, least // tile_q, ceil(local(jnp.asarray(columns.end)[None])))
+    begin_1, end_1 = _run(live, least // tile_q, ceil(local(end)))
     begin_2, end_2 = _run(jnp.zeros(shape, bool), least, least)
     if columns.second is not None:
         start_2, stop_2 = (local(jnp.asarray(columns.second)[None, ..., n]) for n in (0, 1))
         begin_2, end_2 = _run(live, jnp.maximum(start_2, least) // tile_q, ceil(stop_2))
     if segs is not None:
-        nearest, farthest = (x[:, None] for x in _reach(segs.key_range[:, :, :count], segs.query_range, 1))
+        nearest, farthest = (x[:, None] for x in _ends(_meet(segs.key_range[:, :, :count], segs.query_range, 1)))
         begin_1, end_1 = _run(
             end_1 > 0, jnp.maximum(begin_1, nearest * UNIT // tile_q), jnp.minimum(end_1, ceil(farthest * UNIT))
         )
@@ -241,7 +299,7 @@ def column_table(
 def _run(live: Array, begin: Array, end: Array) -> tuple[Array, Array]:
     """Tiles [begin, end) where `live`, else an empty run that no union with another run widens."""
     live = live & (end > begin)
-    return jnp.where(live, begin, 2**30), jnp.where(live, end, 0)
+    return jnp.where(live, begin, NONE), jnp.where(live, end, 0)
 
 
 def _stack(fields: dict[int, Array], shape: tuple[int, ...]) -> Int[Array, "B P n F"]:

@@ -8,6 +8,7 @@ tiles cost neither a copy nor a grid step. Tiles that are wholly visible skip th
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels import tuning
 from pallas_kernels.attention import tpu_tables as tt
 from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.mosaic_tpu_parts import (
@@ -24,7 +26,7 @@ from pallas_kernels.attention.mosaic_tpu_parts import (
     LN2,
     LOWEST,
     Config,
-    Numbers,
+    Scope,
     as_column,
     finite,
     lane_home,
@@ -33,6 +35,8 @@ from pallas_kernels.attention.mosaic_tpu_parts import (
     product,
     rows_of_lanes,
     scores,
+    streamed,
+    sweep,
     token_mask,
     transfer,
     wide,
@@ -58,7 +62,10 @@ def attend_with(call: Call, block_q: int, block_k: int, compute_k: int):
     batch, length, heads, dim = call.q.shape
     keys, kv_heads, value_dim = call.v.shape[1:]
     plan = call.mask.plan(heads, length, keys, block_q, block_k)
-    table = tt.tables(call, plan, block_q, block_k)
+    tiling = tt.Tiling(length, keys, block_q, block_k)
+    table = tt.tables(call, plan, tiling)
+    lists = None if plan.dense else call.lists  # a mask that allows every key leaves nothing to a list
+    places = call.key_places
     config = Config(
         batch=batch,
         length=length,
@@ -75,8 +82,10 @@ def attend_with(call: Call, block_q: int, block_k: int, compute_k: int):
         scale=call.scale,
         soft_cap=call.soft_cap,
         segments=call.segment_ids is not None,
+        places=places is not None,
         packed=table.packed is not None,
         limits=table.limits is not None,
+        list_heads=0 if lists is None else lists.idx.shape[1],
         tables_batch=table.rows.shape[0],
         vmem_bytes=48 * 2**20,
     )
@@ -86,26 +95,34 @@ def attend_with(call: Call, block_q: int, block_k: int, compute_k: int):
     if table.limits is not None:
         extras["limits"] = table.limits
     if call.segment_ids is not None:
+        q_ids, k_ids = call.segment_ids
+        k_ids = (k_ids,) if places is None else (k_ids, places)
         extras["q_ids"], extras["k_ids"] = (
-            jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))[:, None] for x in call.segment_ids
+            jnp.pad(jnp.stack(x, 1), ((0, 0), (0, 0), (0, -x[0].shape[1] % LANES))) for x in ((q_ids,), k_ids)
         )
+    if lists is not None:
+        extras["listed"] = tt.listed_tiles(call, tiling)
+    if call.whole is not None:
+        return _part(config, call.q, call.k, call.v, extras, *call.whole)
     return _attend(config, call.q, call.k, call.v, extras)
 
 
 def default_tiles(call: Call) -> tuple[int, int, int]:
-    """Large tiles for long inputs; no tile is longer than its axis rounded up to 128."""
+    """The tuned tiles, none longer than its axis rounded up to 128, and such that they divide the blocks of a list."""
+    best = tuning.tiles("attention_tpu", dim=max(call.q.shape[-1], call.v.shape[-1]))
     rounded = lambda n, most: min(-(-n // LANES) * LANES, most)
-    most = 1024 if max(call.q.shape[-1], call.v.shape[-1]) <= LANES else 512
-    block_q, block_k = rounded(call.q.shape[1], most), rounded(call.k.shape[1], most)
-    return block_q, block_k, 512 if block_k % 512 == 0 else LANES
+    block_q, block_k = rounded(call.q.shape[1], best["block_q"]), rounded(call.k.shape[1], best["block_k"])
+    if call.lists is not None:
+        block_q, block_k = math.gcd(block_q, call.lists.block_q), math.gcd(block_k, call.lists.block_k)
+    return block_q, block_k, best["compute_k"] if block_k % best["compute_k"] == 0 else LANES
 
 
 def _reason(call: Call) -> str | None:
     dims = (call.q.shape[-1], call.v.shape[-1])
     if platform() != "tpu" and interpreter() is None:
         return f"its kernels run on TPUs, this is {platform()}"
-    if call.lists is not None:
-        return "run-time block lists are not implemented"
+    if call.lists is not None and (call.lists.block_q % LANES or call.lists.block_k % LANES):
+        return f"lists in blocks of {call.lists.block_q} x {call.lists.block_k}, it takes multiples of {LANES}"
     if call.q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"dtype {call.q.dtype}, it takes bfloat16 and float32"
     if any(dim not in (32, 64, 128, 256) for dim in dims):
@@ -132,6 +149,17 @@ def _attend_backward(c, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _part(c, q, k, v, extras, o, lse):
+    return o, lse
+
+
+_part.defvjp(
+    lambda c, q, k, v, extras, o, lse: ((o, lse), (q, k, v, extras, o, lse)),
+    lambda c, residuals, cotangents: (*_attend_backward(c, residuals, cotangents), None, None),
+)
+
+
 def table_spec(c: Config, tile_axis: int, head_of):
     """One row of a table in scalar memory: that of the grid's tile and the head's pattern."""
 
@@ -156,7 +184,7 @@ def forward(c: Config, q, k, v, extras):
         "k": (rows_of_lanes(k, c.block), pl.BlockSpec(memory_space=pltpu.HBM)),
         "v": (rows_of_lanes(v, c.value_block), pl.BlockSpec(memory_space=pltpu.HBM)),
     }
-    inputs |= optional_inputs(c, extras)
+    inputs |= optional_inputs(c, extras, head)
     outputs = {
         "o": (
             jax.ShapeDtypeStruct((c.batch, c.length, c.heads * c.value_dim), q.dtype),
@@ -179,9 +207,9 @@ def forward(c: Config, q, k, v, extras):
     return o.reshape(c.batch, c.length, c.heads, c.value_dim), lse[:, :, 0]
 
 
-def optional_inputs(c: Config, extras) -> dict:
-    """What only some masks need. Query ids come by tile; key ids, limits and packed runs stay in HBM and are copied."""
-    found = {}
+def optional_inputs(c: Config, extras, head_of) -> dict:
+    """What only some masks need. Query ids come by tile; key ids, limits and streams stay in HBM and are copied."""
+    found = list_inputs(c, tt.by_rows(extras["listed"]), head_of) if c.list_heads else {}
     if c.segments:
         found["q_ids"] = (extras["q_ids"], pl.BlockSpec((1, 1, c.block_q), lambda *a: (a[0], 0, a[2])))
         found["k_ids"] = (extras["k_ids"], pl.BlockSpec(memory_space=pltpu.HBM))
@@ -189,6 +217,29 @@ def optional_inputs(c: Config, extras) -> dict:
         if getattr(c, name):
             found[name] = (extras[name], pl.BlockSpec(memory_space=pltpu.HBM))
     return found
+
+
+def list_inputs(c: Config, stream: tt.Stream, head_of) -> dict:
+    """Where each tile's run of a stream begins, a row at a time in scalar memory, and the stream itself."""
+
+    def index(*grid):
+        *place, _ = grid
+        return place[0], list_row(c, jnp.minimum(head_of(*place), c.heads - 1)), place[2], 0, 0
+
+    return {
+        "list_rows": (stream.runs, pl.BlockSpec((1, 1, 1, 1, tt.FIELDS), index, memory_space=pltpu.SMEM)),
+        "lists": (stream.entries, pl.BlockSpec(memory_space=pltpu.HBM)),
+    }
+
+
+def list_row(c: Config, head):
+    """The row of the lists that a head reads."""
+    return head // (c.heads // c.list_heads)
+
+
+def list_scratch() -> dict:
+    """A chunk of a stream of listed tiles."""
+    return {"list_chunk": pltpu.SMEM((1, tt.CHUNK), jnp.int32), "list_sem": pltpu.SemaphoreType.DMA(())}
 
 
 def key_scratch(c: Config, dtype) -> dict:
@@ -199,14 +250,14 @@ def key_scratch(c: Config, dtype) -> dict:
         "sems": pltpu.SemaphoreType.DMA((4, 2)),
     }
     if c.segments:
-        found["k_ids_tile"] = pltpu.VMEM((2, 1, c.block_k), jnp.int32)
+        found["k_ids_tile"] = pltpu.VMEM((2, 1 + c.places, c.block_k), jnp.int32)
         found["q_ids_column"] = pltpu.VMEM((c.block_q, LANES), jnp.int32)
     if c.limits:
         found["limits_tile"] = pltpu.VMEM((2, 8, c.block_k), jnp.int32)
     if c.packed:
         found["chunk"] = pltpu.SMEM((1, tt.CHUNK), jnp.int32)
         found["chunk_sem"] = pltpu.SemaphoreType.DMA(())
-    return found
+    return found | (list_scratch() if c.list_heads else {})
 
 
 def launch(kernel, c: Config, grid, heads, inputs: dict, outputs: dict, scratch: dict, name: str):
@@ -261,40 +312,44 @@ def key_copies(c: Config, r, batch, head) -> list:
     return found
 
 
-def visit_keys(c: Config, r, batch, head, row_of, work) -> None:
-    """Loop over a row's key tiles with the next one in flight; `work(tile, slot, full)`: is it wholly visible."""
+def visit_keys(c: Config, r, batch, head, row_of, step) -> None:
+    """Loop over a row's key tiles with the next one in flight.
+
+    `step(visit, slot, at, masked)` works on the keys from `at` on of the tile in `slot`, with or without a token mask.
+    """
     sinks, middle = row_of(tt.SINKS), row_of(tt.MIDDLE)
-    count = sinks + middle + row_of(tt.NEAR)
+    static = sinks + middle + row_of(tt.NEAR)
+    of_list = lambda field: r.list_rows[0, 0, 0, 0, field]
+    count = static + (of_list(tt.LIST_COUNT) if c.list_heads else 0)
     copies, sizes = key_copies(c, r, batch, head), (c.block_k, c.padded_keys)
 
     def nth(n):
+        """(tile, whether all its keys live for ever, whether a list brought it) of a visit."""
         tile = jnp.where(n < sinks, row_of(tt.SINK0) + n, row_of(tt.BEGIN) + n - sinks - middle)
-        if not c.packed:
-            return tile, jnp.int32(0)
-        inside = (n >= sinks) & (n < sinks + middle)
-        entry = jnp.where(inside, row_of(tt.LOW) + n - sinks, 0)
-        place = lax.rem(entry, tt.CHUNK)
+        forever = listed = jnp.int32(0)
+        if c.packed:
+            inside, pattern = (n >= sinks) & (n < sinks + middle), r.heads[head]
+            entry = row_of(tt.LOW) + n - sinks
+            found = streamed(lambda m: r.packed.at[pattern, m], r.chunk, r.chunk_sem, entry, inside, n == sinks)
+            tile, forever = jnp.where(inside, found // 2, tile), jnp.where(inside, lax.rem(found, 2), 0)
+        if c.list_heads:
+            inside, own = n >= static, list_row(c, head)
+            entry = of_list(tt.LIST_START) + n - static
+            found = streamed(lambda m: r.lists.at[batch, own, m], r.list_chunk, r.list_sem, entry, inside, n == static)
+            tile, listed = jnp.where(inside, found, tile), inside.astype(jnp.int32)
+        return tile, forever, listed
 
-        @pl.when(inside & ((place == 0) | (n == sinks)))
-        def _():
-            copy = pltpu.make_async_copy(r.packed.at[r.heads[head], entry // tt.CHUNK], r.chunk, r.chunk_sem)
-            copy.start()
-            copy.wait()
-
-        found = r.chunk[0, place]
-        return jnp.where(inside, found // 2, tile), jnp.where(inside, lax.rem(found, 2), 0)
-
-    def body(n, current):
-        tile, forever = current
+    def body(n, visit):
         slot = lax.rem(n, 2)
-        transfer(copies, r.sems, tile, slot, sizes, "wait")
+        transfer(copies, r.sems, visit[0], slot, sizes, "wait")
         following = nth(jnp.minimum(n + 1, count - 1))
 
         @pl.when(n + 1 < count)
         def _():
             transfer(copies, r.sems, following[0], 1 - slot, sizes, "start")
 
-        work(tile, slot, _whole(c, row_of, tile, forever))
+        work = lambda at, masked: step(visit, slot, at, masked)
+        sweep(_whole(c, row_of, *visit), work, c.block_k, c.compute_k)
         return following
 
     @pl.when(count > 0)
@@ -304,8 +359,8 @@ def visit_keys(c: Config, r, batch, head, row_of, work) -> None:
         lax.fori_loop(0, count, body, first)
 
 
-def _whole(c: Config, row_of, tile, forever):
-    """Whether every row of the tile of queries reads every key of the tile."""
+def _whole(c: Config, row_of, tile, forever, listed):
+    """Whether every row of the tile of queries reads every key of the tile, and through this visit."""
     if c.segments:
         return jnp.bool_(False)
     row, key = row_of(tt.ROW), tile * c.block_k
@@ -314,18 +369,30 @@ def _whole(c: Config, row_of, tile, forever):
         whole &= row >= key + c.block_k - 1
     if c.dense:
         return whole
-    seen = (key + c.block_k <= row_of(tt.SINK)) | (row + c.block_q - 1 - key < row_of(tt.WINDOW))
-    return whole & (seen | (forever == 1))
+    last = row + c.block_q - 1
+    seen = (key + c.block_k <= row_of(tt.SINK)) | (last - key < row_of(tt.WINDOW)) | (forever == 1)
+    if c.list_heads:
+        unseen = (key >= row_of(tt.SINK)) & (row - (key + c.block_k - 1) >= row_of(tt.WINDOW))
+        seen = jnp.where(listed == 1, unseen if not c.limits else jnp.bool_(False), seen)
+    return whole & seen
 
 
-def tile_mask(c: Config, r, row_of, tile, slot, at: int):
+def tile_mask(c: Config, r, row_of, visit, slot, at: int):
     """Token mask [block_q, compute_k] of the keys from `at` on in a tile."""
     span = pl.ds(at, c.compute_k)
-    limits = [r.limits_tile[slot, n : n + 1, span] for n in range(3)] if c.limits else None
-    ids = (wide(r.q_ids_column[...], c.compute_k), r.k_ids_tile[slot, :, span]) if c.segments else None
-    numbers = Numbers(row_of(tt.KEYS), row_of(tt.SINK), row_of(tt.WINDOW))
-    origin = (row_of(tt.ROW), tile * c.block_k + at)
-    return token_mask(c, (c.block_q, c.compute_k), 0, origin, numbers, limits, ids)
+    tile, _, listed = visit
+    scope = Scope(
+        rows=row_of(tt.ROW),
+        keys=tile * c.block_k + at,
+        stop=row_of(tt.KEYS),
+        sink=row_of(tt.SINK),
+        window=row_of(tt.WINDOW),
+        limits=[r.limits_tile[slot, n : n + 1, span] for n in range(3)] if c.limits else None,
+        ids=(wide(r.q_ids_column[...], c.compute_k), r.k_ids_tile[slot, :1, span]) if c.segments else None,
+        places=r.k_ids_tile[slot, 1:, span] if c.places else None,
+        listed=listed if c.list_heads else None,
+    )
+    return token_mask(c, (c.block_q, c.compute_k), 0, scope)
 
 
 def _forward_kernel(c: Config, r) -> None:
@@ -343,11 +410,11 @@ def _forward_kernel(c: Config, r) -> None:
         if c.segments:
             r.q_ids_column[...] = as_column(r.q_ids[0])
 
-    def step(tile, slot, at: int, masked: bool):
+    def step(visit, slot, at: int, masked: bool):
         k, v = r.k_tile[slot, pl.ds(at, c.compute_k)], r.v_tile[slot, pl.ds(at, c.compute_k)]
         score, _ = scores(c, r.scaled[...], k)
         if masked:
-            score, v = jnp.where(tile_mask(c, r, row_of, tile, slot, at), score, HIDDEN), finite(v)
+            score, v = jnp.where(tile_mask(c, r, row_of, visit, slot, at), score, HIDDEN), finite(v)
         old = r.top[...]
         new = jnp.maximum(old, score.max(1, keepdims=True))
         weight = jnp.exp2(score - wide(new, c.compute_k))
@@ -355,17 +422,6 @@ def _forward_kernel(c: Config, r) -> None:
         r.mass[...] = r.mass[...] * keep + weight.sum(1, keepdims=True)
         r.total[...] = r.total[...] * wide(keep, c.value_block) + product(weight.astype(v.dtype), v, "nn")
         r.top[...] = new
-
-    def work(tile, slot, full):
-        @pl.when(full)
-        def _():
-            for at in range(0, c.block_k, c.compute_k):
-                step(tile, slot, at, masked=False)
-
-        @pl.when(jnp.logical_not(full))
-        def _():
-            for at in range(0, c.block_k, c.compute_k):
-                step(tile, slot, at, masked=True)
 
     def end():
         mass = r.mass[...]
@@ -378,7 +434,7 @@ def _forward_kernel(c: Config, r) -> None:
     @pl.when(head < c.heads)
     def _():
         begin()
-        visit_keys(c, r, batch, head, row_of, work)
+        visit_keys(c, r, batch, head, row_of, step)
         end()
 
 

@@ -18,6 +18,9 @@ from pallas_kernels.attention import tpu_tables as tt
 from pallas_kernels.attention.mosaic_tpu import (
     key_scratch,
     launch,
+    list_inputs,
+    list_row,
+    list_scratch,
     optional_inputs,
     store_lanes,
     table_spec,
@@ -29,7 +32,7 @@ from pallas_kernels.attention.mosaic_tpu_parts import (
     LOG2E,
     NO_ROW,
     Config,
-    Numbers,
+    Scope,
     as_column,
     finite,
     lane_home,
@@ -37,6 +40,8 @@ from pallas_kernels.attention.mosaic_tpu_parts import (
     product,
     rows_of_lanes,
     scores,
+    streamed,
+    sweep,
     token_mask,
     transfer,
     wide,
@@ -47,15 +52,10 @@ def backward(c: Config, q, k, v, extras, o, lse, do, dlse):
     """(dq, dk, dv) from the cotangents of o and lse."""
     delta = jnp.swapaxes((do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1), 1, 2) - dlse
     stats = jnp.stack([jnp.where(lse == -jnp.inf, NO_ROW, lse * LOG2E), delta], axis=2)
-    if fused(c):
+    if c.fused:
         return _key_gradients(c, q, k, v, extras, do, stats)
     dq = _query_gradient(c, q, k, v, extras, do, stats)
     return dq, *_key_gradients(c, q, k, v, extras, do, stats)
-
-
-def fused(c: Config) -> bool:
-    """Whether one kernel makes all three gradients."""
-    return c.shared == c.value_shared == 1
 
 
 def _query_gradient(c: Config, q, k, v, extras, do, stats):
@@ -70,7 +70,7 @@ def _query_gradient(c: Config, q, k, v, extras, do, stats):
         "do": (do.reshape(c.batch, c.length, -1), rows(c.value_block, c.value_shared)),
         "stats": (stats, pl.BlockSpec((1, 1, 2, c.block_q), lambda *a: (a[0], clipped(*a[:4]), 0, a[2]))),
     }
-    inputs |= optional_inputs(c, extras)
+    inputs |= optional_inputs(c, extras, head)
     shape = jax.ShapeDtypeStruct((c.batch, c.length, c.heads * c.dim), q.dtype)
     scratch = {
         "scaled": pltpu.VMEM((c.block_q, c.block), q.dtype),
@@ -104,7 +104,7 @@ def _dq_kernel(c: Config, r) -> None:
         if c.segments:
             r.q_ids_column[...] = as_column(r.q_ids[0])
 
-    def step(tile, slot, at: int, masked: bool):
+    def step(visit, slot, at: int, masked: bool):
         k, v = r.k_tile[slot, pl.ds(at, c.compute_k)], r.v_tile[slot, pl.ds(at, c.compute_k)]
         score, slope = scores(c, r.scaled[...], k)
         weight = jnp.exp2(score - wide(r.lse_column[...], c.compute_k))
@@ -112,24 +112,13 @@ def _dq_kernel(c: Config, r) -> None:
         if slope is not None:
             dscore = dscore * slope
         if masked:
-            dscore, k = jnp.where(tile_mask(c, r, row_of, tile, slot, at), dscore, 0.0), finite(k)
+            dscore, k = jnp.where(tile_mask(c, r, row_of, visit, slot, at), dscore, 0.0), finite(k)
         r.total[...] += product(dscore.astype(k.dtype), k, "nn")
-
-    def work(tile, slot, full):
-        @pl.when(full)
-        def _():
-            for at in range(0, c.block_k, c.compute_k):
-                step(tile, slot, at, masked=False)
-
-        @pl.when(jnp.logical_not(full))
-        def _():
-            for at in range(0, c.block_k, c.compute_k):
-                step(tile, slot, at, masked=True)
 
     @pl.when(head < c.heads)
     def _():
         begin()
-        visit_keys(c, r, batch, head, row_of, work)
+        visit_keys(c, r, batch, head, row_of, step)
         store_lanes(c, r.dq, r.total[...] * c.scale, head, kv_head, c.dim, c.shared)
 
 
@@ -160,13 +149,16 @@ def _key_gradients(c: Config, q, k, v, extras, do, stats):
     }
     if c.segments:
         inputs["q_ids"] = (extras["q_ids"], hbm)
-        inputs["k_ids"] = (extras["k_ids"], pl.BlockSpec((1, 1, c.block_k), lambda *a: (a[0], 0, a[2])))
+        inputs["k_ids"] = (extras["k_ids"], pl.BlockSpec((1, 1 + c.places, c.block_k), lambda *a: (a[0], 0, a[2])))
         scratch["q_ids_tile"] = pltpu.VMEM((2, 1, c.block_q), jnp.int32)
-        scratch["k_ids_column"] = pltpu.VMEM((c.block_k, LANES), jnp.int32)
+        scratch["k_ids_columns"] = pltpu.VMEM((1 + c.places, c.block_k, LANES), jnp.int32)
     if c.limits:
         index = lambda *a: (a[4][clipped(*a[:4])], 0, a[2])
         inputs["limits"] = (extras["limits"], pl.BlockSpec((1, 8, c.block_k), index))
         scratch["limit_columns"] = pltpu.VMEM((3, c.block_k, LANES), jnp.int32)
+    if c.list_heads:
+        inputs |= list_inputs(c, tt.by_keys(extras["listed"], c.tiles_k), head)
+        scratch |= list_scratch()
     outputs = {
         "dk": (jax.ShapeDtypeStruct((c.batch, c.keys, c.kv_heads * c.dim), k.dtype), keys(c.block, c.shared)),
         "dv": (
@@ -175,7 +167,7 @@ def _key_gradients(c: Config, q, k, v, extras, do, stats):
         ),
     }
     name = "block_sparse_attention_dkv"
-    if fused(c):
+    if c.fused:
         name = "block_sparse_attention_bwd"
         buffer = (c.batch, c.padded_length, c.heads * c.dim)
         inputs["dq_start"] = (jnp.zeros(buffer, jnp.float32), hbm)
@@ -198,18 +190,28 @@ def _dkv_kernel(c: Config, r) -> None:
     def begin():
         r.scaled[...] = (r.k[0].astype(jnp.float32) * prescale(c)).astype(r.scaled.dtype)
         if c.segments:
-            r.k_ids_column[...] = as_column(r.k_ids[0])
+            for n in range(1 + c.places):
+                r.k_ids_columns[n] = as_column(r.k_ids[0, n : n + 1])
         if c.limits:
             for n in range(3):
                 r.limit_columns[n] = as_column(r.limits[0, n : n + 1])
 
-    def mask(tile, slot, at: int):
-        span, shape = pl.ds(at, compute_q), (c.block_k, compute_q)
-        limits = [wide(r.limit_columns[n], compute_q) for n in range(3)] if c.limits else None
-        ids = (r.q_ids_tile[slot, :, span], wide(r.k_ids_column[...], compute_q)) if c.segments else None
-        origin = (of(tt.OFFSET) + tile * c.block_q + at, of(tt.COLUMN))
-        numbers = Numbers(of(tt.KEYS_C), of(tt.SINK_C), of(tt.WINDOW_C))
-        return token_mask(c, shape, 1, origin, numbers, limits, ids, of(tt.OFFSET) + c.length)
+    def mask(visit, slot, at: int):
+        span = pl.ds(at, compute_q)
+        column = lambda ref, n: wide(ref[n], compute_q)
+        scope = Scope(
+            rows=of(tt.OFFSET) + visit[0] * c.block_q + at,
+            keys=of(tt.COLUMN),
+            stop=of(tt.KEYS_C),
+            sink=of(tt.SINK_C),
+            window=of(tt.WINDOW_C),
+            last=of(tt.OFFSET) + c.length,
+            limits=[column(r.limit_columns, n) for n in range(3)] if c.limits else None,
+            ids=(r.q_ids_tile[slot, :, span], column(r.k_ids_columns, 0)) if c.segments else None,
+            places=column(r.k_ids_columns, 1) if c.places else None,
+            listed=visit[1] if c.list_heads else None,
+        )
+        return token_mask(c, (c.block_k, compute_q), 1, scope)
 
     def home(x, dim: int, shared: int):
         if shared == 1:
@@ -217,7 +219,7 @@ def _dkv_kernel(c: Config, r) -> None:
         moved = lane_home(x.astype(jnp.float32), dim, lax.rem(head, shared), lax.rem(kv_head, shared))
         return moved.astype(x.dtype)
 
-    def step(tile, slot, at: int, masked: bool):
+    def step(visit, slot, at: int, masked: bool):
         span = pl.ds(at, compute_q)
         q, do = r.q_tile[slot, span], r.do_tile[slot, span]
         if masked:
@@ -229,27 +231,17 @@ def _dkv_kernel(c: Config, r) -> None:
         if slope is not None:
             dscore = dscore * slope
         if masked:
-            keep = mask(tile, slot, at)
+            keep = mask(visit, slot, at)
             weight, dscore = jnp.where(keep, weight, 0.0), jnp.where(keep, dscore, 0.0)
         r.dv_total[...] += product(weight.astype(do.dtype), do, "nn")
         dscore = dscore.astype(q.dtype)
         r.dk_total[...] += product(dscore, q, "nn")
-        if fused(c):
+        if c.fused:
             k = finite(r.k[0]) if masked else r.k[0]
             r.dq_tile[slot, span] += product(dscore, k, "tn")
 
-    def work(tile, slot):
-        full = _whole(c, of, tile)
-
-        @pl.when(full)
-        def _():
-            for at in range(0, c.block_q, compute_q):
-                step(tile, slot, at, masked=False)
-
-        @pl.when(jnp.logical_not(full))
-        def _():
-            for at in range(0, c.block_q, compute_q):
-                step(tile, slot, at, masked=True)
+    def work(visit, slot):
+        sweep(_whole(c, of, *visit), lambda at, masked: step(visit, slot, at, masked), c.block_q, compute_q)
 
     for total, shared in ((r.dk_total, c.shared), (r.dv_total, c.value_shared)):
 
@@ -266,10 +258,22 @@ def _dkv_kernel(c: Config, r) -> None:
 
 
 def _visit_rows(c: Config, r, batch, head, of, work) -> None:
-    """Loop over the query tiles that read a tile of keys, with the next one in flight."""
+    """Loop over the query tiles that read a tile of keys, with the next one in flight; `work(visit, slot)`."""
     firsts = of(tt.FIRSTS)
-    count = firsts + of(tt.SECONDS)
-    nth = lambda n: jnp.where(n < firsts, of(tt.FIRST0) + n, of(tt.SECOND0) + n - firsts)
+    static = firsts + of(tt.SECONDS)
+    of_list = lambda field: r.list_rows[0, 0, 0, 0, field]
+    count = static + (of_list(tt.LIST_COUNT) if c.list_heads else 0)
+
+    def nth(n):
+        """(tile, whether a list brought it) of a visit."""
+        tile = jnp.where(n < firsts, of(tt.FIRST0) + n, of(tt.SECOND0) + n - firsts)
+        if not c.list_heads:
+            return tile, jnp.int32(0)
+        inside, own = n >= static, list_row(c, head)
+        entry = of_list(tt.LIST_START) + n - static
+        found = streamed(lambda m: r.lists.at[batch, own, m], r.list_chunk, r.list_sem, entry, inside, n == static)
+        return jnp.where(inside, found, tile), inside.astype(jnp.int32)
+
     lanes = lambda width, shared: pl.ds(pl.multiple_of(head // shared * width, LANES), width)
     source = lambda ref, at: lambda start, size: ref.at[batch, pl.ds(start, size), at]
     target = lambda ref: lambda slot, size: ref.at[slot, pl.ds(0, size)]
@@ -282,40 +286,42 @@ def _visit_rows(c: Config, r, batch, head, of, work) -> None:
     if c.segments:
         copies.append((lambda start, size: r.q_ids.at[batch, :, pl.ds(start, size)], row(r.q_ids_tile)))
     sizes = (c.block_q, c.padded_length)
-    sums = [(source(r.dq, lanes(c.block, c.shared)), target(r.dq_tile))] if fused(c) else []
+    sums = [(source(r.dq, lanes(c.block, c.shared)), target(r.dq_tile))] if c.fused else []
 
     def write(n, act: str):
         if sums:
-            transfer(sums, r.dq_out, nth(n), lax.rem(n, 2), sizes, act, out=True)
+            transfer(sums, r.dq_out, nth(n)[0], lax.rem(n, 2), sizes, act, out=True)
 
-    def read(n, act: str):
-        transfer(copies, r.sems, nth(n), lax.rem(n, 2), sizes, act)
+    def read(tile, n, act: str):
+        transfer(copies, r.sems, tile, lax.rem(n, 2), sizes, act)
         if sums:
-            transfer(sums, r.dq_in, nth(n), lax.rem(n, 2), sizes, act)
+            transfer(sums, r.dq_in, tile, lax.rem(n, 2), sizes, act)
 
-    def body(n, carry):
-        read(n, "wait")
+    def body(n, visit):
+        read(visit[0], n, "wait")
+        following = nth(jnp.minimum(n + 1, count - 1))
 
         @pl.when(n + 1 < count)
         def _():
             # The slot that the next tile of sums takes must have left for HBM.
             pl.when(n > 0)(lambda: write(n - 1, "wait"))
-            read(n + 1, "start")
+            read(following[0], n + 1, "start")
 
-        work(nth(n), lax.rem(n, 2))
+        work(visit, lax.rem(n, 2))
         write(n, "start")
-        return carry
+        return following
 
     @pl.when(count > 0)
     def _():
-        read(jnp.int32(0), "start")
-        lax.fori_loop(0, count, body, 0)
+        first = nth(jnp.int32(0))
+        read(first[0], jnp.int32(0), "start")
+        lax.fori_loop(0, count, body, first)
         pl.when(count > 1)(lambda: write(count - 2, "wait"))
         write(count - 1, "wait")
 
 
-def _whole(c: Config, of, tile):
-    """Whether every row of the tile of queries reads every key of the column."""
+def _whole(c: Config, of, tile, listed):
+    """Whether every row of the tile of queries reads every key of the column, and through this visit."""
     if c.segments:
         return jnp.bool_(False)
     row, key = of(tt.OFFSET) + tile * c.block_q, of(tt.COLUMN)
@@ -326,4 +332,8 @@ def _whole(c: Config, of, tile):
     if c.dense:
         return whole
     spanned = (of(tt.SPAN0) <= row) & (last < of(tt.SPAN1))
-    return whole & ((last < of(tt.FULL_END)) | spanned)
+    seen = (last < of(tt.FULL_END)) | spanned
+    if c.list_heads:
+        unseen = (key >= of(tt.SINK_C)) & (row - (key + c.block_k - 1) >= of(tt.WINDOW_C))
+        seen = jnp.where(listed == 1, unseen if not c.limits else jnp.bool_(False), seen)
+    return whole & seen

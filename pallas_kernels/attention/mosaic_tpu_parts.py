@@ -28,7 +28,11 @@ NO_ROW = 1e30  # log-sum-exp of a row without keys, in the backward: every weigh
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Static facts of a call, in the kernels' terms."""
+    """Static facts of a call, in the kernels' terms.
+
+    `places`: sinks count from the start of a segment. `packed`, `limits`: tables that only column blocks need.
+    `list_heads`: rows of run-time lists per request, 0 without lists. `tables_batch`: the batch axis of the tables.
+    """
 
     batch: int
     length: int
@@ -45,10 +49,17 @@ class Config:
     scale: float
     soft_cap: float | None
     segments: bool
+    places: bool
     packed: bool
     limits: bool
+    list_heads: int
     tables_batch: int
     vmem_bytes: int
+
+    @property
+    def fused(self) -> bool:
+        """Whether one kernel makes all three gradients: no heads share lanes, no tile of queries is visited twice."""
+        return self.shared == self.value_shared == 1 and not self.list_heads
 
     @property
     def groups(self) -> int:
@@ -96,7 +107,7 @@ class Config:
 
 def named(names: Sequence[str], refs: Sequence[Any]) -> types.SimpleNamespace:
     """Refs by name; names that the call does not use are None."""
-    optional = dict.fromkeys(("q_ids", "k_ids", "packed", "limits"))
+    optional = dict.fromkeys(("q_ids", "k_ids", "packed", "limits", "list_rows", "lists"))
     return types.SimpleNamespace(**{**optional, **dict(zip(names, refs, strict=True))})
 
 
@@ -167,30 +178,78 @@ def finite(x):
     return jnp.where(jnp.abs(y) < jnp.inf, y, 0.0).astype(x.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """A pattern's scalars for one tile."""
+def sweep(whole, step: Callable[[int, bool], None], extent: int, size: int) -> None:
+    """`step(at, masked)` for each piece of a tile; a tile that is wholly visible goes without the token mask."""
+    for masked, chosen in ((False, whole), (True, jnp.logical_not(whole))):
 
+        @pl.when(chosen)
+        def _(masked=masked):
+            for at in range(0, extent, size):
+                step(at, masked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """What decides who reads what in a tile, beside causality.
+
+    Attributes:
+      rows, keys: position of the tile's first row and key.
+      stop: end of the keys.
+      last: end of the rows, where a tile may pass it.
+      sink, window: the pattern's numbers.
+      limits: expiry and second interval of each key, or None.
+      ids: segments of rows and keys, or None.
+      places: index of each key in its segment, which sinks count then, or None.
+      listed: whether a list brought the tile: then only what the mask leaves out counts. None without lists.
+    """
+
+    rows: Any
     keys: Any
+    stop: Any
     sink: Any
     window: Any
+    last: Any = None
+    limits: Any = None
+    ids: Any = None
+    places: Any = None
+    listed: Any = None
 
 
-def token_mask(c: Config, shape, row_axis: int, origin, n: Numbers, limits, ids, stop=None) -> jax.Array:
-    """Who reads what in a tile whose first row and key are `origin`; rows at `stop` and beyond do not exist."""
-    rows = lax.broadcasted_iota(jnp.int32, shape, row_axis) + origin[0]
-    keys = lax.broadcasted_iota(jnp.int32, shape, 1 - row_axis) + origin[1]
-    keep = keys < n.keys
+def token_mask(c: Config, shape, row_axis: int, s: Scope) -> jax.Array:
+    """Who reads what in a tile, bool of `shape`; rows lie along `row_axis`."""
+    rows = lax.broadcasted_iota(jnp.int32, shape, row_axis) + s.rows
+    keys = lax.broadcasted_iota(jnp.int32, shape, 1 - row_axis) + s.keys
+    keep = keys < s.stop
     if not c.dense:
-        allow = (keys < n.sink) | (rows - keys < n.window)
-        if limits is not None:
-            allow |= (rows < limits[0]) | ((rows >= limits[1]) & (rows < limits[2]))
+        allow = ((keys if s.places is None else s.places) < s.sink) | (rows - keys < s.window)
+        if s.limits is not None:
+            allow |= (rows < s.limits[0]) | ((rows >= s.limits[1]) & (rows < s.limits[2]))
+        if s.listed is not None:
+            allow = allow != (jnp.full(shape, s.listed, jnp.int32) > 0)
         keep &= allow
     if c.causal:
         keep &= keys <= rows
-    if ids is not None:
-        keep &= ids[0] == ids[1]
-    return keep if stop is None else keep & (rows < stop)
+    if s.ids is not None:
+        keep &= s.ids[0] == s.ids[1]
+    return keep if s.last is None else keep & (rows < s.last)
+
+
+def streamed(source: Callable, chunk, sem, entry, wanted, first):
+    """Entry `entry` of a stream in HBM whose chunk `source(n)` is copied to scalar memory when it is entered.
+
+    Entries are asked for in ascending order; `first` marks the first one, `wanted` is whether there is one at all.
+    """
+    size = chunk.shape[1]
+    entry = jnp.where(wanted, entry, 0)
+    place = lax.rem(entry, size)
+
+    @pl.when(wanted & ((place == 0) | first))
+    def _():
+        copy = pltpu.make_async_copy(source(lax.div(entry, size)), chunk, sem)
+        copy.start()
+        copy.wait()
+
+    return chunk[0, place]
 
 
 def scores(c: Config, a, b):

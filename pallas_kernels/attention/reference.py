@@ -8,10 +8,13 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.attention.call import Call
 from pallas_kernels.masks import Evaluation
+from pallas_kernels.op import Unsupported
 
 
 def attend(call: Call) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """(o, lse) of the call, differentiable by JAX; keys and values that are not finite count as zero."""
+    if call.whole is not None:
+        raise Unsupported("JAX differentiates it, so a whole result is no help")
     q, k, v = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
     k, v = (jnp.where(jnp.isfinite(x), x, 0.0) for x in (k, v))
     batch, length, heads, _ = q.shape

@@ -101,6 +101,16 @@ TESTED = (
     Spec("value_dim", Causal(), dim=64, value_dim=128),
     Spec("head_dim_128", Causal() & Window(70), dim=128),
     Spec("segments", Causal() & Segments(), length=200, batch=2, segments=True),
+    Spec("packed_sinks", Causal() & (Sink(5) | Window(20)), length=200, batch=2, heads=3, segments=True),
+    Spec(
+        "packed_sinks_per_head",
+        per_head([Causal() & (Sink(70) | Window(9)), Causal(), Causal() & Sink(3), Causal() & Window(30)]),
+        length=200,
+        heads=4,
+        kv_heads=2,
+        segments=True,
+        seed=5,
+    ),
     Spec(
         "chunk",
         Causal() & (Sink(4) | Window(90)),

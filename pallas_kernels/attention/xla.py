@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.op import platform
-from pallas_kernels.plan import Columns, Plan
+from pallas_kernels.plan import INF, Columns, Plan
 from pallas_kernels.pytrees import record
+from pallas_kernels.segments import sink_tiles
 
 MAX_TILES = 1024  # tiles along an axis: beyond it tiles grow, so that the visit table stays small
 
@@ -28,6 +29,8 @@ MAX_TILES = 1024  # tiles along an axis: beyond it tiles grow, so that the visit
 def attend(call: Call) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """(o, lse) of the call; refuses nothing."""
     schedule = _schedule(call)
+    if call.whole is not None:
+        return _part(schedule.settings, call.q, call.k, call.v, schedule, *call.whole)
     return _attend(schedule.settings, call.q, call.k, call.v, schedule)
 
 
@@ -57,6 +60,7 @@ class Schedule:
     q_offset: Any  # [B] or [1]
     kv_length: Any  # [B], [1], or None where every key of every tile exists
     segment_ids: tuple[Array, Array] | None  # padded to whole tiles
+    key_places: Array | None  # what sinks count where that is not the position, padded to whole tiles
     lists: BlockList | None  # padded to whole tiles
 
 
@@ -95,11 +99,13 @@ def _schedule(call: Call) -> Schedule:
     if kv_length is None and keys % block_k:
         kv_length = np.asarray([keys], np.int32)
     segment_ids = call.segment_ids
+    places = call.key_places
     if segment_ids is not None:
         pads = (tiles_q * block_q - length, tiles_k * block_k - keys)
         # Ids of rows that do not exist are never equal to one another.
         padded = lambda n, fill: jnp.pad(segment_ids[n], ((0, 0), (0, pads[n])), constant_values=fill)
         segment_ids = (padded(0, -(2**31) + 1), padded(1, -(2**31)))
+        places = None if places is None else jnp.pad(places, ((0, 0), (0, pads[1])), constant_values=INF)
     pattern = plan.pattern_of_head
     pattern = np.asarray(pattern, np.int32) if isinstance(pattern, tuple) else pattern
     schedule = Schedule(
@@ -111,9 +117,11 @@ def _schedule(call: Call) -> Schedule:
         q_offset,
         kv_length,
         segment_ids,
+        places,
         _padded(lists, settings),
     )
-    visits = _visits(schedule, plan.columns(tiles_k * block_k, block_k), batch, length, tiles_k)
+    fixed = plan if places is None else plan.without_sinks()
+    visits = _visits(schedule, fixed.columns(tiles_k * block_k, block_k), batch, length, tiles_k)
     xp = np if isinstance(visits, np.ndarray) else jnp
     order = xp.argsort(~visits, axis=-1, stable=True).astype(np.int32)
     return dataclasses.replace(schedule, order=order, count=visits.sum(-1, dtype=np.int32))
@@ -139,12 +147,16 @@ def _visits(schedule: Schedule, columns: Columns, batch: int, length: int, tiles
     first = schedule.q_offset[:, None, None] + start[:, None]  # [B, tiles_q, 1]
     last = schedule.q_offset[:, None, None] + xp.minimum(start + s.block_q, length)[:, None] - 1
     key = xp.arange(tiles_k, dtype=np.int32) * s.block_k
+    places = schedule.key_places
+    sinks = None if places is None else sink_tiles(places, schedule.plan.sink, s.block_k)  # [B, P, tiles_k]
 
     def reached(pattern):  # [..., B, tiles_q, tiles_k]
         at = lambda x: x[pattern][..., None, None, :]
         live = first < at(columns.end)
         if columns.second is not None:
             live = live | ((first < at(columns.second[..., 1])) & (last >= at(columns.second[..., 0])))
+        if sinks is not None:
+            live = live | jnp.moveaxis(sinks[:, pattern], 0, -2)[..., None, :]
         return live
 
     live = reached(np.zeros((1, 1), np.int32) if s.one_pattern else schedule.pattern)  # [K, G, B, tiles_q, tiles_k]
@@ -209,7 +221,10 @@ def _mask(schedule: Schedule, where: tuple[Any, Any], tile_q, tile_k):
         pattern = jnp.int32(0)
     else:
         pattern = lax.dynamic_slice_in_dim(jnp.asarray(schedule.pattern), h, s.unit_heads)[:, :, None, None]
-    keep = schedule.plan.allow(i, j, pattern)
+    place = schedule.key_places
+    if place is not None:
+        place = lax.dynamic_slice(place, (b, tile_k * s.block_k), (s.unit_batch, s.block_k))[:, None, None, None]
+    keep = schedule.plan.allow(i, j, pattern, place)
     if schedule.lists is not None:
         hit = _tile_lists(schedule, schedule.lists, where, tile_q, tile_k)
         keep = keep | (hit & (j <= i) if schedule.plan.causal else hit)
@@ -390,6 +405,17 @@ def _backward(s: Settings, residuals, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _part(settings, q, k, v, schedule, o, lse):
+    return o, lse
+
+
+_part.defvjp(
+    lambda settings, q, k, v, schedule, o, lse: ((o, lse), (q, k, v, schedule, o, lse)),
+    lambda settings, residuals, cotangents: (*_backward(settings, residuals, cotangents), None, None),
+)
 
 
 def _precision(dtype) -> lax.Precision | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.checks import check_values
 from pallas_kernels.decode import reference, xla
 from pallas_kernels.decode.cache import KVCache
 from pallas_kernels.decode.call import Call
@@ -19,10 +19,11 @@ from pallas_kernels.op import dispatch, lazy, platform
 
 BACKENDS: dict[str, Callable[[Call], tuple[Array, Array]]] = {
     "mosaic_gpu": lazy("pallas_kernels.decode.mosaic_gpu", "attend"),
+    "mosaic_tpu": lazy("pallas_kernels.decode.mosaic_tpu", "attend"),
     "xla": xla.attend,
     "reference": reference.attend,
 }
-ORDER = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)}
+ORDER = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla")}
 MAX_QUERIES = 8
 
 
@@ -53,7 +54,7 @@ def decode_attention(
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_logits: one more softmax entry per head, with a zero value.
       return_lse: also return the log-sum-exp of the scores, float32.
-      implementation: 'mosaic_gpu', 'xla' or 'reference'; None picks the first of the platform's order that can.
+      implementation: 'mosaic_gpu', 'mosaic_tpu', 'xla' or 'reference'; None picks the platform's first that can.
 
     Raises:
       TypeError, ValueError: an argument that does not fit; named, with its value.
@@ -102,17 +103,19 @@ def _check_query(q: Array, cache: KVCache) -> tuple[int, int, int, int]:
 
 
 def check_lengths(cache: KVCache, queries: int) -> None:
-    """Raises ValueError for a length or page out of range; checks nothing under jit, where values are unknown."""
-    if isinstance(cache.lengths, jax.core.Tracer):
+    """Raises ValueError for a length or page out of range, where values are known (`checks`)."""
+    limit = np.iinfo(np.int32).max if cache.kind == "ring" else cache.capacity
+    message = f"cache: length {{found}} is outside {queries}..{limit} (the new tokens, the capacity)"
+    check_values(lambda n: (n >= queries) & (n <= limit), message, cache.lengths)
+    if cache.page_table is None:
         return
-    lengths = np.asarray(cache.lengths)
-    limit = None if cache.kind == "ring" else cache.capacity
-    if lengths.min() < queries or (limit is not None and lengths.max() > limit):
-        raise ValueError(f"cache: lengths {lengths.min()}..{lengths.max()} must lie in {queries}..{limit or 'any'}")
-    if cache.page_table is None or isinstance(cache.page_table, jax.core.Tracer):
-        return
-    page, table = cache.k.shape[2], np.asarray(cache.page_table)
-    used = np.arange(table.shape[-1]) < -(-lengths // page).reshape(-1, *(1,) * (table.ndim - 1))
-    bad = used & ((table < 0) | (table >= cache.k.shape[0]))
-    if bad.any():
-        raise ValueError(f"cache: page_table names page {table[bad][0]}, there are {cache.k.shape[0]}")
+    pages, _, page = cache.k.shape[:3]
+    width, ndim = cache.page_table.shape[-1], cache.page_table.ndim
+    check_values(
+        lambda table, n: (
+            ((table >= 0) & (table < pages)) | (np.arange(width) >= -(-n // page).reshape(-1, *(1,) * (ndim - 1)))
+        ),
+        f"cache: page_table names page {{found}}, there are {pages}",
+        cache.page_table,
+        cache.lengths,
+    )

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.checks import check_values
 from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments, varying_like
 from pallas_kernels.gated_linear.reference import gated_linear_reference, step
 from pallas_kernels.gated_linear.segments import Segments, read_segments
@@ -117,15 +117,16 @@ def _without_segments(backend: Callable[[Problem], tuple[Array, LinearState]], p
 
 
 def _check_decay(log_decay, segments: Segments | None) -> None:
-    if log_decay is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((log_decay, segments))):
+    if log_decay is None:
         return
-    used = np.asarray(log_decay, np.float64)
-    used = used if segments is None else used[np.asarray(segments.valid)]
-    wrong = used[~(used <= 0)]
-    if wrong.size:
-        raise ValueError(
-            f"log_decay has the value {wrong.max()}: a log-decay is at most 0, so that states fade and never grow"
-        )
+    message = "log_decay has the value {found}: at most 0 is allowed, so that states never grow"
+    if segments is None:
+        check_values(lambda g: g <= 0, message, log_decay)
+        return
+    trailing = (1,) * (log_decay.ndim - 2)
+    check_values(
+        lambda g, valid: (g <= 0) | ~valid.reshape(*valid.shape, *trailing), message, log_decay, segments.valid
+    )
 
 
 def _check_shapes(q, k, v, log_decay, beta) -> None:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.checks import check_values
+
 
 class Segments(NamedTuple):
     """A packed row in the form a recurrence needs."""
@@ -25,8 +27,11 @@ def read_segments(segment_ids: Int[Array, "B T"]) -> Segments:
     Raises:
       ValueError: a concrete id decreases.
     """
-    if not isinstance(segment_ids, jax.core.Tracer):
-        _refuse_decrease(np.asarray(segment_ids))
+    check_values(
+        lambda ids: (ids >= _running_max(ids)) | (ids <= 0),
+        "segment_ids decreases to {found}: number the segments of a row upwards, with 0 only after them as padding",
+        segment_ids,
+    )
     positive_before = jax.lax.cummax(segment_ids, axis=1) > 0
     valid = (segment_ids > 0) | ((segment_ids == 0) & ~positive_before)
     largest = jnp.iinfo(segment_ids.dtype).max
@@ -38,17 +43,10 @@ def read_segments(segment_ids: Int[Array, "B T"]) -> Segments:
     return Segments(valid, reset, ids)
 
 
+def _running_max(ids: Array | np.ndarray) -> Array | np.ndarray:
+    return np.maximum.accumulate(ids, axis=1) if isinstance(ids, np.ndarray) else jax.lax.cummax(ids, axis=1)
+
+
 def gather_segments(segment_ids: Int[Array, "B T"], axis_name: str) -> Segments:
     """`read_segments` of the whole row whose shards lie along a mesh axis: four bytes a token are gathered."""
     return read_segments(jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True))
-
-
-def _refuse_decrease(ids: np.ndarray) -> None:
-    running = np.maximum.accumulate(ids, axis=1)
-    wrong = np.argwhere((ids < running) & (ids > 0))
-    if wrong.size:
-        row, token = wrong[0]
-        raise ValueError(
-            f"segment_ids decreases in row {row} at token {token}, to {ids[row, token]} after {running[row, token]}: "
-            "number the segments of a row upwards, with 0 only after them as padding"
-        )

@@ -11,9 +11,11 @@ from flax import nnx
 
 from lcjax.checkpoint.manager import CheckpointManager
 from lcjax.checkpoint.manifest import describe
-from lcjax.checkpoint.run import RECORDS, is_run, load_run
+from lcjax.checkpoint.run import is_run, load_run
 from lcjax.models.decoder import Decoder
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.native import RECORDS
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 from lcjax.positions.laws import YaRN
 from lcjax.train import state as states
 
@@ -32,7 +34,7 @@ SPEC = ModelSpec(
 
 @pytest.fixture
 def run(tmp_path):
-    state = states.initialise(SPEC, optax.adamw(1e-3), seed=3)
+    state = states.Start(SPEC, optax.adamw(1e-3), seed=3).state()
     manager = CheckpointManager(tmp_path / "checkpoints")
     sections = {"model": describe(SPEC), "tokenizer": "fingerprint", "about": {"tokenizer": "bytes"}, "mesh": ""}
     manager.save(7, state, {}, sections)

@@ -1,6 +1,7 @@
 """What holds for every task: a perfect answer scores 1, a blank one 0, budgets are kept and filled, seeds repeat."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ from typing import Any
 import pytest
 
 from lcjax.eval.budget import BudgetError, prompt_ids, require_whole
-from lcjax.eval.item import Item, SuiteTask
+from lcjax.eval.haystack import load_haystack
 from lcjax.eval.metrics.judge import LocalJudge
+from lcjax.eval.task import Example, Task
 from lcjax.eval.tasks import giraffe, helmet, helmet_documents, leval, longbench, longwriter, mmlongbench, ruler
 from lcjax.eval.tasks.babilong import babilong
 from lcjax.eval.tasks.copy_recall import CopyRecall
 from lcjax.eval.tasks.custom import JsonTask
 from lcjax.eval.tasks.needle_threading import needle_threading
+from lcjax.eval.tasks.passkey import Passkey
 from lcjax.eval.tasks.reasoning import HaystackReasoning, reasoning
 from tests.eval_suites import fixtures
 from tests.eval_suites.tokens import chatty, pieces, plain, smollm2
@@ -31,6 +34,7 @@ GENERATED: dict[str, Callable[[], list[Any]]] = {
     "giraffe": lambda: giraffe.giraffe(num_examples=6),
     "reasoning": lambda: [*reasoning(num_examples=3), HaystackReasoning(clustered=True, num_examples=2)],
     "copy_recall": lambda: [CopyRecall(num_examples=3)],
+    "passkey": lambda: [Passkey(num_examples=5)],
     "helmet_offline": lambda: [helmet.JsonKv(num_examples=6), helmet.ManyShot(num_examples=3)],
 }
 
@@ -74,7 +78,7 @@ def headline(score: float | Mapping[str, float]) -> float:
     return score if isinstance(score, float) else next(iter(score.values()))
 
 
-def check(task: SuiteTask, tokenizer: Any, budget: int = BUDGET) -> list[Item]:
+def check(task: Task, tokenizer: Any, budget: int = BUDGET) -> list[Example]:
     items = list(task.examples(tokenizer, budget, seed=3))
     assert items, task.name
     assert len({item.id for item in items}) == len(items)
@@ -113,15 +117,17 @@ def test_every_name_is_used_once():
     assert len({name for name in names if "multi_needle_3" not in name}) >= 35
 
 
+def tokenizer_of(kind: str, folder: Path) -> Any:
+    return {"bytes": plain, "sentencepiece": lambda: pieces(folder), "smollm2": smollm2}[kind]()
+
+
 @pytest.mark.parametrize("budget", [1024, 4096, 20_000])
-@pytest.mark.parametrize("suite", ["ruler", "babilong", "giraffe", "reasoning", "copy_recall", "helmet_offline"])
+@pytest.mark.parametrize(
+    "suite", ["ruler", "babilong", "giraffe", "reasoning", "copy_recall", "passkey", "helmet_offline"]
+)
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "smollm2"])
 def test_budgets_are_filled_to_one_percent_or_one_unit(suite, budget, kind, tmp_path_factory):
-    tokenizer = {
-        "bytes": plain,
-        "sentencepiece": lambda: pieces(tmp_path_factory.getbasetemp()),
-        "smollm2": smollm2,
-    }[kind]()
+    tokenizer = tokenizer_of(kind, tmp_path_factory.getbasetemp())
     for task in GENERATED[suite]():
         try:
             items = list(task.examples(tokenizer, budget, seed=0))[:3]
@@ -134,6 +140,21 @@ def test_budgets_are_filled_to_one_percent_or_one_unit(suite, budget, kind, tmp_
             unit = UNIT_CHARACTERS.get(task.name, 420 if suite in ("babilong", "giraffe", "reasoning") else 170)
             assert used <= budget
             assert budget - used <= max(0.01 * budget, unit), (task.name, used)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [131_072, 1_000_000])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "smollm2"])
+def test_long_budgets_are_filled_in_seconds(budget, kind, tmp_path_factory):
+    tokenizer = tokenizer_of(kind, tmp_path_factory.getbasetemp())
+    load_haystack("python")
+    for task in [*ruler.ruler(num_examples=1), Passkey(num_examples=1)]:
+        began = time.process_time()
+        (item,) = task.examples(tokenizer, budget, seed=0)
+        seconds = time.process_time() - began
+        used = item.metadata["prompt_tokens"] + item.max_new_tokens
+        assert 0.99 * budget <= used <= budget, task.name
+        assert seconds < 10, task.name
 
 
 UNIT_CHARACTERS = {"qa_2": 260, "longchat_lines": 60}

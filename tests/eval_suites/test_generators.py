@@ -17,6 +17,7 @@ from lcjax.eval.tasks import needle_threading as threads
 from lcjax.eval.tasks.babilong import BabiLong
 from lcjax.eval.tasks.copy_recall import PASSAGE, plants
 from lcjax.eval.tasks.longwriter import LongWrite
+from lcjax.eval.tasks.passkey import Passkey
 from lcjax.eval.tasks.rows import RowError, members, read_rows
 from lcjax.eval.tasks.worlds import WORLDS
 from tests.eval_suites import fixtures
@@ -341,7 +342,7 @@ def test_a_million_tokens():
     import time
 
     task = ruler.ruler(num_examples=1)[1]
-    load_haystack()
+    load_haystack("python")
     began = time.process_time()
     item = next(iter(task.examples(plain(), 1_000_000, 0)))
     seconds = time.process_time() - began
@@ -349,7 +350,20 @@ def test_a_million_tokens():
     assert seconds < 10
 
 
-# Haystacks, rows, copy recall
+# Passkey, haystacks, rows, copy recall
+
+
+def test_passkeys_lie_at_their_depths_and_are_said_twice():
+    for index, depth in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
+        draft = Passkey().draft(Random(index), 40, index)
+        (key,) = draft.references
+        lines = draft.body.split("\n")
+        place = next(i for i, line in enumerate(lines) if key in line)
+        assert (place - 1) / 40 == draft.metadata["depth"] == depth
+        assert draft.body.count(key) == 2
+        assert len(key) == 5
+    with pytest.raises(ValueError, match=r"depths must lie in 0..1, got 2"):
+        Passkey(depths=(0.5, 2.0))
 
 
 def test_sentences_keep_their_quotes_and_are_never_long():

@@ -1,12 +1,14 @@
 """The runner with a small random model, and with a scripted one in its place."""
 
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from lcjax.eval import runner as runner_module
+from lcjax.eval.metrics.judge import HttpJudge
 from lcjax.eval.report import effective_context
 from lcjax.eval.runner import Runner, Suite, batches
 from lcjax.eval.shared_prefix import SharedPrefixGenerator, answer_batch, common_prefix
@@ -15,7 +17,8 @@ from lcjax.eval.tasks.longwriter import LongWrite
 from lcjax.eval.tasks.needle_threading import MultiNeedle, SingleNeedle
 from lcjax.eval.tasks.needles import NiahSingle1, NiahSingle2
 from lcjax.eval.tasks.reasoning import reasoning
-from lcjax.models.spec import Attention, GatedLinear
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention
 from lcjax.serve.engine import Completion, Engine, Generator
 from lcjax.serve.report import Report
 from lcjax.serve.source import Loaded, random_model
@@ -51,6 +54,15 @@ def scripted(monkeypatch):
     return Scripted
 
 
+@pytest.fixture
+def silent():
+    """The address of a server that takes connections and says nothing."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
 def ideal_answers(tasks, lengths):
     """Prompt text -> ideal answer, for every example of the tasks."""
     return {
@@ -79,6 +91,16 @@ def test_a_perfect_model_scores_one_and_the_files_say_so(scripted, tmp_path):
     page = (tmp_path / "suite.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "http" not in page
+    assert {path.name for path in tmp_path.glob("*.png")} == {"suite_scores.png", "suite_depths.png"}
+
+
+def test_the_page_shows_wrong_answers_as_text(scripted, tmp_path):
+    scripted.answer = staticmethod(lambda prompt: "<script>no</script>")
+    Suite(tasks=NiahSingle1(num_examples=2), lengths=(1500,), engine=ENGINE).run(NO_WEIGHTS, tmp_path)
+    page = (tmp_path / "suite.html").read_text()
+    assert "niah_single_1: 2 of 2" in page
+    assert "&lt;script&gt;no" in page
+    assert "<script>" not in page
 
 
 def test_answered_examples_are_not_asked_again(scripted, tmp_path):
@@ -96,16 +118,7 @@ def test_answered_examples_are_not_asked_again(scripted, tmp_path):
     assert scripted.asked == 3
 
 
-def test_what_cannot_run_is_named_and_the_rest_goes_on(scripted, tmp_path):
-    def silent(prompt: str) -> str:
-        from lcjax.eval.metrics.judge import JudgeError
-
-        raise JudgeError("judge model at http://localhost:1 gave no answer in 2 s; raise `timeout`")
-
-    class Judge:
-        name = "silent"
-        __call__ = staticmethod(silent)
-
+def test_what_cannot_run_is_named_and_the_rest_goes_on(scripted, silent, tmp_path):
     scripted.answer = staticmethod(lambda prompt: "some words")
     row = {"id": "a", "prompt": "?", "references": ["x"], "max_new_tokens": 4}
     tasks = [
@@ -113,7 +126,7 @@ def test_what_cannot_run_is_named_and_the_rest_goes_on(scripted, tmp_path):
         JsonTask(source=write_rows(tmp_path / "broken.jsonl", [row])),
         JsonTask(source=write_rows(tmp_path / "odd.jsonl", [{**row, "metric": "tokenf1"}])),
         JsonTask(source=str(tmp_path / "absent.jsonl")),
-        LongWrite(lengths=(50,), judge=Judge()),
+        LongWrite(lengths=(50,), judge=HttpJudge(silent, "slow", timeout=0.2)),
     ]
     suite = Suite(tasks=tasks, lengths=(300, 1500, 5000), engine=ENGINE)
     outcome = suite.outcome(NO_WEIGHTS, tmp_path)
@@ -123,9 +136,20 @@ def test_what_cannot_run_is_named_and_the_rest_goes_on(scripted, tmp_path):
     assert "the field 'metric' is missing" in reasons["broken", 1500]
     assert "did you mean 'token_f1'?" in reasons["odd", 1500]
     assert "does not exist" in reasons["absent", 1500]
-    assert "gave no answer in 2 s" in reasons["longbench_write", 1500]
+    assert "gave no answer in 0.2 s; raise `timeout`" in reasons["longbench_write", 1500]
     assert "context is 4096 tokens, under the budget of 5000" in reasons["niah_single_2", 5000]
     assert "Missing" in (tmp_path / "suite.html").read_text()
+
+
+def test_documents_that_are_left_out_are_counted(scripted, tmp_path):
+    row = {"references": ["x"], "metric": "any_substring", "max_new_tokens": 4, "prompt": "{document}?"}
+    rows = [{**row, "id": str(size), "document": "abc " * size} for size in (20, 900, 30, 1200)]
+    task = JsonTask(source=write_rows(tmp_path / "mine.jsonl", rows), truncation="drop")
+    outcome = Suite(tasks=task, lengths=(100, 600), engine=ENGINE).outcome(NO_WEIGHTS, tmp_path)
+    assert [(cell.length, len(cell.rows), cell.dropped) for cell in outcome.cells] == [(100, 1, 3), (600, 2, 2)]
+    summary = json.loads((tmp_path / "suite_summary.json").read_text())
+    assert {length: cell["dropped"] for length, cell in summary["cells"]["mine"].items()} == {"100": 3, "600": 2}
+    assert "(3 left out)" in (tmp_path / "suite.html").read_text()
 
 
 def test_a_truncation_by_the_engine_is_an_error(scripted, tmp_path):
@@ -184,14 +208,14 @@ def test_contours_show_where_the_score_falls(scripted, tmp_path):
 
 
 def test_groups_share_a_batch():
-    from lcjax.eval.item import Item
     from lcjax.eval.runner import Asked
+    from lcjax.eval.task import Example
 
     asked = [
-        Asked(Item(str(i), "", (), 1, {"prefix_group": group}), (0,) * size, str(i))
+        Asked(Example(str(i), "", (), 1, {"prefix_group": group}), (0,) * size, str(i))
         for i, (group, size) in enumerate([("a", 5), (None, 9), ("b", 5), ("a", 6), (None, 1), ("a", 7)])
     ]
-    found = [[one.item.id for one in batch] for batch in batches(asked, 2)]
+    found = [[one.example.id for one in batch] for batch in batches(asked, 2)]
     assert found == [["0", "3"], ["5"], ["4", "1"], ["2"]]
 
 

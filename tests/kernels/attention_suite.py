@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels import block_sparse_attention
 from pallas_kernels.attention import reference, specs
 from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.specs import Spec
 
 
 def visible(spec, dtype=jnp.float32):
@@ -41,11 +42,17 @@ def evaluate(spec, implementation, dtype=jnp.float32, poison=False, mask=None):
     if poison:
         seen = visible(spec).any((1, 2))  # [B,S]
         x["k"], x["v"] = (jnp.where(seen[:, :, None, None], x[n], jnp.nan) for n in ("k", "v"))
+    return differentiate(x, spec.mask if mask is None else mask, options, implementation)
+
+
+def differentiate(x, mask, options, implementation):
+    """`evaluate` on given arrays: q, k, v, do, dlse and perhaps sink_logits."""
+    x = dict(x)
     do, dlse = x.pop("do"), x.pop("dlse")
 
     def loss(x):
         o, lse = block_sparse_attention(
-            mask=spec.mask if mask is None else mask,
+            mask=mask,
             **x,
             **options,
             return_lse=True,
@@ -105,6 +112,20 @@ class AttentionSuite:
         first, second = self.evaluate(spec), self.evaluate(spec)
         for name, value in first.items():
             np.testing.assert_array_equal(value, second[name])
+
+    def test_packed_equals_separate(self):
+        """Outputs and gradients of two documents in a row are those of each alone, their sinks included."""
+        if "packed_sinks" in self.declines:
+            pytest.skip(f"{self.implementation} declines packed rows")
+        spec = Spec("two_documents", specs.Causal() & (specs.Sink(5) | specs.Window(20)), length=2 * 65)
+        x, size = spec.arrays(self.dtype), 65
+        ids = jnp.asarray(np.repeat([[3, 7]], size, axis=1), jnp.int32)
+        packed = differentiate(x, spec.mask, {"segment_ids": ids}, self.implementation)
+        cut = lambda name, y, n: y[..., n * size : (n + 1) * size] if "lse" in name else y[:, n * size : (n + 1) * size]
+        for n in range(2):
+            alone = {name: cut(name, y, n) for name, y in x.items()}
+            want = differentiate(alone, spec.mask, {}, self.implementation)
+            close({name: cut(name, y, n) for name, y in packed.items()}, want, self.tolerance)
 
     def test_a_planted_window_error_is_caught(self):
         spec = SPECS["sink_window"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockList, Unsupported, block_sparse_attention, merge_attention
-from pallas_kernels.masks import Causal, Full, Segments, Sink, Window, per_head
+from pallas_kernels.masks import Causal, Full, Segments, Sink, Stride, Window, per_head
 from pallas_kernels.op import dispatch, target_platform
 
 Q = jnp.ones((2, 8, 4, 16))
@@ -24,8 +24,12 @@ KV = jnp.ones((2, 8, 2, 16))
         ({"mask": per_head([Causal()] * 3)}, "per_head gives 3 heads, q has 4"),
         ({"mask": Causal() & Segments()}, "segment_ids: None"),
         ({"segment_ids": jnp.ones((2, 7), jnp.int32)}, r"segment_ids: shape \(2, 7\)"),
+        (
+            {"mask": Causal() & (Sink(4) & Stride(4, 2)), "segment_ids": jnp.ones((2, 8), jnp.int32)},
+            "cannot be combined with segment_ids",
+        ),
         ({"q_offset": -1}, "q_offset: -1 is negative"),
-        ({"kv_length": jnp.asarray([3, 9])}, "kv_length: .* must lie in 0..8"),
+        ({"kv_length": jnp.asarray([3, 9])}, "kv_length: 9 is outside 0..8"),
         ({"scale": 0.0}, "scale: 0.0 must be a positive"),
         ({"soft_cap": float("nan")}, "soft_cap: nan"),
         ({"sink_logits": jnp.ones(3)}, "sink_logits: shape"),

@@ -96,6 +96,7 @@ CASES = {
     "intervals": Case(Causal() & spans(260, 64), length=260),
     "per_head": Case(per_head([Causal(), STRIDE]), length=260),
     "segments": Case(Causal() & Segments(), length=200, segments=(30, 100, 70), poison=(30, 130)),
+    "packed_sinks": Case(Causal() & (Sink(20) | Window(30)), 260, segments=(70, 20, 130, 40), poison=(230, 260)),
     "chunk": Case(Causal() & (Sink(4) | Window(60)), 64, 300, q_offset=(150,), kv_length=(214,), poison=(214, 300)),
     "lists": Case(Causal() & (Sink(5) | Window(30)), 256, lists=every_other(256, 256, 128, 64)),
     "no_key": Case(Causal() & Stride(block=64, every=2, offset=1), length=130),
@@ -168,7 +169,7 @@ def test_lowers_for_cuda(dim: int) -> None:
     ("change", "reason"),
     [
         ({"dim": 80}, "head dims 80"),
-        ({"mask": STRIDE & Segments(), "segments": (130,)}, "segments with column blocks"),
+        ({"mask": STRIDE & Segments(), "segments": (130,)}, "segments together with Stride"),
         ({"lists": every_other(130, 130, 64, 64)}, "list blocks of 64 x 64"),
         ({"mask": Causal() & Stride(block=16, every=4)}, "blocks of 16 keys"),
     ],

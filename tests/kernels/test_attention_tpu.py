@@ -4,13 +4,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_sparse_attention, testing
+from pallas_kernels import Unsupported, block_sparse_attention, testing
 from pallas_kernels.attention import mosaic_tpu, specs
+from pallas_kernels.attention.mosaic_tpu_parts import Scope
 from pallas_kernels.attention.specs import Spec
-from pallas_kernels.masks import Causal, Sink, Window
+from pallas_kernels.masks import Causal, Sink, Stride, Window, per_head
 from tests.kernels.attention_suite import SPECS, AttentionSuite, close, evaluate, expected
 
-IN_CI = {"documents", "per_head", "chunk", "poison_segments"}
+IN_CI = {"documents", "chunk", "packed_sinks_per_head"}
+
+# Lists in blocks that the kernels take: multiples of 128.
+_MIXED = per_head([Causal() & Window(20), Causal() & Sink(0), Causal() & Stride(16, 3, 1), Causal()])
+LISTS = {
+    spec.name: spec
+    for spec in (
+        Spec(
+            "listed", Causal() & (Sink(4) | Window(20)), length=300, batch=2, heads=4, kv_heads=2, lists=(2, 128, 128)
+        ),
+        Spec("only_listed", Causal() & Window(0), length=390, heads=2, dim=128, lists=(1, 256, 128)),
+        Spec("listed_per_head", _MIXED, length=300, heads=4, kv_heads=2, lists=(4, 128, 256)),
+        Spec("listed_full", Window(40), length=200, keys=390, heads=2, kv_heads=2, dim=128, lists=(2, 128, 128)),
+        Spec("listed_chunk", Causal() & Window(9), 130, 390, q_offset=(200,), kv_length=(330,), lists=(1, 128, 128)),
+        Spec("listed_segments", Causal() & Window(9), length=300, segments=True, lists=(1, 128, 128)),
+    )
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +54,13 @@ class TestMosaicTpu(AttentionSuite):
     def test_forward_and_gradients(self, name):
         close(self.evaluate(SPECS[name], poison=SPECS[name].poison), expected(name), self.tolerance)
 
+    @pytest.mark.parametrize(
+        "name", [n if n == "listed_per_head" else pytest.param(n, marks=pytest.mark.slow) for n in LISTS]
+    )
+    def test_lists(self, name):
+        close(self.evaluate(LISTS[name]), evaluate(LISTS[name], "reference"), self.tolerance)
+
+    test_packed_equals_separate = pytest.mark.slow(AttentionSuite.test_packed_equals_separate)
     test_rows_without_keys = pytest.mark.slow(AttentionSuite.test_rows_without_keys)
     test_repeats_bit_for_bit = pytest.mark.slow(AttentionSuite.test_repeats_bit_for_bit)
     test_a_planted_window_error_is_caught = pytest.mark.slow(AttentionSuite.test_a_planted_window_error_is_caught)
@@ -70,7 +94,23 @@ def test_a_dropped_edge_mask_is_caught(monkeypatch):
         close({"o": np.asarray(forward(spec))}, {"o": expected(spec.name)["o"]}, 2e-5)
 
 
-def test_only_listed_tiles_are_copied():
+@pytest.mark.slow
+def test_a_key_that_mask_and_list_both_name_counts_once(monkeypatch):
+    """Planted: without the rule that a listed tile adds only what the mask leaves out, its keys count twice."""
+    spec = LISTS["listed"]
+    monkeypatch.setattr(mosaic_tpu, "Scope", lambda listed, **fields: Scope(listed=None, **fields))
+    want = evaluate(spec, "reference")
+    with testing.interpret_tpu(), pytest.raises(AssertionError):
+        close({"o": np.asarray(forward(spec, **spec.options()))}, {"o": want["o"]}, 2e-5)
+
+
+def test_lists_in_small_blocks_are_declined():
+    spec = SPECS["lists"]
+    with testing.interpret_tpu(), pytest.raises(Unsupported, match="lists in blocks of 16 x 32"):
+        forward(spec, **spec.options())
+
+
+def test_only_visited_tiles_are_copied():
     """NaN in every tile that the pattern skips would show if a tile too many were read."""
     spec = Spec("far", Causal() & (Sink(4) | Window(100)), length=600, heads=1)
     x = spec.arrays()

@@ -1,19 +1,16 @@
 """The decoder: stacking, rematerialisation, packing, caches, dtypes, parameters, bad input."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from lcjax.cache import init_caches
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.flops import flops_per_token, param_count, visible_keys
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 from lcjax.models.stack import runs
-from lcjax.positions import DynamicNTK
 
 FULL, STREAM = Attention(), Attention(window=7, sink=2)
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is most of these tests
@@ -28,15 +25,6 @@ SIZES = {
     "dtype": "float32",
 }
 HYBRID = ModelSpec(**SIZES, num_layers=4, pattern=(Attention(window=7), LINEAR))
-MIXERS = {
-    "full": FULL,
-    "window": Attention(window=5, soft_cap=3.0, scale=0.3),
-    "stream_logits": Attention(window=7, sink=2, rope=None, sink_logits=True),
-    "linear": LINEAR,
-    "linear_scalar": GatedLinear(decay="scalar", num_heads=2, key_dim=6, value_dim=10),
-    "linear_plain": GatedLinear(decay="none", feature_map="softmax", output_gate=False, conv_width=2),
-    "dynamic": Attention(rope=DynamicNTK(factor=2.0, original_length=64)),
-}
 
 
 def build(spec, seed=0):
@@ -79,46 +67,6 @@ def test_runs():
     assert runs(list("ssfffffss")) == [(0, 1, 2), (2, 1, 5), (7, 1, 2)]
     assert runs(list("lllllglllllgll")) == [(0, 6, 2), (12, 1, 2)]
     assert runs(list("ab")) == [(0, 1, 1), (1, 1, 1)]
-
-
-def test_packed_equals_separate(hybrid):
-    _, params, forward = hybrid
-    first, second = tokens(1, 9), tokens(1, 20)[:, 9:]
-    packed = jnp.concatenate([first, second], axis=1)
-    segments = jnp.where(jnp.arange(20)[None] < 9, 1, 2).astype(jnp.int32)
-    positions = jnp.where(segments == 1, jnp.arange(20), jnp.arange(20) - 9).astype(jnp.int32)
-    got = forward(params, packed, segment_ids=segments, positions=positions)
-    np.testing.assert_allclose(got[:, :9], forward(params, first), atol=2e-5)
-    np.testing.assert_allclose(got[:, 9:], forward(params, second), atol=2e-5)
-
-
-@pytest.mark.parametrize("name", MIXERS)
-def test_cached_ragged_chunks_equal_one_pass(name):
-    """Chunked prefill of a ragged batch, then single tokens, against the whole sequence at once."""
-    spec = ModelSpec(**SIZES, num_layers=1, pattern=(MIXERS[name],))
-    graphdef, params = build(spec)
-    ids = tokens(2, 18)
-    expected = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t), compiler_options=QUICK)(params, ids)
-
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def step(params, ids, caches, valid):
-        model = nnx.merge(graphdef, params)
-        hidden, caches = model.hidden(ids, caches=caches, valid=valid)
-        return model.logits(hidden), caches
-
-    caches = init_caches(spec, batch=2, capacity=32, dtype=jnp.float32, chunk=6)
-    done = np.zeros(2, int)
-    for counts in ((6, 4), (5, 6), (6, 1), (1, 1), (0, 1)):
-        width = max(counts)
-        valid = np.arange(width)[None] < np.array(counts)[:, None]
-        chunk = np.zeros((2, width), np.int32)
-        for row, count in enumerate(counts):
-            chunk[row, :count] = ids[row, done[row] : done[row] + count]
-        got, caches = step(params, jnp.asarray(chunk), caches, jnp.asarray(valid))
-        for row, count in enumerate(counts):
-            np.testing.assert_allclose(got[row, :count], expected[row, done[row] : done[row] + count], atol=3e-5)
-        done += counts
-    np.testing.assert_array_equal(caches[0].length, done)
 
 
 def test_compute_dtype_and_parameter_dtype(hybrid):

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from lcjax.models.flops import flops_per_token
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 
 SPEC = ModelSpec(vocab_size=100, width=8, mlp_width=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4)
 WEIGHTS = 8 * 16 + 2 * 8 * 8 + 16 * 8 + 3 * 8 * 32 + 8 * 100  # q, k and v, o, MLP, unembedding

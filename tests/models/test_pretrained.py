@@ -15,8 +15,9 @@ from lcjax.checkpoint import safetensors
 from lcjax.checkpoint.hf import export_pretrained, load_pretrained
 from lcjax.checkpoint.source import TensorFileError
 from lcjax.models.decoder import Decoder, abstract
+from lcjax.models.recurrent import GatedLinear
 from lcjax.models.registry import family_of_gguf, spec_from_hf, spec_to_hf
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.spec import Attention, ModelSpec
 from lcjax.parallel.mesh import make_mesh
 from lcjax.positions import Rope
 

@@ -8,7 +8,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lcjax.models.decoder import Decoder, abstract
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 from lcjax.parallel.mesh import make_mesh
 from lcjax.parallel.rules import batch_sharding, constrain, partition, shardings
 

@@ -1,7 +1,8 @@
 """A small model with every kind of mixer, over bytes."""
 
 from lcjax.data.tokenizers import load_tokenizer
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 from lcjax.serve.source import Loaded, random_model
 
 TOKENIZER = load_tokenizer("bytes")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lcjax import settings
-from lcjax.models.spec import Attention, GatedLinear
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention
 from lcjax.train import loop
 from lcjax.train.job import MeshSpec, Reports, Sample
 from lcjax.train.optimizers import Cosine

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from lcjax.eval.budget import Draft
 from lcjax.eval.haystack import insert_at
-from lcjax.eval.item import Item
+from lcjax.eval.task import Example
 from lcjax.eval.tasks.base import GeneratedTask, haystack_facts
 from lcjax.eval.tasks.worlds import WORLDS
 
@@ -71,7 +71,7 @@ class BabiLong(GeneratedTask):
         )
         return Draft(body, (story.answer,), 16, "Answer:", metadata=facts)
 
-    def score(self, example: Item, text: str) -> float:
+    def score(self, example: Example, text: str) -> float:
         """1 when the labels found up to the first full stop, less those of the question, are the right one alone."""
         return label_score(text, example.references[0], example.metadata["labels"], example.metadata["question"])
 

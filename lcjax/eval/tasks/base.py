@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from lcjax.eval.budget import Draft, Encoder, Fitter
 from lcjax.eval.haystack import Haystack, load_haystack
-from lcjax.eval.item import Item
 from lcjax.eval.metrics import metric
+from lcjax.eval.task import Example
 
 GENERATOR_VERSION = 1
 
@@ -57,7 +57,7 @@ class GeneratedTask:
         """Question number `index` with `units` of haystack."""
         raise NotImplementedError
 
-    def examples(self, tokenizer: Encoder, budget: int, seed: int) -> Iterator[Item]:
+    def examples(self, tokenizer: Encoder, budget: int, seed: int) -> Iterator[Example]:
         """Yield `num_examples` examples of at most `budget` tokens; BudgetError when even the smallest is larger."""
         chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
         fitter = Fitter(tokenizer, budget, chat)
@@ -73,13 +73,13 @@ class GeneratedTask:
             )
             common = {"prompt_tokens": tokens, "budget": budget, "seed": seed, "generator": GENERATOR_VERSION}
             metadata = {**draft.metadata, **common, "ideal": draft.ideal}
-            yield Item(label, draft.prompt(chat), draft.references, draft.max_new_tokens, metadata)
+            yield Example(label, draft.prompt(chat), draft.references, draft.max_new_tokens, metadata)
 
-    def score(self, example: Item, text: str) -> float | Mapping[str, float]:
+    def score(self, example: Example, text: str) -> float | Mapping[str, float]:
         """The task's metric of an answer text."""
         return metric(self.metric)(text, example.references)
 
-    def ideal(self, example: Item) -> str:
+    def ideal(self, example: Example) -> str:
         """An answer that scores 1, for checks of a suite from end to end."""
         return str(example.metadata["ideal"])
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lcjax.eval.budget import BudgetError, Draft, Encoder
 from lcjax.eval.haystack import read_text
-from lcjax.eval.item import Item
+from lcjax.eval.task import Example
 from lcjax.eval.tasks.base import GeneratedTask, haystack_facts
 
 PASSAGE = 64
@@ -80,7 +80,7 @@ class CopyRecall(GeneratedTask):
         facts = haystack_facts(haystack, depth=0.25)
         return Draft("\n\n".join(part for part in parts if part) + "\n", (rest,), 64, cue, rest, facts)
 
-    def score(self, example: Item, text: str) -> float:
+    def score(self, example: Example, text: str) -> float:
         """Common prefix over the reference's length, in words."""
         said, wanted = text.split(), example.references[0].split()
         same = 0

@@ -14,11 +14,11 @@ from random import Random
 from typing import Any, ClassVar
 
 from lcjax.eval.budget import Draft
-from lcjax.eval.item import Item
 from lcjax.eval.metrics import metric
 from lcjax.eval.metrics.citation import citation_scores
 from lcjax.eval.metrics.ranking import ndcg, parse_ranking
 from lcjax.eval.metrics.text import any_substring
+from lcjax.eval.task import Example
 from lcjax.eval.tasks.base import GeneratedTask
 from lcjax.eval.tasks.rows import Row, RowError, read_rows
 from lcjax.eval.words import endless_words, uuid
@@ -45,7 +45,7 @@ class HelmetTask(GeneratedTask):
     prefix: ClassVar[str] = "Answer:"
     metric: ClassVar[str] = "normalised_substring"
 
-    def score(self, example: Item, text: str) -> float | Mapping[str, float]:
+    def score(self, example: Example, text: str) -> float | Mapping[str, float]:
         """The better score of the whole output and of its part after the prefix."""
         scorer = metric(self.metric)
         return max(scorer(text, example.references), scorer(parsed(text, self.prefix), example.references))
@@ -160,7 +160,7 @@ class Rerank(SourcedTask):
         )
         return Draft(body, (ideal,), 200, self.prefix, metadata={"grades": grades})
 
-    def score(self, example: Item, text: str) -> float:
+    def score(self, example: Example, text: str) -> float:
         """NDCG@10 of the ids in the output; an id that is left out counts as not found."""
         grades = example.metadata["grades"]
         return max(ndcg(parse_ranking(piece, grades), grades) for piece in (text, parsed(text, self.prefix)))
@@ -193,7 +193,7 @@ class Cite(SourcedTask):
         answers = tuple(aliases[0] for aliases in row["answers"])
         return Draft(body, answers, 300, self.prefix, answer=" ".join(said), metadata=facts)
 
-    def score(self, example: Item, text: str) -> Mapping[str, float]:
+    def score(self, example: Example, text: str) -> Mapping[str, float]:
         """`answers` first, then the two citation scores."""
         aliases = example.metadata["aliases"]
         found = sum(any_substring(text, names) for names in aliases) / len(aliases)

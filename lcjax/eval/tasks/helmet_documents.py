@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lcjax.eval.budget import Draft, Truncation
-from lcjax.eval.item import Item
 from lcjax.eval.metrics import ngram
 from lcjax.eval.metrics.citation import overlap_entails
 from lcjax.eval.metrics.judge import Judge, ask_scores
 from lcjax.eval.metrics.text import exact_match, normalised_substring
+from lcjax.eval.task import Example
 from lcjax.eval.tasks import helmet as categories
 from lcjax.eval.tasks import needles
 from lcjax.eval.tasks.base import GeneratedTask
@@ -49,7 +49,7 @@ class LongQa(LoadedTask):
                 f"{self.name}-{number}", row["document"], template, Draft("", answers, new_tokens, metadata=facts)
             )
 
-    def score(self, example: Item, text: str) -> Mapping[str, float]:
+    def score(self, example: Example, text: str) -> Mapping[str, float]:
         """One number, by the kind of the question."""
         if example.metadata["choice"]:
             letter = re.match(r"\W*([A-H])\b", text)
@@ -67,11 +67,11 @@ class LongQa(LoadedTask):
         return {"judged": min(marks.get("fluency", 0), 1) * marks.get("correctness", 0) / 3}
 
     @staticmethod
-    def _whole(text: str, example: Item) -> float:
+    def _whole(text: str, example: Example) -> float:
         """ "A. option" written out counts."""
         return normalised_substring(text, example.references[1:])
 
-    def ideal(self, example: Item) -> str:
+    def ideal(self, example: Example) -> str:
         """The first reference."""
         return example.references[0]
 
@@ -96,7 +96,7 @@ class Summary(LoadedTask):
             draft = Draft("", (row["summary"],), self.new_tokens, metadata={"key_points": row["key_points"]})
             yield Row(f"{self.name}-{number}", row["document"], template, draft)
 
-    def score(self, example: Item, text: str) -> Mapping[str, float]:
+    def score(self, example: Example, text: str) -> Mapping[str, float]:
         """F of key points first."""
         reference, points = example.references[0], example.metadata["key_points"]
         rouge = ngram.rouge(text, example.references)

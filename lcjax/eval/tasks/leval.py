@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lcjax.eval.budget import Draft, Truncation
-from lcjax.eval.item import Item
 from lcjax.eval.metrics import ngram, text
+from lcjax.eval.task import Example
 from lcjax.eval.tasks.loaded import LoadedTask, Row
 from lcjax.eval.tasks.rows import RowError, members, read_rows
 
@@ -87,7 +87,7 @@ class LEval(LoadedTask):
             ask += f"\nAnswer in about {len(answer.split())} words."
         return f"Read this document, then answer.\n\n<document>\n{{document}}\n</document>\n\n{ask}"
 
-    def score(self, example: Item, text: str) -> float | Mapping[str, float]:
+    def score(self, example: Example, text: str) -> float | Mapping[str, float]:
         """The sub-task's published metric in [0, 1]."""
         reference = example.references[0]
         if self.task in OPEN_ROUGE:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lcjax.eval.budget import Draft, Truncation
-from lcjax.eval.item import Item
 from lcjax.eval.metrics import METRICS
 from lcjax.eval.metrics.text import classification, first_line, subsequence_ratio
+from lcjax.eval.task import Example
 from lcjax.eval.tasks.loaded import LoadedTask, Row
 from lcjax.eval.tasks.rows import read_rows
 
@@ -96,13 +96,13 @@ class LongBench(LoadedTask):
             around = before + "{document}" + after.replace("{input}", row["input"])
             yield Row(str(row.get("_id", f"{self.name}-{number}")), row["context"], around, draft)
 
-    def score(self, example: Item, text: str) -> float:
+    def score(self, example: Example, text: str) -> float:
         """The data set's metric in [0, 1]."""
         answer = first_line(text) if self.data_set in _FIRST_LINE else text
         return longbench_score(DATA_SETS[self.data_set].metric, answer, example)
 
 
-def longbench_score(metric: str, answer: str, example: Item) -> float:
+def longbench_score(metric: str, answer: str, example: Example) -> float:
     """Score by a metric of LongBench; `rougeL_chars` puts blanks between characters first."""
     if metric == "classification":
         return classification(answer, example.references, example.metadata["classes"])

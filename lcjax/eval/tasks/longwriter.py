@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lcjax.eval.budget import Draft, Encoder, prompt_ids, require_fit
-from lcjax.eval.item import Item
 from lcjax.eval.metrics.judge import Judge, ask_scores, quality_score
 from lcjax.eval.metrics.length import count_words, length_score
+from lcjax.eval.task import Example
 from lcjax.eval.tasks.rows import read_rows
 
 DIMENSIONS = ("Relevance", "Accuracy", "Coherence", "Clarity", "Breadth and Depth", "Reading Experience")
@@ -48,7 +48,7 @@ class LongWrite:
         """Name in tables."""
         return self.kind
 
-    def examples(self, tokenizer: Encoder, budget: int, seed: int) -> Iterator[Item]:
+    def examples(self, tokenizer: Encoder, budget: int, seed: int) -> Iterator[Example]:
         """One item a prompt; the metadata hold the required words and the bin they belong to."""
         chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
         for number, row in enumerate(self._rows()):
@@ -62,7 +62,7 @@ class LongWrite:
             require_fit(label, tokens, least, budget)
             draft = replace(draft, max_new_tokens=least)
             metadata = {**facts, "prompt_tokens": tokens, "budget": budget, "ideal": ideal}
-            yield Item(label, draft.prompt(chat), (), least, metadata)
+            yield Example(label, draft.prompt(chat), (), least, metadata)
 
     def _rows(self) -> list[dict[str, Any]]:
         if self.source:
@@ -73,7 +73,7 @@ class LongWrite:
             for subject in SUBJECTS
         ]
 
-    def score(self, example: Item, text: str) -> Mapping[str, float]:
+    def score(self, example: Example, text: str) -> Mapping[str, float]:
         """The length score; with a judge also the quality, and the mean of the two first."""
         words = count_words(text)
         length = length_score(example.metadata["required_words"], words)
@@ -83,7 +83,7 @@ class LongWrite:
         quality = quality_score(ask_scores(self.judge, asked, DIMENSIONS, low=1, high=5), DIMENSIONS) if words else 0.0
         return {"overall": (length + quality) / 2, "length_score": length, "quality_score": quality}
 
-    def judge_prompt(self, example: Item, text: str) -> str:
+    def judge_prompt(self, example: Example, text: str) -> str:
         """What the judge is asked: six scores, whatever the length."""
         ask = example.prompt if isinstance(example.prompt, str) else example.prompt[0]["content"]
         fields = ", ".join(f'"{name}"' for name in DIMENSIONS)
@@ -93,6 +93,6 @@ class LongWrite:
             "Reply with one JSON object that holds these six numbers and nothing else."
         )
 
-    def ideal(self, example: Item) -> str:
+    def ideal(self, example: Example) -> str:
         """A text of the required number of words."""
         return str(example.metadata["ideal"])

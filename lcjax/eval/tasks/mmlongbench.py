@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lcjax.eval.budget import Draft
-from lcjax.eval.item import Item
 from lcjax.eval.metrics.text import first_line, normalised_substring, numbers, token_f1
+from lcjax.eval.task import Example
 from lcjax.eval.tasks.loaded import LoadedTask, Row
 from lcjax.eval.tasks.rows import RowError, read_rows
 
@@ -86,7 +86,7 @@ class MmLongBenchText(LoadedTask):
             template = f"{{document}}\n\nQuestion: {row['question']}\nReply with the answer alone."
             yield Row(f"{self.name}-{number - 1}", context, template, draft)
 
-    def score(self, example: Item, text: str) -> float:
+    def score(self, example: Example, text: str) -> float:
         """By the kind of the row."""
         kind, answer = example.metadata["kind"], example.metadata["answer"]
         if kind == "count":

@@ -16,8 +16,8 @@ from random import Random
 from typing import Any, ClassVar, Literal
 
 from lcjax.eval.budget import Draft
-from lcjax.eval.item import Item
 from lcjax.eval.metrics.text import prefix_match
+from lcjax.eval.task import Example
 from lcjax.eval.tasks.base import GeneratedTask, depth_grid
 from lcjax.eval.words import letters, uuid
 
@@ -57,7 +57,7 @@ class ThreadTask(GeneratedTask):
         answer = references[0] if len(references) == 1 else "\n".join(references)
         return Draft(f"{_OPENING}{context}\n{question}", tuple(references), 48, "", answer, found)
 
-    def score(self, example: Item, text: str) -> float:
+    def score(self, example: Example, text: str) -> float:
         """Share of the wanted strings among the strings of the answer; a single one must open the answer."""
         if len(example.references) == 1:
             return prefix_match(text, example.references)

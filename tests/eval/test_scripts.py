@@ -1,4 +1,4 @@
-"""Tasks, results and the scripts, with a scripted model in place of a real one."""
+"""Results and the scripts."""
 
 import json
 import re
@@ -10,72 +10,14 @@ import pytest
 
 from lcjax.checkpoint.hf import export_pretrained
 from lcjax.data.tokenizers import load_tokenizer
-from lcjax.eval import task as task_module
-from lcjax.eval.passkey import Passkey
+from lcjax.eval.metrics.judge import JudgeError, ask_scores
+from lcjax.eval.model_judge import ModelJudge
 from lcjax.eval.results import describe_run, write_results
-from lcjax.eval.task import Example, check_budget
 from lcjax.models.spec import Attention, ModelSpec
-from lcjax.serve.engine import Completion
-from lcjax.serve.source import random_model
-from tests.serve.toy import TOKENIZER, toy
+from lcjax.serve.source import Pretrained, random_model
+from tests.serve.toy import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Scripted:
-    """Stands in for the engine: answers each prompt with `answer(prompt text)`."""
-
-    answer = staticmethod(lambda prompt: "")
-
-    def __init__(self, *_):
-        self.report = "scripted"
-
-    def generate(self, requests):
-        return [Completion(Scripted.answer(TOKENIZER.decode(request.prompt))) for request in requests]
-
-
-@pytest.mark.parametrize("length", [512, 1000, 4097])
-def test_passkey_fills_its_budget(length):
-    task = Passkey(trials=1)
-    examples = list(task.examples(TOKENIZER, length, seed=1))
-    assert examples == list(task.examples(TOKENIZER, length, seed=1))
-    assert examples != list(task.examples(TOKENIZER, length, seed=2))
-    line = len(
-        "The meadow is green. The sea is blue. The sun is warm. A road leads out, and a road leads home again.\n"
-    )
-    for example in examples:
-        check_budget("passkey", example, length)
-        assert length - len(example.prompt) - example.new_tokens < line
-        assert TOKENIZER.decode(example.prompt).count(example.answer) == 2
-    places = [TOKENIZER.decode(e.prompt).index(e.answer) / length for e in examples]
-    assert places == sorted(places)
-    assert len({e.key for e in examples}) == len(examples)
-
-
-@pytest.mark.parametrize(("kind", "value"), [("perfect", 1.0), ("blank", 0.0), ("wrong", 0.0)])
-def test_passkey_scores(kind, value, monkeypatch, tmp_path):
-    answers = {
-        "perfect": lambda prompt: " " + re.search(r"key is (\d+)", prompt).group(1) + ".",
-        "blank": lambda prompt: "",
-        "wrong": lambda prompt: "1 " + re.search(r"key is (\d+)", prompt).group(1),
-    }
-    monkeypatch.setattr(Scripted, "answer", staticmethod(answers[kind]))
-    monkeypatch.setattr(task_module, "Generator", Scripted)
-    found = Passkey(lengths=(400, 800), trials=2).run(toy(), tmp_path)
-    assert found == {"passkey": {"400": value, "800": value}}
-    lines = [json.loads(line) for line in (tmp_path / "passkey.jsonl").read_text().splitlines()]
-    assert len(lines) == 20
-    assert lines[0].keys() == {"length", "key", "tokens", "depth", "trial", "answer", "text", "score"}
-    assert (tmp_path / "passkey.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_nothing_is_cut_to_fit():
-    with pytest.raises(ValueError, match=r"needs 12 tokens \(9 of prompt and 3 of answer\), over its budget of 11"):
-        check_budget("toy", Example(tuple(range(9)), "", 3), 11)
-    with pytest.raises(ValueError, match="a length of 100 is too small: the question alone has"):
-        list(Passkey().examples(TOKENIZER, 100, seed=0))
-    with pytest.raises(ValueError, match=r"depths must lie in 0..1, got 2"):
-        Passkey(depths=(0.5, 2.0))
 
 
 def test_results_schema(tmp_path):
@@ -129,6 +71,41 @@ def test_evaluate_script(folder, tmp_path, monkeypatch, capsys):
             script("evaluate.py", gin, *flags, *bindings(flag), f"--output={tmp_path}", monkeypatch=monkeypatch)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_evaluate_script_compares_models(folder, tmp_path, monkeypatch, capsys):
+    """Two models, a task with a missing field beside a sound one: a table with differences, pages and figures."""
+    row = {"prompt": "Say x", "references": ["x"], "metric": "any_substring", "max_new_tokens": 4}
+    for name, bad in (("mine", ()), ("broken", ("metric",))):
+        rows = [{"id": str(i), **{k: v for k, v in row.items() if k not in bad}} for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = bindings(
+        f'pretrained.source="{folder}"', 'pretrained.tokenizer="bytes"', f'bfloat16/pretrained.source="{folder}"',
+        "suite.tasks=(@mine/json_task(), @broken/json_task())", "suite.lengths=(128, 256)",
+        f'mine/json_task.source="{tmp_path / "mine.jsonl"}"', f'broken/json_task.source="{tmp_path / "broken.jsonl"}"',
+    )  # fmt: skip
+    gin = "--gin_file=configs/eval/compare.gin"
+    script("evaluate.py", gin, *flags, f"--output={tmp_path}", monkeypatch=monkeypatch)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"base/mine", "bfloat16/mine"} <= results.keys()
+    shown = capsys.readouterr().out
+    assert re.search(r"task +length +base +bfloat16", shown)
+    assert re.search(r"mine +128 +\d+\.\d +\+0\.0 \[", shown)
+    assert "broken at 128: missing: broken.jsonl, row 1: the field 'metric' is missing" in shown
+    page = (tmp_path / "ruler_comparison.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "bfloat16: broken at 128" in page
+    assert (tmp_path / "base" / "ruler.html").is_file()
+
+
+def test_a_model_judges(folder):
+    judge = ModelJudge(Pretrained(str(folder), tokenizer="bytes"), max_tokens=5)
+    assert judge.name == str(folder)
+    assert judge("Is it good?") == judge("Is it good?")
+    with pytest.raises(JudgeError, match="gave no readable scores for Clarity in 1 replies"):
+        ask_scores(judge, "Is it good?", ("Clarity",), low=1, high=5, retries=1)
+    with pytest.raises(ValueError, match="the cache holds 2048"):
+        judge("x" * 3000)
 
 
 def test_decode_script(folder, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,110 @@
+"""One model under several position laws: perplexity of the same targets, in one table and one figure."""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lcjax.eval.outcome import Table
+from lcjax.eval.perplexity import Perplexity
+from lcjax.eval.plots import by_position
+from lcjax.models.decoder import abstract
+from lcjax.positions.laws import Rope
+from lcjax.positions.remap import Remap
+from lcjax.serve.source import Loaded
+
+SLIDING = "sliding context"
+
+
+@dataclass(frozen=True)
+class Law:
+    """A frequency law, perhaps with a remap, in place of the model's own. `rope` None: the model's."""
+
+    name: str
+    rope: Rope | None = None
+    remap: Remap | None = None
+
+    def apply(self, model: Loaded) -> Loaded:
+        """The model under this law, with the same weights."""
+        own = [law for law, _ in model.spec.laws]
+        if not own:
+            raise ValueError(f"compare_laws: {model.source} has no rotary positions")
+        spec = model.spec.with_positions(self.rope or own[0], self.remap)
+        return model._replace(graphdef=abstract(spec)[0], spec=spec)
+
+
+@dataclass(frozen=True)
+class CompareLaws:
+    """Every law on every text of `perplexities`, beside a sliding context of the trained length.
+
+    The targets of a text are the same for all laws. Ratios are to the sliding context. A perplexity that is asked for
+    several lengths is reported for each; its `context` and `targets` stay unset.
+    """
+
+    laws: tuple[Law, ...]
+    perplexities: tuple[Perplexity, ...]
+    name: str = "laws"
+
+    def __post_init__(self):
+        names = [law.name for law in self.laws]
+        if not names or len(set(names)) < len(names) or SLIDING in names:
+            raise ValueError(f"compare_laws.laws need different names, other than {SLIDING!r}; got {', '.join(names)}")
+        if not self.perplexities:
+            raise ValueError("compare_laws.perplexities is empty; give at least one text")
+        for one in self.perplexities:
+            if one.context is not None or one.targets is not None:
+                raise ValueError(f"compare_laws: perplexity {one.name!r} sets context or targets; leave both unset")
+
+    def check(self) -> None:
+        """Refuse a missing text before the model is loaded."""
+        for one in self.perplexities:
+            one.check()
+
+    def run(self, model: Loaded, output: Path) -> dict[str, Table]:
+        """{text/law: {length: perplexity}, text/law/ratio: ...}."""
+        tables: dict[str, Table] = {}
+        for one in self.perplexities:
+            tables |= self._perplexity(one, model, output)
+        text = table_of(tables)
+        (output / f"{self.name}.txt").write_text(text + "\n", encoding="utf-8")
+        print(text, flush=True)
+        return tables
+
+    def _perplexity(self, one: Perplexity, model: Loaded, output: Path) -> dict[str, Table]:
+        tokens = one.tokens(model)
+        sliding = replace(one, context=model.spec.max_length)
+        losses = {SLIDING: sliding.losses(model, tokens)}
+        for law in self.laws:
+            losses[law.name] = one.losses(law.apply(model), tokens)
+            print(f"{one.name}, {law.name}: {math.exp(losses[law.name].mean()):.2f}", flush=True)
+        edges = np.arange(0, len(tokens), one.window)
+        mean = lambda nll, a, b: math.exp(float(np.mean(nll[a:b])))
+        curves = {
+            name: (edges, np.array([mean(nll, a, b) for a, b in itertools.pairwise(edges)]))
+            for name, nll in losses.items()
+        }
+        if len(edges) > 1:
+            title = f"{Path(one.text).stem}, windows of {one.window:,} tokens"
+            path = output / f"{self.name}_{one.name}.png"
+            by_position(curves, title=title, path=path, trained=model.spec.max_length)
+        found: dict[str, Table] = {}
+        for name, nll in losses.items():
+            found[f"{one.name}/{name}"] = {str(n): mean(nll, 0, n) for n in one.lengths}
+            found[f"{one.name}/{name}/ratio"] = {
+                str(n): mean(nll, 0, n) / mean(losses[SLIDING], 0, n) for n in one.lengths
+            }
+        return found
+
+
+def table_of(tables: dict[str, Table]) -> str:
+    """The tables as aligned lines, a column for each length."""
+    lengths = sorted({int(n) for table in tables.values() for n in table})
+    rows = [["", *(f"{n:,}" for n in lengths)]]
+    rows += [[name, *(f"{t[str(n)]:.3f}" if str(n) in t else "" for n in lengths)] for name, t in tables.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = lambda row: (
+        text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+    )
+    return "\n".join("  ".join(cells(row)) for row in rows)

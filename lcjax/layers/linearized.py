@@ -1,0 +1,166 @@
+"""Softmax attention made linear: the student layers of LAWCAT (arXiv 2509.18467) and LoLCATs (arXiv 2410.10254)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from lcjax.cache.recurrent import RecurrentCache, ragged_tail
+from lcjax.layers.attention import Context, HeadProjections, attend
+from lcjax.layers.gated_linear import GATE_TEMPERATURE
+from lcjax.layers.linear import Linear, precision
+from lcjax.layers.recurrence import Convolution, Inputs, masked, recur, repeat_heads
+from lcjax.layers.weight import Weight
+from lcjax.layers.window import window_sums
+from lcjax.models.recurrent import Linearized
+from lcjax.models.spec import ModelSpec
+from lcjax.positions.rotary import apply_rope
+from pallas_kernels import LinearState
+
+FEATURE_FLOOR = 1e-12
+GATE_STD = 0.006  # of the gate's matrices: decay starts near logsigmoid(0) / 16, an e-fold in 23 tokens
+OTHER_TAPS = 1e-3  # of a convolution that starts near the identity
+
+
+def identity_maps(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`[H, D, f]`: each head's features are its first f coordinates."""
+    return jnp.broadcast_to(jnp.eye(shape[1], shape[2]), shape)
+
+
+def identity_taps(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`[W, H, D]`: the current token, and a little of those before."""
+    return jnp.full(shape, OTHER_TAPS).at[-1].set(1.0)
+
+
+def hedgehog(x: Float[Array, "B T H D"], maps: Float[Array, "H D f"]) -> Float[Array, "B T H f2"]:
+    """[softmax(W x), softmax(-W x)] of each head: non-negative, with sum 2."""
+    u = jnp.einsum("bthd,hdf->bthf", x, maps.astype(x.dtype), precision=precision(x.dtype)).astype(jnp.float32)
+    features = jnp.concatenate([jax.nn.softmax(u, axis=-1), jax.nn.softmax(-u, axis=-1)], axis=-1)
+    return jnp.maximum(features, FEATURE_FLOOR)
+
+
+class LinearizedLayer(HeadProjections):
+    """The teacher's projections; convolutions, feature maps, gate and window of the `Linearized` record."""
+
+    def __init__(self, spec: ModelSpec, mixer: Linearized, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        super().__init__(spec, rngs=rngs, param_dtype=param_dtype)
+        self.mixer = mixer
+        heads, groups, dim, width = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.width
+        keys, taps = mixer.keys(spec), mixer.conv_width
+        init: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
+        maps = Weight((heads, dim, keys // 2), ("heads", "head_dim", "rank"), draw=identity_maps)
+        self.query_map = maps.param(rngs, param_dtype)
+        self.key_map = None if mixer.tied else maps.param(rngs, param_dtype)
+        conv = Weight((taps, heads, dim), ("taps", "heads", "head_dim"), draw=identity_taps)
+        names = (("q", "k", "v") if mixer.conv_value else ("q", "k")) if taps else ()
+        self.convs = nnx.Dict({name: Convolution(conv, **init) for name in names})
+        down = Weight((width, mixer.decay_rank), ("embed", "rank"), std=GATE_STD)
+        up = Weight((mixer.decay_rank, groups, keys), ("rank", "kv_heads", "head_dim"), std=GATE_STD)
+        gated = mixer.decay == "vector"
+        self.decay_down = Linear(down, bias=True, **init) if gated else None
+        self.decay_up = Linear(up, bias=True, **init) if gated else None
+        logit = Weight((heads,), ("heads",), fill=mixer.window_logit)
+        self.window_logit = logit.param(rngs, param_dtype) if mixer.window else None
+        self.window_scale = mixer.teacher.scale or dim**-0.5
+
+    def _log_decay(self, x: Float[Array, "B T width"]) -> Float[Array, "B T H Dk"] | None:
+        if self.decay_down is None or self.decay_up is None:
+            return None
+        logits = self.decay_up(self.decay_down(x)).astype(jnp.float32)
+        return repeat_heads(jax.nn.log_sigmoid(logits) / GATE_TEMPERATURE, self.query_map.shape[0])
+
+    def _features(
+        self, streams: dict[str, jax.Array], context: Context, cache: RecurrentCache | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, Any]]:
+        """phi(q), phi(k) (float32), v, each with H heads, and the convolutions' new tails."""
+        tails: dict[str, Any] = {}
+        for name, convolve in self.convs.items():
+            tail = None if cache is None else cache.tails[name]
+            streams[name], tails[name] = convolve(streams[name], context, tail)
+        heads = self.query_map.shape[0]
+        q, k, v = (repeat_heads(streams[name], heads) for name in ("q", "k", "v"))
+        key_map = self.query_map if self.key_map is None else self.key_map
+        return hedgehog(q, self.query_map[...]), hedgehog(k, key_map[...]), v, tails
+
+    def target(self, x: Float[Array, "B T width"], context: Context) -> Float[Array, "B T H D"]:
+        """What the teacher's attention makes of x with the same projections."""
+        teacher = self.mixer.teacher
+        return attend(teacher, *self.project(x), context, scale=teacher.scale, soft_cap=teacher.soft_cap)
+
+    def mix(
+        self, x: Float[Array, "B T width"], context: Context, cache: RecurrentCache | None = None
+    ) -> tuple[Float[Array, "B T H D"], RecurrentCache | None]:
+        """The heads' outputs before the output projection."""
+        q, k, v = self.project(x)
+        turned_q, turned_k = q, k
+        if self.mixer.rope is not None:
+            tables = context.tables[self.mixer.rope, None]
+            turned_q, turned_k = apply_rope(q, tables.queries[0]), apply_rope(k, tables.keys[0])
+        if self.mixer.window:
+            y, state, tails = self._mix_window(x, (turned_q, turned_k, v), (q, k), context, cache)
+        else:
+            streams = {"q": turned_q, "k": turned_k, "v": v} if self.mixer.rotate else {"q": q, "k": k, "v": v}
+            phi_q, phi_k, v, tails = self._features(streams, context, cache)
+            inputs = Inputs(phi_q.astype(x.dtype), phi_k.astype(x.dtype), v, self._log_decay(x))
+            y, state = recur(inputs, context, cache, normalise=self.mixer.normalise, scale=1.0)
+        after = None if cache is None else cache.advance(state, tails, x.shape[1], context.valid)
+        return y.astype(x.dtype), after
+
+    def _mix_window(
+        self,
+        x: Float[Array, "B T width"],
+        turned: tuple[jax.Array, jax.Array, jax.Array],
+        plain: tuple[jax.Array, jax.Array],
+        context: Context,
+        cache: RecurrentCache | None,
+    ) -> tuple[Float[Array, "B T H D"], LinearState, dict[str, Any]]:
+        """(factor x window + linear numerators) / (the same of the denominators), the denominators in float32."""
+        w, length = self.mixer.window, x.shape[1]
+        q, k, v = turned
+        before_k, before_v = self._before(k, cache)
+        all_k, all_v = (jnp.concatenate(pair, axis=1) for pair in ((before_k, k), (before_v, v)))
+        seen = _seen(w, length, x.shape[0], context, cache)
+        near = window_sums(q, all_k, all_v, seen[:, :, 1:], self.window_scale)
+        # The linear branch reads the keys as they leave the window, or all keys at once.
+        linear_k, linear_v = (k if self.mixer.rotate else plain[1], v)
+        if not self.mixer.overlap:
+            linear_k, linear_v = all_k[:, :length], all_v[:, :length]
+        linear_q = q if self.mixer.rotate else plain[0]
+        phi_q, phi_k, wide_v, tails = self._features({"q": linear_q, "k": linear_k, "v": linear_v}, context, cache)
+        if not self.mixer.overlap:
+            phi_k = masked(phi_k, seen[:, :, 0])
+        ones = jnp.ones((*wide_v.shape[:3], 1), jnp.float32)
+        values = jnp.concatenate([wide_v.astype(jnp.float32), ones], axis=-1)
+        o, state = recur(Inputs(phi_q, phi_k, values, self._log_decay(x)), context, cache, scale=1.0)
+        assert self.window_logit is not None
+        factor = jax.nn.sigmoid(self.window_logit[...].astype(jnp.float32))[:, None]  # [H,1]
+        weighted = factor * near.weighted + o[..., :-1]
+        total = factor * near.total[..., None] + o[..., -1:]
+        if cache is not None:
+            for name, new in (("window_k", k), ("window_v", v)):
+                tails[name] = ragged_tail(new.reshape(*new.shape[:2], -1), cache.tails[name], context.valid)
+        return weighted / (total + 1e-10), state, tails
+
+    def _before(self, k: Float[Array, "B T K D"], cache: RecurrentCache | None) -> tuple[jax.Array, jax.Array]:
+        """Rotated keys, and values, of the w tokens before the first one; zeros where there are none."""
+        shape = (k.shape[0], self.mixer.window, *k.shape[2:])
+        if cache is None:
+            return jnp.zeros(shape, k.dtype), jnp.zeros(shape, k.dtype)
+        held = (cache.tails[name].astype(k.dtype).reshape(shape) for name in ("window_k", "window_v"))
+        return next(held), next(held)
+
+
+def _seen(
+    window: int, length: int, batch: int, context: Context, cache: RecurrentCache | None
+) -> Bool[Array, "B T w1"]:
+    """Whether the token w, w-1, ..., 0 places before each one exists, in the same segment."""
+    at = jnp.arange(length)[:, None] + jnp.arange(window + 1)  # in the tail of w tokens, then the chunk
+    held = jnp.zeros((batch,), jnp.int32) if cache is None else jnp.minimum(jnp.asarray(cache.length), window)
+    exists = at[None] >= window - held[:, None, None]
+    if context.segment_ids is None:
+        return exists
+    ids = jnp.pad(context.segment_ids, ((0, 0), (window, 0)), constant_values=-1)
+    return exists & (ids[:, at] == context.segment_ids[:, :, None])

@@ -1,0 +1,82 @@
+"""What a long-context method is, and how several of them combine."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from lcjax.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from lcjax.train.job import Train
+
+
+class MethodConflict(ValueError):
+    """Two methods write one field."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of the methods: a frozen dataclass that overrides one or both hooks.
+
+    Both return a changed copy (`dataclasses.replace`). Some setting of every method, named in its docstring, is the
+    identity: there both hooks return what they were given. Parameters that the changed model adds start from their own
+    initial values; those that keep their path keep their weights (`lcjax.methods.weights`).
+    """
+
+    def model(self, spec: ModelSpec) -> ModelSpec:
+        """The model under this method."""
+        return spec
+
+    def recipe(self, job: "Train") -> "Train":
+        """The training job under this method: which weights are trained, the loss, the data."""
+        return job
+
+
+def adapt_model(methods: Sequence[Method], spec: ModelSpec) -> ModelSpec:
+    """`spec` under all methods, in order. Raises MethodConflict when two of them write one field."""
+    return _fold(methods, spec, lambda method: method.model)
+
+
+def adapt_job(methods: Sequence[Method], job: "Train") -> "Train":
+    """`job` under all methods' recipes, in order. Raises MethodConflict when two of them write one field."""
+    return _fold(methods, job, lambda method: method.recipe)
+
+
+def _fold(methods: Sequence[Method], value: Any, hook: Callable[[Method], Callable[[Any], Any]]) -> Any:
+    writer: dict[str, Method] = {}
+    for method in methods:
+        new = hook(method)(value)
+        for name in changes(value, new):
+            for earlier, other in writer.items():
+                if _overlap(name, earlier):
+                    raise MethodConflict(
+                        f"{type(other).__name__} and {type(method).__name__} both write {max(name, earlier, key=len)}: "
+                        "keep one of them, or let them act on different layers"
+                    )
+        writer |= dict.fromkeys(changes(value, new), method)
+        value = new
+    return value
+
+
+def changes(before: Any, after: Any, name: str = "") -> list[str]:
+    """Dotted names of the fields that differ, as deep as both sides have the same type and size.
+
+    A model's mixers are named by layer (`layers.3.window`), whatever its pattern's period is.
+    """
+    if type(before) is type(after) and is_dataclass(before):
+        pairs = [(key, getattr(before, key), getattr(after, key)) for key in _names(before)]
+    elif isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
+        pairs = [(str(i), *both) for i, both in enumerate(zip(before, after, strict=True))]
+    else:
+        return [] if before == after else [name]
+    return [found for key, old, new in pairs for found in changes(old, new, f"{name}.{key}".lstrip("."))]
+
+
+def _names(record: Any) -> Iterable[str]:
+    names = [field.name for field in fields(record)]
+    return [("layers" if name == "pattern" else name) for name in names] if isinstance(record, ModelSpec) else names
+
+
+def _overlap(one: str, other: str) -> bool:
+    short, long = sorted((one.split("."), other.split(".")), key=len)
+    return long[: len(short)] == short

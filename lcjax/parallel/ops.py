@@ -1,0 +1,248 @@
+"""The kernels as layers call them: on one device the op itself, on a mesh the same result from its shards.
+
+Mosaic kernels cannot be split by the compiler, so under a mesh every op runs in `shard_map`: the batch over data and
+fsdp, heads over tensor, the length over context. Layers and caches call these and know no mesh.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels as pk
+from lcjax.parallel import dense, sparse
+from lcjax.parallel.layout import Layout, current_layout, exchange, per_shard
+from lcjax.parallel.work import counting, stand_in, visible_pairs
+from pallas_kernels import LinearState
+from pallas_kernels.masks import Causal, Mask, PerHead
+from pallas_kernels.merge import add_sink_logits
+
+QUERY = ("batch", "length", "heads", "dim")
+type Result = tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K Dv"],
+    mask: Mask,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
+    q_offset: Int[Array, " B"] | None = None,
+    kv_length: Int[Array, " B"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T H Dv"] | Result:
+    """As `pallas_kernels.block_sparse_attention`.
+
+    Without q_offset and kv_length the sequence may be split over the mesh's context axis. Keys of a cache are whole on
+    every shard.
+    """
+    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
+    cached = q_offset is not None or kv_length is not None or q.shape[1] != k.shape[1]
+    if counting():
+        return _counted_attention(q, k, v, mask, return_lse)
+    layout = current_layout(q.shape[0], (q.shape[2], k.shape[2]), None if cached else q.shape[1])
+    if layout is None:
+        return pk.block_sparse_attention(
+            q, k, v, mask, segment_ids=segment_ids, sink_logits=sink_logits, q_offset=q_offset, kv_length=kv_length,
+            return_lse=return_lse, **options,
+        )  # fmt: skip
+    numbers, rebuild = _traced_numbers(_one_pattern_per_shard(mask, layout, q.shape[2]))
+
+    def shard(q, k, v, numbers, ids, logits, offset, held):
+        local = rebuild(numbers)
+        if layout.length is None:
+            o, lse = pk.block_sparse_attention(
+                q, k, v, local, segment_ids=ids, q_offset=offset, kv_length=held, return_lse=True, **options
+            )
+        else:
+            split = dense.Split(layout.length, layout.shards, scale, soft_cap)
+            o, lse = _over_context(dense.Shard(q, k, v, ids), local, split)
+        return (o, lse) if logits is None else add_sink_logits(o, lse, logits)
+
+    rows, per_head = layout.spec("batch"), layout.spec("heads")
+    specs = (
+        layout.spec(*QUERY), layout.spec(*QUERY), layout.spec(*QUERY), PartitionSpec(),
+        layout.spec("batch", "length"), per_head, rows, rows,
+    )  # fmt: skip
+    arguments = (q, k, v, numbers, segment_ids, sink_logits, q_offset, kv_length)
+    specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
+    o, lse = per_shard(shard, specs, (layout.spec(*QUERY), layout.spec("batch", "heads", "length")))(*arguments)
+    return (o, lse) if return_lse else o
+
+
+def _over_context(x: dense.Shard, mask: Mask, split: dense.Split) -> Result:
+    """Bounded masks exchange what they read; full attention goes by the exchange that was chosen."""
+    (_, length, heads, _), kv_heads = x.q.shape, x.k.shape[2]
+    if plan := sparse.plan_exchange(mask, heads, length, split.shards, x.ids is not None):
+        return sparse.bounded(x, plan, split)
+    plain = mask.causal and mask.plan(heads, 1, 1, 1, 1).dense and mask.lists is None
+    chosen = exchange()
+    dealt = dense.splits_heads(heads, kv_heads, split.shards)
+    if chosen == "heads" and not dealt:
+        raise ValueError(
+            f"attention exchange 'heads': {heads} query and {kv_heads} KV heads of a chip do not split over "
+            f"context={split.shards}: choose 'ring' or 'gather'"
+        )
+    if chosen == "heads" or (chosen == "auto" and plain and dealt and kv_heads >= split.shards):
+        return dense.by_heads(x, mask, split)
+    if plain and chosen != "gather":
+        return dense.ring(x, split)
+    call = lambda queries, k, v, **where: dense.attend(split, queries[0], k, v, mask, **where)
+    return dense.gathered((x.q,), dense.Keys(x.k, x.v, x.ids), call, split)
+
+
+def dual_chunk_attention(
+    queries: tuple[Float[Array, "B T H D"], ...],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K Dv"],
+    *,
+    chunk: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "B T H Dv"]:
+    """As `pallas_kernels.dual_chunk_attention`; over a split sequence every shard gathers the keys."""
+    q = queries[0]
+    if counting():
+        return _counted_attention(q, k, v, Causal(), return_lse=False)
+    options: dict[str, Any] = {"chunk": chunk, "scale": scale, "soft_cap": soft_cap}
+    layout = current_layout(q.shape[0], (q.shape[2], k.shape[2]), q.shape[1])
+
+    def shard(queries, k, v, ids, logits):
+        options["return_lse"] = True
+        if layout is None or layout.length is None:
+            o, lse = pk.dual_chunk_attention(queries, k, v, segment_ids=ids, **options)
+        else:
+            call = functools.partial(pk.dual_chunk_attention, **options)
+            split = dense.Split(layout.length, layout.shards, scale, soft_cap)
+            o, lse = dense.gathered(queries, dense.Keys(k, v, ids), call, split)
+        return o if logits is None else add_sink_logits(o, lse, logits)[0]
+
+    arguments = (queries, k, v, segment_ids, sink_logits)
+    if layout is None:
+        return shard(*arguments)
+    wide = layout.spec(*QUERY)
+    specs = ((wide,) * 3, wide, wide, layout.spec("batch", "length"), layout.spec("heads"))
+    specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
+    return per_shard(shard, specs, wide)(*arguments)
+
+
+def gated_linear(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B T H Dk"],
+    v: Float[Array, "B T H Dv"],
+    log_decay: Float[Array, "B T H *Dk"] | None = None,
+    *,
+    beta: Float[Array, "B T H"] | None = None,
+    initial_state: LinearState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    normalise: bool = False,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B T H Dv"], LinearState]:
+    """As `pallas_kernels.gated_linear_attention`; a row with an initial state is not split over the context axis."""
+    if counting():
+        shape = jax.eval_shape(lambda: LinearState(*_blank_state(q, v, normalise)))
+        flops = 4 * math.prod(q.shape) * v.shape[-1]  # writing and reading the state
+        return stand_in(flops, (jax.ShapeDtypeStruct(v.shape, v.dtype), shape), q, k, v, log_decay)
+    layout = current_layout(q.shape[0], (q.shape[2],), None if initial_state is not None else q.shape[1])
+    if layout is None:
+        return pk.gated_linear_attention(
+            q, k, v, log_decay,
+            beta=beta, initial_state=initial_state, segment_ids=segment_ids, normalise=normalise, scale=scale,
+        )  # fmt: skip
+
+    def shard(q, k, v, log_decay, beta, ids, state):
+        options: dict[str, Any] = {"beta": beta, "initial_state": state, "segment_ids": ids}
+        options |= {"normalise": normalise, "scale": scale}
+        if layout.length is None:
+            return pk.gated_linear_attention(q, k, v, log_decay, **options)
+        return pk.gated_linear_attention_sharded(q, k, v, log_decay, axis_name=layout.length, **options)
+
+    wide: Any = layout.spec(*QUERY)
+    state: Any = layout.spec("batch", "heads")
+    decay = layout.spec(*QUERY[: 3 if log_decay is None else log_decay.ndim])
+    arguments = (q, k, v, log_decay, beta, segment_ids, initial_state)
+    specs = (wide, wide, wide, decay, layout.spec(*QUERY[:3]), layout.spec("batch", "length"), state)
+    specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
+    return per_shard(shard, specs, (wide, LinearState(state, state if normalise else None)))(*arguments)
+
+
+def causal_conv(
+    x: Float[Array, "B T H D"],
+    taps: Float[Array, "W H D"],
+    *,
+    bias: Float[Array, "H D"] | None = None,
+    tail: Float[Array, "B W1 C"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    activation: Literal["silu"] | None = None,
+) -> Float[Array, "B T H D"]:
+    """`pallas_kernels.causal_conv1d` over the H*D channels of heads; a row with a tail is not split over context."""
+    if counting():
+        return stand_in(2 * math.prod(x.shape) * taps.shape[0], jax.ShapeDtypeStruct(x.shape, x.dtype), x, taps)
+    layout = current_layout(x.shape[0], (x.shape[2],), None if tail is not None else x.shape[1])
+
+    def channels(op: Callable[..., tuple[Array, Array]], x, taps, bias, ids, **options):
+        flat, bias = x.reshape(*x.shape[:2], -1), None if bias is None else bias.reshape(-1)
+        weights = taps.reshape(taps.shape[0], -1)
+        return op(flat, weights, bias=bias, segment_ids=ids, activation=activation, **options)[0].reshape(x.shape)
+
+    if layout is None or layout.length is None:  # shifted multiply-adds: the compiler splits them itself
+        return channels(pk.causal_conv1d, x, taps, bias, segment_ids, tail=tail)
+    shard = functools.partial(channels, pk.causal_conv1d_sharded, axis_name=layout.length)
+    arguments = (x, taps, bias, segment_ids)
+    specs: Any = (QUERY, ("taps", "heads", "dim"), ("heads", "dim"), ("batch", "length"))
+    specs = tuple(None if a is None else layout.spec(*axes) for a, axes in zip(arguments, specs, strict=True))
+    return per_shard(shard, specs, layout.spec(*QUERY))(*arguments)
+
+
+def _counted_attention(q: Array, k: Array, v: Array, mask: Mask, return_lse: bool) -> Any:
+    """A stand-in with the work of the pairs that the mask allows; against a cache, of every pair."""
+    batch, length, heads, dim = q.shape
+    pairs = heads * length * k.shape[1] if length != k.shape[1] else visible_pairs(mask, heads, length)
+    o = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)
+    lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    return stand_in(2 * batch * pairs * (dim + v.shape[3]), (o, lse) if return_lse else o, q, k, v)
+
+
+def _blank_state(q: Array, v: Array, normalise: bool) -> tuple[Array, Array | None]:
+    batch, _, heads, dim = q.shape
+    s = jnp.zeros((batch, heads, dim, v.shape[3]), jnp.float32)
+    return s, s[..., 0] if normalise else None
+
+
+def _traced_numbers(mask: Mask) -> tuple[list[Array], Any]:
+    """A mask's arrays, which have to be arguments of a shard's function, and how to put them back."""
+    leaves, tree = jax.tree.flatten(mask)
+    places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    def rebuild(numbers: list[Array]) -> Mask:
+        new = list(leaves)
+        for n, number in zip(places, numbers, strict=True):
+            new[n] = number
+        return jax.tree.unflatten(tree, new)
+
+    return [leaves[n] for n in places], rebuild
+
+
+def _one_pattern_per_shard(mask: Mask, layout: Layout, heads: int) -> Mask:
+    """The mask of a shard's heads; refused where shards differ, since all run one program."""
+    ways = 1 if layout.heads is None else jax.sharding.get_abstract_mesh().shape[layout.heads]
+    if ways == 1 or not isinstance(mask, PerHead):
+        return mask
+    parts = {mask.heads[n : n + heads // ways] for n in range(0, heads, heads // ways)}
+    if len(parts) > 1:
+        raise ValueError(
+            f"a mask per head gives the {ways} parts of the mesh axis tensor different patterns: use tensor=1, or "
+            "masks that repeat from part to part"
+        )
+    return PerHead(mask.masks, parts.pop())

@@ -1,0 +1,110 @@
+"""DPE, dimension-wise positional embeddings manipulation (Lu et al., arXiv 2504.18857), and how its numbers are found.
+
+1. `detect_factors`: for each group of pairs, the compression under which the model still finds needles.
+2. `pair_contributions` and `select_pairs`: the pairs of each head that carry most of its scores.
+3. `DPE`: beyond a window, those pairs turn to positions compressed by their group's factor.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lcjax.positions.remap import Rows, SelfExtend, Where
+
+
+@dataclass(frozen=True)
+class DPE(SelfExtend):
+    """Self-Extend with a factor for each group of pairs, on chosen pairs of each head.
+
+    factors: one whole number a group; the groups are equal runs of the pairs, fast ones first. selected: for each query
+    head the pairs that are compressed (None: all); the others keep their true positions. Factors must divide `window`.
+    `group` stays 1. Factors of 1 are plain rotary attention.
+    """
+
+    factors: tuple[int, ...] = (1,)
+    pairs: int = 32
+    selected: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.group != 1:
+            raise ValueError(f"DPE.group is {self.group}; set DPE.factors instead")
+        if not self.factors or min(self.factors) < 1:
+            raise ValueError(f"DPE.factors must be at least 1, got {self.factors}")
+        if self.pairs % len(self.factors):
+            raise ValueError(f"DPE: {len(self.factors)} factors do not divide {self.pairs} pairs into equal groups")
+        if bad := [g for g in self.factors if self.window % g]:
+            raise ValueError(f"DPE.window {self.window} does not fit: the factor {bad[0]} must divide it")
+        if self.selected is not None and any(not 0 <= p < self.pairs for head in self.selected for p in head):
+            raise ValueError(f"DPE.selected must name pairs in 0..{self.pairs - 1}")
+
+    @property
+    def factor_of_pair(self) -> np.ndarray:
+        """int32 [n]."""
+        return np.repeat(np.asarray(self.factors, np.int32), self.pairs // len(self.factors))
+
+    def queries(self, positions: Int[Array, "B T"]) -> tuple[Where, ...]:
+        factor = self.factor_of_pair
+        return positions, positions[..., None] // factor + (self.window - self.window // factor)
+
+    def keys(self, positions: Int[Array, "B T"]) -> tuple[Where, ...]:
+        return positions, positions[..., None] // self.factor_of_pair
+
+    def chosen(self, heads: int) -> Bool[np.ndarray, "H n"]:
+        """Which pairs of each head are compressed."""
+        assert self.selected is not None
+        if len(self.selected) != heads:
+            raise ValueError(f"DPE.selected lists {len(self.selected)} heads, the model has {heads}")
+        return np.array([np.isin(np.arange(self.pairs), head) for head in self.selected])
+
+    def far(self, queries: Rows, keys: Rows) -> tuple[Float[Array, "B T H E"], Float[Array, "B S K E"]]:
+        """One dot product over both rotations: a head's query is zero where it does not use one of them."""
+        if self.selected is None:
+            return super().far(queries, keys)
+        (true, scaled), rest = queries, queries[0].shape[-1] - 2 * self.pairs
+        chosen = np.pad(
+            np.tile(self.chosen(true.shape[2]), 2), ((0, 0), (0, rest))
+        )  # [H,D]: features that do not turn, once
+        q = jnp.concatenate([jnp.where(chosen, scaled, 0), jnp.where(chosen, 0, true)], axis=-1)
+        return q, jnp.concatenate([keys[1], keys[0]], axis=-1)
+
+
+def pair_contributions(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"]) -> Float[Array, "H n"]:
+    """Mean over tokens of |q_t of the pair| |k_t of the pair|, per query head; rotation leaves it as it is."""
+
+    def norms(x: Array) -> Array:
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.sqrt(first**2 + second**2)
+
+    return jnp.mean(norms(q) * jnp.repeat(norms(k), q.shape[2] // k.shape[2], axis=2), axis=(0, 1))
+
+
+def select_pairs(contributions: Float[Array, "H n"], count: int) -> tuple[tuple[int, ...], ...]:
+    """The `count` strongest pairs of each head, ascending."""
+    values = np.asarray(contributions)
+    if not 1 <= count <= values.shape[1]:
+        raise ValueError(f"select_pairs: count {count} must lie in 1..{values.shape[1]}")
+    order = np.argsort(-values, axis=1, kind="stable")[:, :count]
+    return tuple(tuple(sorted(map(int, head))) for head in order)
+
+
+def detect_factors(
+    score: Callable[[tuple[int, ...]], float], *, groups: int, length: int, trained: int, least: int = 1024
+) -> tuple[int, ...]:
+    """The factor of each group under which `score(factors)` (a needle test at `length` tokens, say) is best.
+
+    One group is probed at a time with length / l for l = length, length / 2... down to `least` tokens, while the others
+    stay at 2 length / trained; of equal scores the smaller factor wins.
+    """
+    if not 0 < least <= length or not 0 < trained <= length:
+        raise ValueError(f"detect_factors: least {least} and trained {trained} must lie in 1..{length}, the length")
+    background = max(2 * length // trained, 1)
+    tried: Sequence[int] = [2**n for n in range((length // least).bit_length())]
+    best = []
+    for group in range(groups):
+        factors = lambda g, group=group: tuple(g if n == group else background for n in range(groups))
+        best.append(max(tried, key=lambda g: (score(factors(g)), -g)))
+    return tuple(best)

@@ -1,0 +1,199 @@
+"""The recurrent mixers: split anywhere they equal one pass, packed rows equal separate ones, and each formula holds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcjax.cache import RecurrentCache, init_caches
+from lcjax.layers.attention import AttentionLayer
+from lcjax.layers.linearized import LinearizedLayer, hedgehog
+from lcjax.layers.recurrence import Inputs, recur
+from lcjax.models.decoder import Decoder
+from lcjax.models.flops import flops_per_token, param_count
+from lcjax.models.recurrent import DeltaNet, Linearized, Mamba2
+from lcjax.models.spec import Attention, ModelSpec
+from lcjax.positions.rotary import apply_rope
+
+QUICK = {"xla_backend_optimization_level": 0}
+SIZES = {"vocab_size": 61, "width": 32, "mlp_width": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+MIXERS = {
+    "lawcat": Linearized(),
+    "lawcat_window": Linearized(window=5, conv_value=True, tied=True),
+    "unnormalised": Linearized(normalise=False, conv_width=0, features=3),
+    "lolcats": Linearized.lolcats(window=5),
+    "hedgehog": Linearized.lolcats(window=0),
+    "delta": DeltaNet(),
+    "gated_delta": DeltaNet(num_heads=2, key_dim=6, value_dim=10, gated=True, negative_eigenvalues=True),
+    "mamba2": Mamba2(num_heads=4, head_dim=6, state=10, groups=2, conv_width=3),
+}
+
+
+def spec_of(mixer):
+    return ModelSpec(**SIZES, num_layers=1, pattern=(mixer,), dtype="float32", qk_norm=True)
+
+
+@functools.cache
+def model(name):
+    spec = spec_of(MIXERS[name])
+    graphdef, params = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)), nnx.Param)
+    # Away from the initial values, where a convolution is nearly the identity and a gate does not see its input.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = tree.unflatten([x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)])
+    forward = jax.jit(lambda params, *args, **kw: nnx.merge(graphdef, params)(*args, **kw), compiler_options=QUICK)
+    return spec, graphdef, params, forward
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_split_anywhere_equals_one_pass(name):
+    """Ragged chunks whose borders fall 1, 2 and 3 tokens apart, then single tokens; the state keeps its size."""
+    spec, graphdef, params, forward = model(name)
+    ids = jax.random.randint(jax.random.key(2), (2, 22), 0, 61)
+    expected = forward(params, ids)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def step(params, ids, caches, valid):
+        decoder = nnx.merge(graphdef, params)
+        hidden, caches = decoder.hidden(ids, caches=caches, valid=valid)
+        return decoder.logits(hidden), caches
+
+    caches = init_caches(spec, batch=2, capacity=32)
+    assert isinstance(caches[0], RecurrentCache)
+    size = caches[0].bytes
+    done = np.zeros(2, int)
+    for counts in ((7, 5), (1, 7), (7, 2), (3, 3), (1, 1), (0, 1), (1, 0)):
+        width = 7 if max(counts) > 1 else 1
+        valid = np.arange(width)[None] < np.array(counts)[:, None]
+        chunk = np.zeros((2, width), np.int32)
+        for row, count in enumerate(counts):
+            chunk[row, :count] = ids[row, done[row] : done[row] + count]
+        got, caches = step(params, jnp.asarray(chunk), caches, jnp.asarray(valid))
+        for row, count in enumerate(counts):
+            np.testing.assert_allclose(got[row, :count], expected[row, done[row] : done[row] + count], atol=1e-4)
+        done += counts
+    np.testing.assert_array_equal(caches[0].length, done)
+    assert caches[0].bytes == size
+
+
+def layer(mixer, seed=0, **sizes):
+    spec = ModelSpec(**SIZES | sizes, num_layers=1, dtype="float32")
+    kind = AttentionLayer if isinstance(mixer, Attention) else LinearizedLayer
+    return kind(spec, mixer, rngs=nnx.Rngs(seed), param_dtype=jnp.float32)
+
+
+def inputs(length=20, seed=4):
+    x = jax.random.normal(jax.random.key(seed), (2, length, SIZES["width"]))
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
+    decoder = Decoder(ModelSpec(**SIZES, num_layers=1, dtype="float32"), rngs=nnx.Rngs(0))
+    return x, decoder.context(positions, 0, None, None)
+
+
+def weights_of(student, x, context):
+    """The attention matrix `[B,H,T,T]` that a layer stands for, read off with one-hot values."""
+    length = x.shape[1]
+    rows = []
+    for start in range(0, length, SIZES["head_dim"]):
+        picked = jnp.eye(length)[:, start : start + SIZES["head_dim"]]
+        picked = jnp.pad(picked, ((0, 0), (0, SIZES["head_dim"] - picked.shape[1])))
+        values = jnp.broadcast_to(picked[None, :, None], (2, length, SIZES["num_kv_heads"], SIZES["head_dim"]))
+        student.value = lambda _, values=values: values
+        rows.append(student.mix(x, context)[0])
+    return jnp.moveaxis(jnp.concatenate(rows, axis=-1)[..., :length], 2, 1)
+
+
+@pytest.mark.parametrize("mixer", [Linearized(), Linearized(window=5), Linearized.lolcats(window=5)])
+def test_rows_are_causal_averages(mixer):
+    x, context = inputs()
+    weights = weights_of(layer(mixer), x, context)
+    assert float(weights.min()) >= 0
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(jnp.triu(weights, 1), 0)
+
+
+def test_lawcat_is_its_formula():
+    """Taps (0,0,0,1) and no decay leave the pure Hedgehog average; then the full layer against a plain loop."""
+    x, context = inputs()
+    student = layer(Linearized())
+    q, k, v = (jnp.repeat(y, 4 // y.shape[2], axis=2) for y in student.project(x))
+    convolved = []
+    for name, u in (("q", q), ("k", k)):
+        taps = student.convs[name].taps[...] + 0.2
+        student.convs[name].taps[...] = taps
+        padded = jnp.pad(u, ((0, 0), (3, 0), (0, 0), (0, 0)))
+        convolved.append(sum(taps[i] * padded[:, i : i + 20] for i in range(4)))
+    maps = student.key_map[...] + 0.1 * jax.random.normal(jax.random.key(0), student.key_map.shape)
+    student.key_map[...] = maps
+    phi_q, phi_k = hedgehog(convolved[0], student.query_map[...]), hedgehog(convolved[1], maps)
+    gate = student.decay_up(student.decay_down(x))
+    decay = jnp.repeat(jax.nn.log_sigmoid(gate) / 16, 2, axis=2)
+    s, z, rows = jnp.zeros((2, 4, 8, 8)), jnp.zeros((2, 4, 8)), []
+    for t in range(20):
+        s = jnp.exp(decay[:, t])[..., None] * s + phi_k[:, t, :, :, None] * v[:, t, :, None]
+        z = jnp.exp(decay[:, t]) * z + phi_k[:, t]
+        rows.append(jnp.einsum("bhf,bhfd->bhd", phi_q[:, t], s) / (phi_q[:, t] * z).sum(-1)[..., None])
+    np.testing.assert_allclose(student.mix(x, context)[0], jnp.stack(rows, axis=1), atol=2e-5)
+
+
+def test_lolcats_with_a_window_over_everything_is_softmax():
+    x, context = inputs()
+    expected, _ = layer(Attention()).mix(x, context)
+    got, _ = layer(Linearized.lolcats(window=20)).mix(x, context)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    short, _ = layer(Linearized.lolcats(window=7)).mix(x, context)
+    np.testing.assert_allclose(short[:, :7], expected[:, :7], atol=1e-5)
+    assert float(jnp.abs(short - expected).max()) > 1e-2
+
+
+def test_lolcats_is_its_formula():
+    """Window softmax (true row maximum off) plus what has left the window, over their common sum."""
+    x, context = inputs()
+    student = layer(Linearized.lolcats(window=5))
+    q, k, v = student.project(x)
+    table = context.tables[Attention().rope, None].queries[0]
+    q, k, v = (jnp.repeat(y, 4 // y.shape[2], axis=2) for y in (apply_rope(q, table), apply_rope(k, table), v))
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
+    age = jnp.arange(20)[:, None] - jnp.arange(20)
+    scores = jnp.where((age >= 0) & (age < 5), scores, -jnp.inf)
+    near = jax.nn.sigmoid(-2.1972) * jnp.exp(scores - scores.max(-1, keepdims=True))
+    far = jnp.einsum("bthf,bshf->bhts", hedgehog(q, student.query_map[...]), hedgehog(k, student.key_map[...]))
+    weights = near + jnp.where(age >= 5, far, 0)
+    expected = jnp.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(student.mix(x, context)[0], expected, atol=2e-5)
+
+
+def test_delta_rule_overwrites():
+    """Unit keys and full strength: reading a key gives what was last written there."""
+    key = jnp.zeros((1, 3, 1, 4)).at[:, :, :, 0].set(1.0)
+    values = jnp.arange(6.0).reshape(1, 3, 1, 2)
+    o, _ = recur(Inputs(key, key, values, None, jnp.ones((1, 3, 1))), inputs(3)[1], None, scale=1.0)
+    np.testing.assert_allclose(o, values, atol=1e-6)
+
+
+def test_counts_do_not_grow_with_the_length():
+    for name in MIXERS:
+        spec = spec_of(MIXERS[name])
+        if "window" not in name and name != "lolcats":
+            assert flops_per_token(spec, 100, training=False) == flops_per_token(spec, 10_000, training=False)
+        assert param_count(spec) > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Linearized(conv_width=9), "conv_width must be 0 .none. or 2 to 8, got 9"),
+        (lambda: Linearized(decay="scalar"), "decay is 'scalar'"),
+        (lambda: Linearized(window=4, normalise=False), "needs normalise=True"),
+        (lambda: Linearized(overlap=False), "overlap=False delays the keys"),
+        (lambda: Linearized(Attention(sink_logits=True)), "sink_logits"),
+        (lambda: Linearized(Attention(soft_cap=5.0), window=4), "soft-capped"),
+        (lambda: DeltaNet(conv_width=0), "conv_width must be 2 to 8, got 0"),
+        (lambda: Mamba2(num_heads=3, groups=2).memory(spec_of(Attention())), "3 heads of 64 don't divide"),
+    ],
+)
+def test_bad_records(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
