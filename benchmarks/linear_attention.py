@@ -109,7 +109,7 @@ def _torch_milliseconds(run, calls: int = 10, repeats: int = 5) -> dict[str, flo
 
 
 def measure(name: str, shape: Shape, only: list[str]) -> list[dict[str, Any]]:
-    """One row per implementation (of `only`, if given); one that declines or fails its gate is a row with the reason."""
+    """One row per implementation (of `only`, if any); one that declines or fails its gate is a row with the reason."""
     runs: dict[str, Callable[[], dict[str, Any]]]
     runs = {x: functools.partial(time_ours, shape, x) for x in BACKENDS[jax.default_backend()]}
     if jax.default_backend() == "gpu" and all(importlib.util.find_spec(x) for x in ("torch", "triton", "fla")):
