@@ -43,6 +43,7 @@ CONFIGURABLES = {
     "Reports": "lcjax.train.job:Reports",
     "Sample": "lcjax.train.job:Sample",
     "StepOptions": "lcjax.train.step:StepOptions",
+    "Adjoint": "lcjax.parallel.adjoint:Adjoint",
     "Mesh": "lcjax.train.job:MeshSpec",
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
