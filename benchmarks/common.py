@@ -119,7 +119,17 @@ def tflops(flops: float, ms: float) -> float:
 def environment(commit: str | None = None) -> dict[str, Any]:
     """Device, versions, commit and date of a run. `commit` is for runs outside of the repository."""
     packages = {}
-    for name in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "tokamax", "torch", "libtpu"):
+    for name in (
+        "jax",
+        "jaxlib",
+        "jax-cuda13-plugin",
+        "jax-cuda12-plugin",
+        "tokamax",
+        "torch",
+        "triton",
+        "flash-linear-attention",
+        "libtpu",
+    ):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
