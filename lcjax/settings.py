@@ -45,7 +45,6 @@ CONFIGURABLES = {
     "StepOptions": "lcjax.train.step:StepOptions",
     "Mesh": "lcjax.parallel.mesh:MeshSpec",
     "Adjoint": "lcjax.parallel.adjoint:Adjoint",
-    "Mesh": "lcjax.train.job:MeshSpec",
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
