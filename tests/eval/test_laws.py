@@ -27,9 +27,7 @@ def test_laws_are_compared_on_the_same_targets(tmp_path):
     suite = Suite(Passkey(num_examples=2, depths=(0.0, 1.0)), lengths=(420,), engine=Engine(batch=2, chunk=64))
     tables = CompareLaws(LAWS, (text,), suite).run(model, tmp_path)
     short = {law.name: tables[f"perplexity/{law.name}"]["80"] for law in LAWS}
-    assert short == pytest.approx(
-        dict.fromkeys(short, short["plain"]), rel=1e-5
-    )  # within the trained length
+    assert short == pytest.approx(dict.fromkeys(short, short["plain"]), rel=1e-5)  # within the trained length
     whole = {law.name: tables[f"perplexity/{law.name}"]["256"] for law in LAWS}
     assert whole["self-extend"] == pytest.approx(whole["plain"], rel=1e-5)
     assert whole["dual chunk"] != pytest.approx(whole["plain"], rel=1e-5)
