@@ -168,7 +168,7 @@ def _meet(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) ->
     return (low <= columns[:, 1][:, None]) & (columns[:, 0][:, None] <= high)
 
 
-def _ends(meet: Bool[Array, "B M n"]) -> tuple[Array, Array]:
+def _ends(meet: Bool[Array, "... M n"]) -> tuple[Array, Array]:
     """First and one-past-last entry that is met."""
     at = jnp.arange(meet.shape[-1], dtype=jnp.int32)
     return jnp.where(meet, at, NONE).min(-1), jnp.where(meet, at + 1, 0).max(-1)
