@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels import tuning
 from pallas_kernels.attention import mosaic_gpu_tables as tb
 from pallas_kernels.attention import xla
-from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.call import KEPT, Call
 from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles, backward_dkv, backward_dq, cotangents
 from pallas_kernels.attention.mosaic_gpu_common import Inputs, Static
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles, forward
@@ -247,7 +248,7 @@ def _attend(settings: Settings, q, k, v, tables: Tables) -> tuple[Array, Array]:
 
 
 def _attend_fwd(settings: Settings, q, k, v, tables: Tables):
-    o, lse = _run_forward(settings, q, k, v, tables)
+    o, lse = checkpoint_name(_run_forward(settings, q, k, v, tables), KEPT)
     return (o, lse), (q, k, v, o, lse, tables)
 
 
