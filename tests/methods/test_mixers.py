@@ -92,6 +92,11 @@ def inputs(length=20, seed=4):
     return x, decoder.context(positions, 0, None, None)
 
 
+def mixed(student, x, context):
+    """The layer's outputs per head, compiled as one program."""
+    return jax.jit(lambda x: student.mix(x, context)[0], compiler_options=QUICK)(x)
+
+
 def weights_of(student, x, context):
     """The attention matrix `[B,H,T,T]` that a layer stands for, read off with one-hot values."""
     length = x.shape[1]
@@ -101,7 +106,7 @@ def weights_of(student, x, context):
         picked = jnp.pad(picked, ((0, 0), (0, SIZES["head_dim"] - picked.shape[1])))
         values = jnp.broadcast_to(picked[None, :, None], (2, length, SIZES["num_kv_heads"], SIZES["head_dim"]))
         student.value = lambda _, values=values: values
-        rows.append(student.mix(x, context)[0])
+        rows.append(mixed(student, x, context))
     return jnp.moveaxis(jnp.concatenate(rows, axis=-1)[..., :length], 2, 1)
 
 
@@ -135,15 +140,15 @@ def test_lawcat_is_its_formula():
         s = jnp.exp(decay[:, t])[..., None] * s + phi_k[:, t, :, :, None] * v[:, t, :, None]
         z = jnp.exp(decay[:, t]) * z + phi_k[:, t]
         rows.append(jnp.einsum("bhf,bhfd->bhd", phi_q[:, t], s) / (phi_q[:, t] * z).sum(-1)[..., None])
-    np.testing.assert_allclose(student.mix(x, context)[0], jnp.stack(rows, axis=1), atol=2e-5)
+    np.testing.assert_allclose(mixed(student, x, context), jnp.stack(rows, axis=1), atol=2e-5)
 
 
 def test_lolcats_with_a_window_over_everything_is_softmax():
     x, context = inputs()
-    expected, _ = layer(Attention()).mix(x, context)
-    got, _ = layer(Linearized.lolcats(window=20)).mix(x, context)
+    expected = mixed(layer(Attention()), x, context)
+    got = mixed(layer(Linearized.lolcats(window=20)), x, context)
     np.testing.assert_allclose(got, expected, atol=1e-5)
-    short, _ = layer(Linearized.lolcats(window=7)).mix(x, context)
+    short = mixed(layer(Linearized.lolcats(window=7)), x, context)
     np.testing.assert_allclose(short[:, :7], expected[:, :7], atol=1e-5)
     assert float(jnp.abs(short - expected).max()) > 1e-2
 
@@ -162,7 +167,7 @@ def test_lolcats_is_its_formula():
     far = jnp.einsum("bthf,bshf->bhts", hedgehog(q, student.query_map[...]), hedgehog(k, student.key_map[...]))
     weights = near + jnp.where(age >= 5, far, 0)
     expected = jnp.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), v)
-    np.testing.assert_allclose(student.mix(x, context)[0], expected, atol=2e-5)
+    np.testing.assert_allclose(mixed(student, x, context), expected, atol=2e-5)
 
 
 def test_delta_rule_overwrites():
