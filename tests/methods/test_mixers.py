@@ -1,4 +1,4 @@
-"""The recurrent mixers: split anywhere they equal one pass, packed rows equal separate ones, and each formula holds."""
+"""The linearised mixers: split anywhere they equal one pass, and each formula holds (for all mixers: tests/zoo)."""
 
 import functools
 
@@ -13,7 +13,7 @@ from lcjax.layers.attention import AttentionLayer
 from lcjax.layers.linearized import LinearizedLayer, hedgehog
 from lcjax.layers.recurrence import Inputs, recur
 from lcjax.models.decoder import Decoder
-from lcjax.models.flops import flops_per_token, param_count
+from lcjax.models.flops import flops_per_token
 from lcjax.models.recurrent import DeltaNet, Linearized, Mamba2
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.positions.rotary import apply_rope
@@ -25,10 +25,6 @@ MIXERS = {
     "lawcat_window": Linearized(window=5, conv_value=True, tied=True),
     "unnormalised": Linearized(normalise=False, conv_width=0, features=3),
     "lolcats": Linearized.lolcats(window=5),
-    "hedgehog": Linearized.lolcats(window=0),
-    "delta": DeltaNet(),
-    "gated_delta": DeltaNet(num_heads=2, key_dim=6, value_dim=10, gated=True, negative_eigenvalues=True),
-    "mamba2": Mamba2(num_heads=4, head_dim=6, state=10, groups=2, conv_width=3),
 }
 
 
@@ -178,12 +174,12 @@ def test_delta_rule_overwrites():
     np.testing.assert_allclose(o, values, atol=1e-6)
 
 
-def test_counts_do_not_grow_with_the_length():
-    for name in MIXERS:
-        spec = spec_of(MIXERS[name])
-        if "window" not in name and name != "lolcats":
-            assert flops_per_token(spec, 100, training=False) == flops_per_token(spec, 10_000, training=False)
-        assert param_count(spec) > 0
+@pytest.mark.parametrize("mixer", [Linearized(), DeltaNet(), Mamba2(num_heads=2)], ids=str)
+def test_work_a_token_does_not_grow_with_the_length(mixer):
+    spec = spec_of(mixer)
+    assert flops_per_token(spec, 100, training=False) == flops_per_token(spec, 10_000, training=False)
+    near = spec_of(Linearized.lolcats(window=5))
+    assert flops_per_token(near, 10_000, training=False) < 1.01 * flops_per_token(near, 100, training=False)
 
 
 @pytest.mark.parametrize(
