@@ -74,13 +74,13 @@ def test_transfer_is_the_error_against_a_separate_teacher(teacher):
         return total
 
     loss, gradient = jax.jit(jax.value_and_grad(expected), compiler_options=QUICK)(trained)
+    transfer = jax.jit(
+        lambda trained, how: AttentionTransfer().gradients(graphdef, trained, frozen, data, how),
+        static_argnums=1,
+        compiler_options=QUICK,
+    )
     for scan in (False, True):
-        got = jax.jit(
-            lambda trained, how=StepOptions(scan=scan): AttentionTransfer().gradients(
-                graphdef, trained, frozen, data, how
-            ),
-            compiler_options=QUICK,
-        )(trained)
+        got = transfer(trained, StepOptions(scan=scan))
         np.testing.assert_allclose(got[1].nll, loss, rtol=1e-5)
         assert sorted(got[1].parts) == ["mse_0", "mse_1"]
         assert jax.tree.structure(got[0]) == jax.tree.structure(gradient)
