@@ -7,14 +7,17 @@ the result back after; the layout outside never changes.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import block_sparse_attention, merge_attention
+from pallas_kernels.attention.call import KEPT
 from pallas_kernels.masks import Causal, Full, Mask
 
 type Result = tuple[Float[Array, "B C H Dv"], Float[Array, "B H C"]]
@@ -24,6 +27,14 @@ class Shard(NamedTuple):
     """One shard's queries, keys, values and document ids."""
 
     q: Float[Array, "B C H D"]
+    k: Float[Array, "B C K D"]
+    v: Float[Array, "B C K Dv"]
+    ids: Int[Array, "B C"] | None
+
+
+class Keys(NamedTuple):
+    """One shard's keys, values and document ids."""
+
     k: Float[Array, "B C K D"]
     v: Float[Array, "B C K Dv"]
     ids: Int[Array, "B C"] | None
@@ -61,17 +72,22 @@ def splits_heads(heads: int, kv_heads: int, shards: int) -> bool:
     return heads % shards == 0 and (kv_heads % shards == 0 or shards % kv_heads == 0)
 
 
-def gathered(x: Shard, mask: Mask, split: Split) -> Result:
-    """All keys and values on every shard; queries in balanced order. Takes any mask over absolute positions."""
-    whole = functools.partial(lax.all_gather, axis_name=split.axis, axis=1, tiled=True)
-    k, v, ids = whole(x.k), whole(x.v), None if x.ids is None else whole(x.ids)
-    q, half = zigzag(x.q, split), x.q.shape[1] // 2
+def gathered(
+    queries: tuple[Float[Array, "B C H D"], ...], keys: Keys, call: Callable[..., Result], split: Split
+) -> Result:
+    """All keys and values on every shard; queries in balanced order. Takes any mask over absolute positions.
+
+    `call(queries, k, v, segment_ids=, q_offset=)` attends from half a shard's queries, in all their rotations.
+    """
+    k, v, ids = jax.tree.map(lambda a: lax.all_gather(a, split.axis, axis=1, tiled=True), keys)
+    dealt, half = tuple(zigzag(q, split) for q in queries), queries[0].shape[1] // 2
+    own = None if keys.ids is None else zigzag(keys.ids, split)
     place = lax.axis_index(split.axis)
-    own = None if x.ids is None else zigzag(x.ids, split)
     parts = []
     for rows, chunk in ((slice(0, half), place), (slice(half, None), 2 * split.shards - 1 - place)):
         pair = None if own is None else (own[:, rows], ids)
-        parts.append(attend(split, q[:, rows], k, v, mask, segment_ids=pair, q_offset=jnp.int32(chunk * half)))
+        some = tuple(q[:, rows] for q in dealt)
+        parts.append(call(some, k, v, segment_ids=pair, q_offset=jnp.int32(chunk * half)))
     o, lse = (jnp.concatenate([p[n] for p in parts], axis=1 + n) for n in (0, 1))
     return unzigzag(o, split), jnp.swapaxes(unzigzag(jnp.swapaxes(lse, 1, 2), split), 1, 2)
 
@@ -123,14 +139,6 @@ def _even(x: Array) -> Array:
 def _next(tree: Any, split: Split) -> Any:
     around = [(i, (i + 1) % split.shards) for i in range(split.shards)]
     return jax.tree.map(lambda a: lax.ppermute(a, split.axis, around), tree)
-
-
-class _Keys(NamedTuple):
-    """What travels around the ring."""
-
-    k: Array
-    v: Array
-    ids: Array | None
 
 
 class _Pieces(NamedTuple):
@@ -200,7 +208,7 @@ def _ring(split: Split, x: Shard) -> Result:
 
 def _ring_forward(split: Split, x: Shard):
     pair = None if x.ids is None else (x.ids, x.ids)
-    visiting = _next(_Keys(x.k, x.v, x.ids), split)
+    visiting = _next(Keys(x.k, x.v, x.ids), split)
     o, lse = attend(split, x.q, x.k, x.v, Causal(), segment_ids=pair)
 
     def body(step: Any, carry: Any, *, last: bool) -> Any:
@@ -212,7 +220,7 @@ def _ring_forward(split: Split, x: Shard):
         return following, p.merge(result, part)
 
     _, (o, lse) = _around(split, body, (visiting, (o.astype(jnp.float32), lse)))
-    o = o.astype(x.q.dtype)
+    o, lse = checkpoint_name((o.astype(x.q.dtype), lse), KEPT)
     return (o, lse), (x, o, lse)
 
 
@@ -237,7 +245,7 @@ def _ring_backward(split: Split, residuals: Any, cotangents: Any):
         sums = _next((p.add_keys(sums[0], dk2), p.add_keys(sums[1], dv2)), split)
         return following, sums, p.add_queries(dq, dq2)
 
-    visiting = _next(_Keys(x.k, x.v, x.ids), split)
+    visiting = _next(Keys(x.k, x.v, x.ids), split)
     ids = None if x.ids is None else (x.ids, x.ids)
     dq, dk, dv = part(x.q, x.k, x.v, Causal(), ids, (o, lse), (do, dlse))
     # Sums start with the key's first visit, one step on; after the last step they have come home.

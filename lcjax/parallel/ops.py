@@ -16,10 +16,12 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
 from lcjax.parallel import dense, sparse
+from lcjax.parallel.adjoint import adjoint
 from lcjax.parallel.layout import Layout, current_layout, exchange, per_shard
 from lcjax.parallel.work import counting, stand_in, visible_pairs
 from pallas_kernels import LinearState
-from pallas_kernels.masks import Mask, PerHead
+from pallas_kernels.attention.api import SegmentIds
+from pallas_kernels.masks import Causal, Mask, PerHead
 from pallas_kernels.merge import add_sink_logits
 
 QUERY = ("batch", "length", "heads", "dim")
@@ -32,7 +34,7 @@ def attention(
     v: Float[Array, "B S K Dv"],
     mask: Mask,
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     sink_logits: Float[Array, " H"] | None = None,
     q_offset: Int[Array, " B"] | None = None,
     kv_length: Int[Array, " B"] | None = None,
@@ -42,11 +44,12 @@ def attention(
 ) -> Float[Array, "B T H Dv"] | Result:
     """As `pallas_kernels.block_sparse_attention`.
 
-    Without q_offset and kv_length the sequence may be split over the mesh's context axis. Keys of a cache are whole on
-    every shard.
+    A sequence that attends to itself may be split over the mesh's context axis. Keys of a cache, and those with ids of
+    their own, are whole on every shard.
     """
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
     cached = q_offset is not None or kv_length is not None or q.shape[1] != k.shape[1]
+    cached |= isinstance(segment_ids, tuple)
     if counting():
         return _counted_attention(q, k, v, mask, return_lse)
     layout = current_layout(q.shape[0], (q.shape[2], k.shape[2]), None if cached else q.shape[1])
@@ -96,7 +99,45 @@ def _over_context(x: dense.Shard, mask: Mask, split: dense.Split) -> Result:
         return dense.by_heads(x, mask, split)
     if plain and chosen != "gather":
         return dense.ring(x, split)
-    return dense.gathered(x, mask, split)
+    call = lambda queries, k, v, **where: dense.attend(split, queries[0], k, v, mask, **where)
+    return dense.gathered((x.q,), dense.Keys(x.k, x.v, x.ids), call, split)
+
+
+def dual_chunk_attention(
+    queries: tuple[Float[Array, "B T H D"], ...],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K Dv"],
+    *,
+    chunk: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "B T H Dv"]:
+    """As `pallas_kernels.dual_chunk_attention`; over a split sequence every shard gathers the keys."""
+    q = queries[0]
+    if counting():
+        return _counted_attention(q, k, v, Causal(), return_lse=False)
+    options: dict[str, Any] = {"chunk": chunk, "scale": scale, "soft_cap": soft_cap}
+    layout = current_layout(q.shape[0], (q.shape[2], k.shape[2]), q.shape[1])
+
+    def shard(queries, k, v, ids, logits):
+        options["return_lse"] = True
+        if layout is None or layout.length is None:
+            o, lse = pk.dual_chunk_attention(queries, k, v, segment_ids=ids, **options)
+        else:
+            call: Any = functools.partial(pk.dual_chunk_attention, **options)
+            split = dense.Split(layout.length, layout.shards, scale, soft_cap)
+            o, lse = dense.gathered(queries, dense.Keys(k, v, ids), call, split)
+        return o if logits is None else add_sink_logits(o, lse, logits)[0]
+
+    arguments = (queries, k, v, segment_ids, sink_logits)
+    if layout is None:
+        return shard(*arguments)
+    wide = layout.spec(*QUERY)
+    specs = ((wide,) * 3, wide, wide, layout.spec("batch", "length"), layout.spec("heads"))
+    specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
+    return per_shard(shard, specs, wide)(*arguments)
 
 
 def gated_linear(
@@ -111,24 +152,24 @@ def gated_linear(
     normalise: bool = False,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], LinearState]:
-    """As `pallas_kernels.gated_linear_attention`; a row with an initial state is not split over the context axis."""
+    """As `pallas_kernels.gated_linear_attention`; a row with an initial state is not split over the context axis.
+
+    The gradient is the true one unless `through_recurrences` asked for a truncated one.
+    """
     if counting():
         shape = jax.eval_shape(lambda: LinearState(*_blank_state(q, v, normalise)))
         flops = 4 * math.prod(q.shape) * v.shape[-1]  # writing and reading the state
         return stand_in(flops, (jax.ShapeDtypeStruct(v.shape, v.dtype), shape), q, k, v, log_decay)
     layout = current_layout(q.shape[0], (q.shape[2],), None if initial_state is not None else q.shape[1])
     if layout is None:
-        return pk.gated_linear_attention(
+        return _recurrence(None)(
             q, k, v, log_decay,
             beta=beta, initial_state=initial_state, segment_ids=segment_ids, normalise=normalise, scale=scale,
         )  # fmt: skip
 
     def shard(q, k, v, log_decay, beta, ids, state):
         options: dict[str, Any] = {"beta": beta, "initial_state": state, "segment_ids": ids}
-        options |= {"normalise": normalise, "scale": scale}
-        if layout.length is None:
-            return pk.gated_linear_attention(q, k, v, log_decay, **options)
-        return pk.gated_linear_attention_sharded(q, k, v, log_decay, axis_name=layout.length, **options)
+        return _recurrence(layout.length)(q, k, v, log_decay, normalise=normalise, scale=scale, **options)
 
     wide: Any = layout.spec(*QUERY)
     state: Any = layout.spec("batch", "heads")
@@ -137,6 +178,15 @@ def gated_linear(
     specs = (wide, wide, wide, decay, layout.spec(*QUERY[:3]), layout.spec("batch", "length"), state)
     specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
     return per_shard(shard, specs, (wide, LinearState(state, state if normalise else None)))(*arguments)
+
+
+def _recurrence(axis: str | None) -> Callable[..., Any]:
+    """The op for a sequence that is whole, or lies along a mesh axis, with the gradient that was asked for."""
+    if (window := adjoint().window) is not None:
+        return functools.partial(pk.gated_linear_attention_truncated, window=window, axis_name=axis)
+    if axis is None:
+        return pk.gated_linear_attention
+    return functools.partial(pk.gated_linear_attention_sharded, axis_name=axis)
 
 
 def causal_conv(

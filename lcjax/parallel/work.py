@@ -7,36 +7,40 @@ replaced by stand-ins that carry the exact FLOPs of what they would do.
 import functools
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
+from pallas_kernels.attention.call import KEPT
 from pallas_kernels.masks import Mask
 
-_counting = jax.make_user_context(default_value=False)
+_counting = jax.make_user_context(default_value="")
 
 
 def counting() -> bool:
     """Whether the program is traced only to be counted."""
-    return _counting.value
+    return bool(_counting.value)
 
 
-def count_flops(function: Callable[..., Any], *shapes: Any) -> int:
+def checkpoint(function: Callable[..., Any], policy: Any = None) -> Callable[..., Any]:
+    """`jax.checkpoint`, but for the count of the arithmetic without recomputation."""
+    return function if _counting.value == "once" else jax.checkpoint(function, policy=policy)
+
+
+def count_flops(function: Callable[..., Any], *shapes: Any, recomputed: bool) -> int:
     """FLOPs of one call: 2 a multiply-add of matrix products and convolutions, ops as `stand_in` says.
 
-    Traced without a mesh: the whole program, not one device's part. Of a conditional the costlier branch counts.
+    recomputed: with what the backward pass computes again under `checkpoint`. Traced without a mesh: the whole program,
+    not one device's part. Of a conditional the costlier branch counts.
     """
-    with _context():
-        closed = jax.make_jaxpr(function)(*shapes)
+    with _counting("executed" if recomputed else "once"):
+        # A new function each time: tracing must not take the other count from its cache.
+        closed = jax.make_jaxpr(lambda *arguments: function(*arguments))(*shapes)
     return _flops(closed.jaxpr)
-
-
-def _context() -> AbstractContextManager[None]:
-    return _counting(True)
 
 
 def visible_pairs(mask: Mask, heads: int, length: int) -> int:
@@ -83,7 +87,7 @@ def _stand_in(flops: int, outputs: tuple[Any, ...], inputs: list[Any]) -> list[A
 
 
 _stand_in.defvjp(
-    lambda flops, outputs, inputs: (_stand_in(flops, outputs, inputs), inputs),
+    lambda flops, outputs, inputs: (checkpoint_name(_stand_in(flops, outputs, inputs), KEPT), inputs),
     lambda flops, outputs, inputs, d: (_work.bind(*d, *inputs, flops=2 * flops, outputs=_avals(inputs)),),
 )
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
+from lcjax.parallel import ops
 from pallas_kernels.masks import Causal, Window
 
 type Where = Int[Array, "B T"] | Int[Array, "B T n"]
@@ -84,9 +85,7 @@ class DualChunk(Remap):
     def attend(
         self, queries: Rows, keys: Rows, v: Float[Array, "B T K Dv"], **options: Any
     ) -> Float[Array, "B T H Dv"]:
-        o = pk.dual_chunk_attention(queries, keys[0], v, chunk=self.chunk, **options)
-        assert isinstance(o, jax.Array)
-        return o
+        return ops.dual_chunk_attention(queries, keys[0], v, chunk=self.chunk, **options)
 
     def attend_cached(self, queries: Rows, keys: Rows, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
         masks = pk.chunk_masks(self.chunk, cache.capacity)
@@ -128,20 +127,22 @@ class SelfExtend(Remap):
     ) -> Float[Array, "B T H Dv"]:
         length, lag = v.shape[1], self.window
         if length <= lag:
-            return cast(jax.Array, pk.block_sparse_attention(queries[0], keys[0], v, Causal(), **options))
+            return cast(jax.Array, ops.attention(queries[0], keys[0], v, Causal(), **options))
         options["scale"] = options.get("scale") or v.shape[-1] ** -0.5
-        near = pk.block_sparse_attention(queries[0], keys[0], v, Causal() & Window(lag), return_lse=True, **options)
+        near = ops.attention(queries[0], keys[0], v, Causal() & Window(lag), return_lse=True, **options)
         ids = options.pop("segment_ids", None)
         options.pop("sink_logits", None)  # they joined the near part
         q, k = self.far(queries, keys)  # row r of the far queries, at position r + lag, sees keys up to r
-        pair = None if ids is None else (ids[:, lag:], ids[:, :-lag])
-        o, lse = pk.block_sparse_attention(
-            q[:, lag:], k[:, :-lag], v[:, :-lag], Causal(), segment_ids=pair, return_lse=True, **options
-        )
+        q, k, v = q[:, lag:], k[:, :-lag], v[:, :-lag]
+        if ids is None:
+            far = ops.attention(q, k, v, Causal(), return_lse=True, **options)
+        else:
+            pair = ids[:, lag:], ids[:, :-lag]
+            far = pk.block_sparse_attention(q, k, v, Causal(), segment_ids=pair, return_lse=True, **options)
+        o, lse = cast(tuple[jax.Array, jax.Array], far)
         o = jnp.pad(o, ((0, 0), (lag, 0), (0, 0), (0, 0)))
-        return pk.merge_attention(
-            cast(Any, near), (o, jnp.pad(lse, ((0, 0), (0, 0), (lag, 0)), constant_values=-jnp.inf))
-        )[0]
+        lse = jnp.pad(lse, ((0, 0), (0, 0), (lag, 0)), constant_values=-jnp.inf)
+        return pk.merge_attention(cast(Any, near), (o, lse))[0]
 
     def attend_cached(self, queries: Rows, keys: Rows, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
         tokens = queries[0].shape[1]

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lcjax.parallel.work import checkpoint
+
 
 @runtime_checkable
 class Unembedding(Protocol):
@@ -156,7 +158,7 @@ def chunked(
         x = jnp.pad(x, pad).reshape(batch, shards, count, size, *x.shape[3:])
         return jnp.moveaxis(x, 2, 0)  # [count, B, shards, size, ...]
 
-    @jax.checkpoint
+    @checkpoint
     def one(h: Float[Array, "B P C width"], target: Int[Array, "B P C"], weight: Float[Array, "B P C"]) -> LossSums:
         real = weight > 0
         logits = model.logits(jnp.where(real[..., None], h, 0))  # f32 [B,P,C,V]

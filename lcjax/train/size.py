@@ -1,7 +1,5 @@
 """Sizing a training run for a slice that is not there: `train.py --compile_for=v5p:4x4x4`."""
 
-import dataclasses
-
 from jax.sharding import Mesh
 
 from lcjax.models.flops import flops_per_token
@@ -31,10 +29,7 @@ def size_train(job: Train, where: Slice) -> Sizing:
 
 def step_work(job: Train, shapes: TrainState, mesh: Mesh) -> Work:
     """FLOPs of one step, counted in its jaxpr and by the formula."""
-    counted = []
-    for remat in ("none", job.options.remat):
-        options = dataclasses.replace(job.options, remat=remat)
-        program = step_program(dataclasses.replace(job, options=options), shapes, mesh)
-        counted.append(count_flops(program.function, *program.shapes))
+    program = step_program(job, shapes, mesh)
+    counted = [count_flops(program.function, *program.shapes, recomputed=again) for again in (False, True)]
     formula = flops_per_token(job.spec, job.length, training=True) * job.batch * job.length
     return Work(*counted, formula)

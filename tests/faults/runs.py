@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,20 @@ class TinyRun:
             *bindings,
         )
 
-    def command(self, *bindings: str) -> list[str]:
-        flags = [f"--gin_bindings={binding}" for binding in (*self.bindings, *bindings)]
-        return [sys.executable, str(ROOT / "train.py"), f"--gin_file={TINY}", f"--output={self.output}", *flags]
+    def command(self, *bindings: str, flags: Sequence[str] = ()) -> list[str]:
+        bound = [f"--gin_bindings={binding}" for binding in (*self.bindings, *bindings)]
+        files = [f"--gin_file={TINY}", f"--output={self.output}"]
+        return [sys.executable, str(ROOT / "train.py"), *files, *bound, *flags]
 
-    def start(self, *bindings: str, cache: bool = True, **environment: str) -> subprocess.Popen:
-        """Start training; its console goes to `log` next to the output folder."""
+    def start(
+        self,
+        *bindings: str,
+        cache: bool = True,
+        flags: Sequence[str] = (),
+        command: list[str] | None = None,
+        **environment: str,
+    ) -> subprocess.Popen:
+        """Start training, or `command` in its place; its console goes to `log` next to the output folder."""
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "200", **environment}
         if cache:
             environment |= {
@@ -50,9 +59,8 @@ class TinyRun:
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             }
         with open(self.log, "ab") as log:
-            return subprocess.Popen(
-                self.command(*bindings), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            command = command or self.command(*bindings, flags=flags)
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     def finish(self, *bindings: str, status: int = 0, **options) -> str:
         """Train to the end; returns what this process printed."""

@@ -113,6 +113,20 @@ def test_bounded_attention(name, degree, packed):
     attention_case(MASKS[name], context(degree), TWO_ROWS if packed else None)
 
 
+@pytest.mark.parametrize(
+    ("degree", "packed"),
+    [(4, True), *(pytest.param(d, p, marks=pytest.mark.slow) for d in (1, 2, 4, 8) for p in (False, True))],
+)
+def test_dual_chunk_attention(degree, packed):
+    """Chunks of 12 tokens end inside shards."""
+    *queries, k, v = (rows(n, 2, LENGTH, heads, 8) for n, heads in enumerate((4, 4, 4, 2, 2)))
+    ids = jnp.asarray(TWO_ROWS) if packed else None
+    run = lambda op: lambda a, b, c, k, v: op((a, b, c), k, v, chunk=12, segment_ids=ids)
+    assert_equal_gradients(
+        run(ops.dual_chunk_attention), run(pk.dual_chunk_attention), (*queries, k, v), context(degree)
+    )
+
+
 def linear_case(mesh, packed, decay, normalise=False):
     q, k, v = (jnp.abs(rows(n, 2, LENGTH, 2, 8)) for n in range(3))
     shape = {"none": None, "scalar": (2, LENGTH, 2), "vector": (2, LENGTH, 2, 8)}[decay]

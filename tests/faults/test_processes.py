@@ -1,0 +1,121 @@
+"""Runs of several processes that lose one, are preempted, hang, or go on with another number of hosts."""
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lcjax.train.supervise import free_port
+from tests.faults.runs import PATIENCE, ROOT, TinyRun, wait_until, write_corpus
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    write_corpus(folder / "corpus")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    """One process with two devices: the mesh of two processes with one each."""
+    run = TinyRun(folder, "unbroken", "DataSpec.shards = 4")
+    run.finish(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    return run
+
+
+class ManyRun(TinyRun):
+    """One run of several processes on this host."""
+
+    def start_all(self, count, *bindings):
+        port = free_port()
+        where = [f"--coordinator=localhost:{port}", f"--processes={count}"]
+        return [self.start(*bindings, flags=[*where, f"--process={n}"]) for n in range(count)]
+
+    def launch(self, count, *options):
+        """Start the parent, which starts the processes."""
+        script = [sys.executable, str(ROOT / "launch.py"), f"--processes={count}", "--wait=0", *options, "--"]
+        return self.start(command=[*script, *self.command()[2:]])
+
+
+def children(parent: subprocess.Popen) -> list[int]:
+    """Process ids of the parent's processes, in the order they were started."""
+    with open(f"/proc/{parent.pid}/task/{parent.pid}/children") as file:
+        return sorted(int(pid) for pid in file.read().split())
+
+
+def assert_same_losses(run, unbroken):
+    got, expected = ({m["step"]: m["loss"] for m in r.metrics} for r in (run, unbroken))
+    assert got.keys() == expected.keys()
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
+
+
+def kill_one(folder, unbroken, count, victim):
+    run = ManyRun(folder, f"lost-{victim}-of-{count}", "DataSpec.shards = 4")
+    parent = run.launch(count)
+    wait_until(lambda: len(run.metrics) >= 12, parent, run.log)
+    subprocess.run(["kill", "-KILL", str(children(parent)[victim])], check=True)
+    assert parent.wait(PATIENCE) == 0, run.log.read_text()
+    said = run.log.read_text()
+    assert f"process {victim} was killed by SIGKILL; stopping the other {count - 1}" in said
+    assert "resumed at step 7" in said
+    return run
+
+
+def test_a_killed_process_is_replaced_and_the_losses_are_those_of_the_unbroken_run(folder, unbroken):
+    assert_same_losses(kill_one(folder, unbroken, 2, victim=1), unbroken)
+
+
+@pytest.mark.slow
+def test_a_lost_coordinator(folder, unbroken):
+    assert_same_losses(kill_one(folder, unbroken, 2, victim=0), unbroken)
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_four(folder, unbroken):
+    assert_same_losses(kill_one(folder, unbroken, 4, victim=2), unbroken)
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_process_stops_all_at_one_step_and_other_hosts_go_on(folder, unbroken):
+    run = ManyRun(folder, "preempted", "DataSpec.shards = 4")
+    processes = run.start_all(4)
+    wait_until(lambda: len(run.metrics) >= 10, processes[0], run.log)
+    processes[2].send_signal(signal.SIGTERM)
+    statuses = [process.wait(PATIENCE) for process in processes]
+    assert statuses == [128 + signal.SIGTERM] * 4, run.log.read_text()
+    assert run.steps[-1] == run.metrics[-1]["step"] < STEPS
+
+    processes = run.start_all(2)
+    assert [process.wait(PATIENCE) for process in processes] == [0, 0], run.log.read_text()
+    assert_same_losses(run, unbroken)
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_is_named_with_the_lines_of_all(folder):
+    run = ManyRun(folder, "hung", "DataSpec.shards = 4")
+    processes = run.start_all(2, "Reports.hang_seconds = 8.0", "train.steps = 100000")
+    wait_until(lambda: len(run.metrics) >= 5, processes[0], run.log)
+    processes[1].send_signal(signal.SIGSTOP)
+    assert processes[0].wait(PATIENCE) == 75, run.log.read_text()
+    processes[1].kill()
+    processes[1].wait(PATIENCE)
+    said = run.log.read_text()
+    assert "process 0: no step was finished for 8 s" in said
+    assert "process-0: step" in said
+    assert "process-1: step" in said
+    assert "loop.py:" in said
+
+
+@pytest.mark.slow
+def test_processes_with_different_configurations_all_stop(folder):
+    run = ManyRun(folder, "different", "DataSpec.shards = 4")
+    port = free_port()
+    where = [f"--coordinator=localhost:{port}", "--processes=2"]
+    processes = [run.start(f"train.seed = {n}", flags=[*where, f"--process={n}"]) for n in range(2)]
+    assert [process.wait(PATIENCE) for process in processes] == [2, 2], run.log.read_text()
+    assert "'train.seed = 0' on process 0, 'train.seed = 1' on process 1" in run.log.read_text()
