@@ -110,7 +110,7 @@ class Train:
     positions: Sampler | None = None
     loss: Loss = field(default_factory=CrossEntropy)
     options: StepOptions = field(default_factory=StepOptions)
-    mesh: MeshSpec = MeshSpec()
+    mesh: MeshSpec = field(default_factory=MeshSpec)
     checkpoints: Checkpoints = Checkpoints()
     reports: Reports = Reports()
     sample: Sample | None = None
