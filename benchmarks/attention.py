@@ -1,7 +1,8 @@
 """Block-sparse attention against cuDNN, tokamax and FlexAttention, on the same inputs.
 
     python -m benchmarks.attention            # gate, then times: benchmarks/results/attention_<device>.json and a plot
-    python -m benchmarks.attention --search   # measures tiles and writes pallas_kernels/tuned/<device>.json
+    python -m benchmarks.attention --search   # measures tiles and writes pallas_kernels/tuned/<device>.json (--dim 64
+                                              # and others add their entries)
 
 Rivals that are not installed, or cannot run a pattern, are left out. FlexAttention runs in a process of its own, where
 PyTorch is installed.
@@ -10,6 +11,7 @@ PyTorch is installed.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import importlib
@@ -43,6 +45,9 @@ GATES: dict[str, Mask] = {  # the same rules at sizes that bite at a length the 
     "sink_64_window_2048_stride_64x64": Causal() & (Sink(64) | Window(200) | Stride(block=64, every=4)),
 }
 GATE_LENGTH, GATE_LIMIT = 2048 + 7, 1e-2
+LIBRARY_PATTERNS = ("causal",)  # the op gives them to a library; our kernel is timed beside it
+TILE = 128
+DENSITY_WINDOWS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,47 +119,75 @@ def with_gradient(attend: Callable) -> Callable:
 
 def check(names: list[str], implementation: str | None, dim: int) -> dict[str, float]:
     """Errors against the float32 reference, forward and gradients, for each pattern scaled to a short length."""
-    q, k, v, do = Sizes(GATE_LENGTH, heads=4, kv_heads=2, dim=dim).inputs()
-    wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
+    inputs = Sizes(GATE_LENGTH, heads=4, kv_heads=2, dim=dim).inputs()
+    wide = tuple(x.astype(jnp.float32) for x in inputs)
+    jobs = {name: (with_gradient(ours(GATES[name], implementation)), inputs) for name in names}
+    with jax.default_matmul_precision("highest"):
+        jobs |= {f"{name} wanted": (with_gradient(ours(GATES[name], "reference")), wide) for name in names}
+        compiled = common.compile_all(jobs)
     errors = {}
     for name in names:
-        mask = GATES[name]
-        with jax.default_matmul_precision("highest"):
-            wanted = jax.jit(with_gradient(ours(mask, "reference")))(*wide)
-        actual = jax.jit(with_gradient(ours(mask, implementation)))(q, k, v, do)
-        errors |= common.gate(name, actual, wanted, GATE_LIMIT)
+        if isinstance(compiled[name], str):
+            raise Unsupported(compiled[name])
+        errors |= common.gate(name, compiled[name](*inputs), compiled[f"{name} wanted"](*wide), GATE_LIMIT)
     return errors
 
 
-def measure(name: str, sizes: Sizes, runners: dict[str, Callable]) -> list[dict[str, Any]]:
-    mask, (q, k, v, do) = PATTERNS[name], sizes.inputs()
-    rows = []
-    for (who, attend), backward in itertools.product(runners.items(), (False, True)):
-        row: dict[str, Any] = {
-            "pattern": name,
-            "length": sizes.length,
-            "what": who,
-            "pass": "fwd+bwd" if backward else "fwd",
-        }
-        try:
-            run = jax.jit(with_gradient(attend) if backward else attend)
-            row |= common.milliseconds(run, q, k, v, *((do,) if backward else ()))
-            row["tflops"] = common.tflops(sizes.flops(mask, backward), row["ms"])
-        except (Unsupported, NotImplementedError, ValueError, RuntimeError) as reason:
-            row["refused"] = str(reason).splitlines()[0][:200]
-        rows.append(row)
-    return rows
+def measure(names: list[str], sizes: list[Sizes], implementation: str | None) -> list[dict[str, Any]]:
+    """Times of ours and its rivals for every pattern and size; all are compiled before the first is timed."""
+    rows, jobs = [], {}
+    for name, size in itertools.product(names, sizes):
+        runners = {"ours": ours(PATTERNS[name], implementation), **rivals(name)}
+        if name in LIBRARY_PATTERNS and implementation is None:
+            runners["ours, mosaic_gpu"] = ours(PATTERNS[name], "mosaic_gpu")
+        shapes = jax.eval_shape(size.inputs)
+        for (who, attend), backward in itertools.product(runners.items(), (False, True)):
+            key = f"{name} {size.length} {who} {'fwd+bwd' if backward else 'fwd'}"
+            jobs[key] = (with_gradient(attend), shapes) if backward else (attend, shapes[:3])
+            rows.append((key, name, size, who, backward))
+    compiled = common.compile_all(jobs)
+    return [_timed(compiled[key], name, size, who, backward) for key, name, size, who, backward in rows]
 
 
-def density(sizes: Sizes, implementation: str | None) -> list[dict[str, Any]]:
-    """Forward time of windows from 1/64 of the length to all of it, and the share of the causal pairs they see."""
-    q, k, v, _ = sizes.inputs()
-    whole = visible_pairs(Causal(), sizes.length)
+def _timed(run: Any, name: str, size: Sizes, who: str, backward: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "pattern": name,
+        "length": size.length,
+        "what": who,
+        "pass": "fwd+bwd" if backward else "fwd",
+    }
+    if isinstance(run, str):
+        return {**row, "refused": run}
+    inputs = size.inputs()
+    row |= common.milliseconds(run, *(inputs if backward else inputs[:3]))
+    return {**row, "tflops": common.tflops(size.flops(PATTERNS[name], backward), row["ms"])}
+
+
+def density(size: Sizes, implementation: str | None) -> list[dict[str, Any]]:
+    """Forward time of causal windows, one kernel for all, beside the time of all keys x share of visited tiles.
+
+    `tiles` counts the 128 x 128 tiles that a row of tiles visits, on average.
+    """
+    q, k, v, _ = size.inputs()
+    attend = lambda n, *x: ours(Causal() & Window(n), implementation or "mosaic_gpu")(*x)
+    windowed = jax.jit(attend).lower(jnp.int32(0), q, k, v).compile()
+    dense = common.milliseconds(jax.jit(ours(Causal(), implementation or "mosaic_gpu")), q, k, v)["ms"]
+    last = np.arange(-(-size.length // TILE))
+    whole, pairs = (last + 1).sum(), visible_pairs(Causal(), size.length)
     rows = []
-    for part in (64, 32, 16, 8, 4, 2, 1):
-        mask = Causal() & Window(sizes.length // part)
-        time = common.milliseconds(jax.jit(ours(mask, implementation)), q, k, v)
-        rows.append({"length": sizes.length, "density": visible_pairs(mask, sizes.length) / whole, **time})
+    for window in [w for w in DENSITY_WINDOWS if w < size.length] + [size.length]:
+        visited = (last + 1 - np.maximum(last * TILE - window + 1, 0) // TILE).sum()
+        ms = common.milliseconds(windowed, jnp.int32(window), q, k, v)["ms"]
+        rows.append(
+            {
+                "length": size.length,
+                "window": window,
+                "density": visible_pairs(Causal() & Window(window), size.length) / pairs,
+                "tiles": visited / len(last),
+                "ms": ms,
+                "of_dense": ms / (dense * visited / whole),
+            }
+        )
     return rows
 
 
@@ -167,59 +200,79 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(5, 3.5))
     x, y = [r["density"] for r in rows], [r["ms"] for r in rows]
     axes.loglog(x, y, "o-", label="forward")
-    axes.loglog(x, [y[-1] * d for d in x], "--", label="dense time x density")
+    axes.loglog(x, [r["ms"] / r["of_dense"] for r in rows], "--", label="dense time x share of visited tiles")
     axes.set(xlabel="share of causal pairs", ylabel="ms", title=f"T = {rows[0]['length']}")
     axes.legend()
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
 
-def flex(names: list[str], lengths: list[int], heads: int, kv_heads: int, dim: int) -> list[dict[str, Any]]:
+def flex(names: list[str], lengths: list[int], size: Sizes) -> list[dict[str, Any]]:
     """FlexAttention's rows, from a process that has PyTorch; none where it is absent."""
-    if importlib.util.find_spec("torch") is None:
+    if importlib.util.find_spec("torch") is None or not names:
         return []
     script = Path(__file__).with_name("flex_attention.py")
-    command = [sys.executable, str(script), ",".join(names), *map(str, (heads, kv_heads, dim, *lengths))]
-    with common.exclusive():
+    command = [sys.executable, str(script), ",".join(names), *map(str, (size.heads, size.kv_heads, size.dim, *lengths))]
+    with common.exclusive():  # its compilation runs beside ours
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         return [{"what": "flex", "refused": done.stderr.strip().splitlines()[-1][:300]}]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def search(sizes: Sizes, candidates: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The fastest tiles of each kernel for the head dim, on the sink and window pattern, with all timings."""
+SEARCHED: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: the pattern that decides, and its candidates
+    "attention_forward": (
+        "sink_128_window_4096",
+        [{"block_k": b, "stages": s} for b, s in ((128, 2), (64, 3), (64, 4))],
+    ),
+    "attention_backward": (
+        "sink_128_window_4096",
+        [
+            {"dq_block_k": b, "dq_stages": 2, "dkv_block_q": 64, "dkv_stages": n, "group_inside": g}
+            for b, n, g in ((64, 2, True), (64, 2, False), (64, 3, True), (128, 2, True))
+        ],
+    ),
+}
+
+
+def search(size: Sizes) -> list[dict[str, Any]]:
+    """For the head dim, the fastest tiles of each kernel with all timings: the entries of a file in `tuned/`."""
     from pallas_kernels.attention import mosaic_gpu
     from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles
     from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles
 
-    mask, (q, k, v, do) = PATTERNS["sink_128_window_4096"], sizes.inputs()
-    entries = []
-    for kernel, record, argument, backward in (
-        ("attention_forward", ForwardTiles, "forward_tiles", False),
-        ("attention_backward", BackwardTiles, "backward_tiles", True),
-    ):
+    inputs, jobs = size.inputs(), {}
+    for kernel, (name, candidates) in SEARCHED.items():
+        for n, tiles in enumerate(candidates):
+            if kernel == "attention_forward":
+                attend = mosaic_gpu.with_tiles(PATTERNS[name], forward_tiles=ForwardTiles(**tiles))
+                jobs[kernel, n] = (attend, inputs[:3])
+            else:
+                attend = mosaic_gpu.with_tiles(PATTERNS[name], backward_tiles=BackwardTiles(**tiles))
+                jobs[kernel, n] = (with_gradient(attend), inputs)
+    compiled, entries = common.compile_all(jobs), []
+    for kernel, (name, candidates) in SEARCHED.items():
         timings = []
-        for tiles in candidates[kernel]:
-            attend = mosaic_gpu.with_tiles(mask, **{argument: record(**tiles)})
-            run = jax.jit(with_gradient(attend) if backward else attend)
-            args = (q, k, v, do) if backward else (q, k, v)
-            timings.append({"tiles": tiles, **common.milliseconds(run, *args)})
-        best = min(timings, key=lambda t: t["ms"])
-        entries.append({"kernel": kernel, "dim": sizes.dim, "tiles": best["tiles"], "timings": timings})
-    return {**common.environment(), "sizes": dataclasses.asdict(sizes), "entries": entries}
+        for n, tiles in enumerate(candidates):
+            run = compiled[kernel, n]
+            found = {"refused": run} if isinstance(run, str) else common.milliseconds(run, *jobs[kernel, n][1])
+            timings.append({"pattern": name, "length": size.length, "tiles": tiles, **found})
+        best = min((t for t in timings if "ms" in t), key=lambda t: t["ms"])
+        entries.append({"kernel": kernel, "dim": size.dim, "tiles": best["tiles"], "timings": timings})
+    return entries
 
 
-CANDIDATES: dict[str, list[dict[str, Any]]] = {
-    "attention_forward": [
-        {"block_k": b, "stages": s, "persistent": p} for b, s in ((128, 2), (64, 4)) for p in (False, True)
-    ],
-    "attention_backward": [
-        {"dq_stages": a, "dkv_stages": b, "group_inside": g} for a, b in ((2, 2), (3, 3)) for g in (True, False)
-    ],
-}
+def write_tiles(size: Sizes, path: Path, commit: str | None) -> Path:
+    """Puts the found entries into a device's file; entries of other head dims stay."""
+    found = search(size)
+    replaced = {(entry["kernel"], entry["dim"]) for entry in found}
+    known = json.loads(path.read_text())["entries"] if path.is_file() else []
+    kept = [entry for entry in known if (entry["kernel"], entry["dim"]) not in replaced]
+    return common.write(
+        path, {**common.environment(commit), "sizes": dataclasses.asdict(size), "entries": found + kept}
+    )
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
@@ -230,33 +283,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no_density", action="store_true")
     parser.add_argument("--no_flex", action="store_true")
     parser.add_argument("--search", action="store_true")
+    parser.add_argument("--commit", default=None, help="of the code, where it runs outside of its repository")
     parser.add_argument("--output", default=None)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     del sys.argv[1:]  # tokamax would read them as its own flags
     kind = tuning.file_name(jax.devices()[0].device_kind).removesuffix(".json")
     sizes = [Sizes(n, args.heads, args.kv_heads, args.dim) for n in args.lengths]
     if args.search:
-        folder = Path(tuning.__file__).parent / "tuned"
-        print(common.write(args.output or folder / f"{kind}.json", search(sizes[-1], CANDIDATES)))
+        path = Path(args.output or Path(tuning.__file__).parent / "tuned" / f"{kind}.json")
+        print(write_tiles(sizes[-1], path, args.commit))
         return
     output = Path(args.output or common.RESULTS / f"attention_{kind}.json")
-    record: dict[str, Any] = {
-        **common.environment(),
-        "gate": check(args.patterns, args.implementation, args.dim),
-        "sizes": vars(args),
-        "rows": [],
-    }
-    for name, size in itertools.product(args.patterns, sizes):
-        record["rows"] += measure(name, size, {"ours": ours(PATTERNS[name], args.implementation), **rivals(name)})
-    if not args.no_flex:
-        record["rows"] += flex(args.patterns, args.lengths, args.heads, args.kv_heads, args.dim)
+    record: dict[str, Any] = {**common.environment(args.commit), "sizes": vars(args)}
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        others = [name for name in args.patterns if not rivals(name)]  # where no library has the pattern
+        peer = None if args.no_flex else beside.submit(flex, others, args.lengths[-1:], sizes[-1])
+        record["gate"] = check(args.patterns, args.implementation, args.dim)
+        record["rows"] = measure(args.patterns, sizes, args.implementation)
+        record["rows"] += peer.result() if peer else []
     if not args.no_density:
-        record["density"] = density(sizes[min(1, len(sizes) - 1)], args.implementation)
+        record["density"] = density(sizes[-1], args.implementation)
         plot(record["density"], output.with_suffix(".png"))
     common.write(output, record)
     print(common.table(record["rows"], ("pattern", "length", "what", "pass", "ms", "tflops", "refused")))
-    if "density" in record:
-        print(common.table(record["density"], ("length", "density", "ms")))
+    print(common.table(record.get("density", []), ("length", "window", "density", "tiles", "ms", "of_dense")))
     print(output)
 
 

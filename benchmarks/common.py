@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import fcntl
 import importlib.metadata
 import json
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import Unsupported
 
 RESULTS = Path(__file__).parent / "results"
 FLOP_CONVENTION = (
@@ -78,6 +83,35 @@ def milliseconds(run: Any, *args: Any, target: float = 0.15, repeats: int = 5) -
     return {"ms": float(np.median(samples)), "min_ms": min(samples), "max_ms": max(samples)}
 
 
+def copy_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes read and written in a second by adding one to an array of `size` bytes in place."""
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jax.block_until_ready(add_one(jnp.zeros(size // 4, jnp.int32)))
+    samples = []
+    with exclusive():
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(10):
+                x = add_one(x)
+            jax.block_until_ready(x)
+            samples.append((time.perf_counter() - start) / 10)
+    return 2 * size / float(np.median(samples))
+
+
+def compile_all[K](jobs: Mapping[K, tuple[Callable, Sequence[Any]]]) -> dict[K, Any]:
+    """Each (function, shapes) compiled, several at a time; where a call is declined, the reason instead."""
+
+    def one(job):
+        run, shapes = job
+        try:
+            return jax.jit(run).lower(*shapes).compile()
+        except (Unsupported, NotImplementedError, ValueError, RuntimeError) as reason:
+            return str(reason).splitlines()[0][:200]
+
+    with concurrent.futures.ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:
+        return dict(zip(jobs, pool.map(one, jobs.values()), strict=True))
+
+
 def tflops(flops: float, ms: float) -> float:
     return flops / ms / 1e9
 
@@ -85,7 +119,17 @@ def tflops(flops: float, ms: float) -> float:
 def environment(commit: str | None = None) -> dict[str, Any]:
     """Device, versions, commit and date of a run. `commit` is for runs outside of the repository."""
     packages = {}
-    for name in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "tokamax", "torch", "libtpu"):
+    for name in (
+        "jax",
+        "jaxlib",
+        "jax-cuda13-plugin",
+        "jax-cuda12-plugin",
+        "tokamax",
+        "torch",
+        "triton",
+        "flash-linear-attention",
+        "libtpu",
+    ):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

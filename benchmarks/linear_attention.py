@@ -1,4 +1,4 @@
-"""Times gated linear attention here: `python -m benchmarks.linear_attention [--shapes NAME ...] [--out FILE]`.
+"""Times gated linear attention here: `python -m benchmarks.linear_attention [--shapes NAME ...] [--only NAME ...]`.
 
 Every backend first passes a gate: outputs and every gradient against float32 XLA on a short row. Then forward, and
 forward with backward, are timed at the shapes of `pallas_kernels.gated_linear.specs`. Where PyTorch, Triton and
@@ -79,10 +79,7 @@ def time_fla(shape: Shape) -> dict[str, Any]:
     function = chunk_gla if shape.decay == "vector" else chunk_simple_gla
 
     def tensor(x):
-        if x is None:
-            return None
-        values = torch.from_numpy(np.asarray(x, np.float32)).to("cuda", torch.bfloat16)
-        return values.requires_grad_()
+        return None if x is None else torch.from_dlpack(x).clone().requires_grad_()
 
     q, k, v, g, do = (tensor(x) for x in inputs(shape))
 
@@ -111,14 +108,16 @@ def _torch_milliseconds(run, calls: int = 10, repeats: int = 5) -> dict[str, flo
     return {"ms": float(np.median(samples)), "min_ms": min(samples), "max_ms": max(samples)}
 
 
-def measure(name: str, shape: Shape) -> list[dict[str, Any]]:
-    """One row per implementation; one that declines or fails its gate is a row with the reason."""
+def measure(name: str, shape: Shape, only: list[str]) -> list[dict[str, Any]]:
+    """One row per implementation (of `only`, if any); one that declines or fails its gate is a row with the reason."""
     runs: dict[str, Callable[[], dict[str, Any]]]
     runs = {x: functools.partial(time_ours, shape, x) for x in BACKENDS[jax.default_backend()]}
     if jax.default_backend() == "gpu" and all(importlib.util.find_spec(x) for x in ("torch", "triton", "fla")):
         runs["fla"] = functools.partial(time_fla, shape)
     rows = []
     for implementation, run in runs.items():
+        if only and implementation not in only:
+            continue
         row: dict[str, Any] = {"shape": name, "implementation": implementation}
         try:
             result = run()
@@ -133,6 +132,7 @@ def measure(name: str, shape: Shape) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--only", nargs="*", default=[], help="implementations: mosaic_gpu, mosaic_tpu, xla, fla")
     parser.add_argument("--tokens", type=int, help="instead of each shape's own length")
     parser.add_argument("--out", default=common.RESULTS / "linear_attention.json")
     options = parser.parse_args()
@@ -140,7 +140,7 @@ def main() -> None:
     for name in options.shapes:
         shape = SHAPES[name]
         shape = dataclasses.replace(shape, tokens=options.tokens) if options.tokens else shape
-        rows += measure(name, shape)
+        rows += measure(name, shape, options.only)
     print(common.table(rows, ("shape", "implementation", "forward_ms", "both_ms", "forward_TB_per_s", "reason")))
     common.write(options.out, {"environment": common.environment(), "rows": rows})
 

@@ -9,6 +9,10 @@ slots in use compare kernels without a chip. JAX's splash attention is compiled 
 ragged paged attention beside our decode attention at the same page size and keys a step. The compiler flags are read
 once per process, so every row is a process of its own.
 
+    python -m benchmarks.tpu_schedule --tune --generations v5e v5p v6e tpu7x --dims 64 128 256
+
+`--tune` writes the tiles with the fewest hot bundles a score, forward and backward together, to `pallas_kernels/tuned`.
+
 A tile is rows, keys, keys a product for attention; tokens of a page, keys a step, new tokens a request for decoding,
 whose KV heads are a quarter of `--heads`, with 64 requests.
 """
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -35,6 +40,7 @@ BATCH, GROUP = 64, 4  # of decoding
 MATRIX = ("MXU", "MATMUL")
 LABEL = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT))?\s*:")
 KERNEL = re.compile(r"block_sparse_attention_(?:fwd|dq|dkv|bwd)|splash\w*|decode_attention|ragged_paged_attention\w*")
+PASSES = "final.*|post-ra"  # all passes would be hundreds of megabytes of text
 DELAY = 5  # a branch takes effect after its delay slots
 
 
@@ -174,11 +180,14 @@ def _our_decode(tiles, length, heads, dim):
     from pallas_kernels.decode import mosaic_tpu
 
     page, mosaic_tpu.STEP, tokens = tiles
-    shaped = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
-    pool = shaped(BATCH * length // page, heads // GROUP, page, dim, dtype=jnp.bfloat16)
-    cache = pk.KVCache(pool, pool, shaped(BATCH), page_table=shaped(BATCH, length // page))
+
+    def cache():
+        pool = jnp.zeros((BATCH * length // page, heads // GROUP, page, dim), jnp.bfloat16)
+        table = jnp.zeros((BATCH, length // page), jnp.int32)
+        return pk.KVCache(pool, pool, jnp.zeros(BATCH, jnp.int32), page_table=table)
+
     attend = lambda q, cache: pk.decode_attention(q, cache, implementation="mosaic_tpu")
-    return attend, [shaped(BATCH, tokens, heads, dim, dtype=jnp.bfloat16), cache]
+    return attend, [jax.ShapeDtypeStruct((BATCH, tokens, heads, dim), jnp.bfloat16), jax.eval_shape(cache)]
 
 
 def _ragged_decode(tiles, length, heads, dim):
@@ -202,7 +211,7 @@ def _ragged_decode(tiles, length, heads, dim):
 def measure(code: str, generation: str, tiles: tuple[int, int, int], sizes: tuple[int, int, int]) -> list[Schedule]:
     """Compile in a child process with the dump flags and read what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={PASSES}"
         environment = {**os.environ, "LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
         words = [code, generation, *map(str, tiles), *map(str, sizes)]
         command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--child", *words]
@@ -211,7 +220,7 @@ def measure(code: str, generation: str, tiles: tuple[int, int, int], sizes: tupl
     if done.returncode or not found:
         raise RuntimeError(f"{code} for {generation} at tiles {tiles} did not compile:\n{done.stderr[-2000:]}")
     # A gradient program holds the forward kernel too; it has its own row.
-    return [row for row in found if code.endswith("bwd") != ("fwd" in row.kernel)]
+    return [row for row in found if not (code.endswith("bwd") and "fwd" in row.kernel)]
 
 
 def main() -> None:
@@ -224,43 +233,79 @@ def main() -> None:
     )
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--dims", type=int, nargs="+", default=[128])
     parser.add_argument("--output", type=pathlib.Path, default=None, help="JSON file to write")
+    parser.add_argument("--tune", action="store_true", help="write the best tiles of our attention for each generation")
     parser.add_argument("--child", nargs=8, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         code, generation, *numbers = options.child
         q, k, compute, length, heads, dim = map(int, numbers)
         return compile_code(code, generation, (q, k, compute), length, heads, dim)
+    if options.tune:
+        options.codes = ["ours_fwd", "ours_bwd"]
     rows = []
     print(f"{'generation':11}{'tile':15}{'kernel':36}{'hot':>7}{'matrix':>8}{'spills':>8}{'fills':>7}{'VMEM MiB':>10}")
-    for generation in options.generations:
-        for text in options.tiles:
-            q, k, compute = map(int, text.split(","))
-            for code in options.codes or CODES[options.op]:
-                for row in measure(code, generation, (q, k, compute), (options.length, options.heads, options.dim)):
-                    rows.append({"generation": generation, "tiles": text, "code": code, **dataclasses.asdict(row)})
-                    name = f"{code.split('_')[0]} {row.kernel.removeprefix('block_sparse_attention_')}"
-                    print(
-                        f"{generation:11}{text:15}{name:36}{row.hot_bundles:7}{row.matrix_use:8.3f}{row.spills:8}"
-                        f"{row.fills:7}{row.vmem_mib:10.2f}",
-                        flush=True,
-                    )
+    codes = options.codes or CODES[options.op]
+    for generation, dim, text, code in itertools.product(options.generations, options.dims, options.tiles, codes):
+        q, k, compute = map(int, text.split(","))
+        try:
+            found = measure(code, generation, (q, k, compute), (options.length, options.heads, dim))
+        except RuntimeError as error:  # tiles beyond VMEM: a row of its own
+            print(f"{generation:11}{text:15}{code}: {str(error).splitlines()[-1][:120]}", flush=True)
+            continue
+        for row in found:
+            rows.append({"generation": generation, "tiles": text, "dim": dim, "code": code, **dataclasses.asdict(row)})
+            name = f"{code.split('_')[0]} {row.kernel.removeprefix('block_sparse_attention_')} {dim}"
+            print(
+                f"{generation:11}{text:15}{name:36}{row.hot_bundles:7}{row.matrix_use:8.3f}{row.spills:8}"
+                f"{row.fills:7}{row.vmem_mib:10.2f}",
+                flush=True,
+            )
     if options.output:
-        _write(options, rows)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(_report(options, rows), indent=1) + "\n")
+    if options.tune:
+        for generation in options.generations:
+            _write_tiles(generation, _report(options, [row for row in rows if row["generation"] == generation]))
 
 
-def _write(options: argparse.Namespace, rows: list[dict]) -> None:
+def _report(options: argparse.Namespace, rows: list[dict]) -> dict:
     import importlib.metadata as metadata
 
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    call = {"length": options.length, "heads": options.heads, "dim": options.dim, "mask": "causal", "dtype": "bfloat16"}
+    call = {"length": options.length, "heads": options.heads, "mask": "causal", "dtype": "bfloat16"}
     if options.op == "decode":
         call |= {"requests": BATCH, "kv_heads": options.heads // GROUP}
     when = time.strftime("%Y-%m-%d")
-    report = {"date": when, "versions": versions, "call": call, "unit": "bundles (cycles without stalls)", "rows": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    return {"date": when, "versions": versions, "call": call, "unit": "bundles (cycles without stalls)", "rows": rows}
+
+
+def best_tiles(rows: list[dict]) -> str:
+    """The tiles whose kernels together take the fewest hot bundles a score."""
+    total: dict[str, float] = {}
+    for row in rows:
+        q, k, _ = map(int, row["tiles"].split(","))
+        total[row["tiles"]] = total.get(row["tiles"], 0.0) + row["hot_bundles"] / (q * k)
+    compiled = {row["tiles"] for row in rows if row["code"] == "ours_bwd"}
+    return min(sorted(compiled), key=total.__getitem__)
+
+
+def _write_tiles(generation: str, report: dict) -> None:
+    from pallas_kernels import aot, tuning
+
+    kind = aot.devices(generation)[0].device_kind
+    entries = []
+    for dim in sorted({row["dim"] for row in report["rows"]}):
+        rows = [row for row in report["rows"] if row["dim"] == dim]
+        names = ("block_q", "block_k", "compute_k")
+        tiles = dict(zip(names, map(int, best_tiles(rows).split(",")), strict=True))
+        entries.append({"kernel": "attention_tpu", "dim": dim, "tiles": tiles, "schedules": rows})
+    chosen = "hot bundles a score in the compiler's schedules, forward plus backward; not timed on a device"
+    found = {"device": kind, "chosen_by": chosen, **report, "entries": entries}
+    del found["rows"]
+    path = pathlib.Path(tuning.__file__).parent / "tuned" / tuning.file_name(kind)
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,11 +38,13 @@ CONFIGURABLES = {
     "Cosine": "lcjax.train.optimizers:Cosine",
     "WarmupStableDecay": "lcjax.train.optimizers:WarmupStableDecay",
     "CrossEntropy": "lcjax.train.losses:CrossEntropy",
+    "AttentionTransfer": "lcjax.train.transfer:AttentionTransfer",
     "Checkpoints": "lcjax.train.job:Checkpoints",
     "Reports": "lcjax.train.job:Reports",
     "Sample": "lcjax.train.job:Sample",
     "StepOptions": "lcjax.train.step:StepOptions",
     "Mesh": "lcjax.parallel.mesh:MeshSpec",
+    "Adjoint": "lcjax.parallel.adjoint:Adjoint",
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
@@ -58,6 +60,8 @@ CONFIGURABLES = {
     "LongRoPE": "lcjax.positions.laws:LongRoPE",
     # methods
     "Lora": "lcjax.methods.lora:Lora",
+    "Lawcat": "lcjax.methods.linearize:Lawcat",
+    "Lolcats": "lcjax.methods.linearize:Lolcats",
     "Positions": "lcjax.methods.positions:Positions",
     "NTK": "lcjax.positions.laws:NTK",
     "ByParts": "lcjax.positions.laws:ByParts",
@@ -85,9 +89,12 @@ CONFIGURABLES = {
     # decoding
     "generate": "lcjax.serve.job:Generate",
     "Engine": "lcjax.serve.engine:Engine",
+    "Cache": "lcjax.cache.init:CacheLayout",
+    "Selection": "lcjax.cache.selected:Selection",
     "Sampling": "lcjax.serve.sampling:Sampling",
     # evaluation
     "evaluate": "lcjax.eval.job:Evaluate",
+    "PasskeyTexts": "lcjax.eval.passkey_texts:PasskeyTexts",
     "perplexity": "lcjax.eval.perplexity:Perplexity",
     "passkey": "lcjax.eval.tasks.passkey:Passkey",
     "copy_recall": "lcjax.eval.copy_recall:CopyRecallProbe",

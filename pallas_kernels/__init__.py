@@ -11,6 +11,7 @@ from pallas_kernels.gated_linear import (
     LinearState,
     gated_linear_attention,
     gated_linear_attention_sharded,
+    gated_linear_attention_truncated,
     recurrent_step,
 )
 from pallas_kernels.lists import BlockList
@@ -34,6 +35,7 @@ __all__ = [
     "dual_chunk_attention",
     "gated_linear_attention",
     "gated_linear_attention_sharded",
+    "gated_linear_attention_truncated",
     "masks",
     "merge_attention",
     "quantize_tokens",

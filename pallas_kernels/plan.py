@@ -15,6 +15,7 @@ reads its rows straight from these numbers (`columns`), the forward pass from `r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -87,13 +88,15 @@ class Plan:
         full = xp.where(last < sink, np.int32(INF), _window_end(xp, first, window, self.causal))
         if self.expiry is not None:
             expiry = _tiled(xp, self.expiry, tiles, block // self.block_k)
-            end, full = xp.maximum(end, expiry.max(-1)), xp.maximum(full, expiry.min(-1))
+            end, full = xp.maximum(end, _over(xp.maximum, expiry)), xp.maximum(full, _over(xp.minimum, expiry))
         if self.second is None:
             return Columns(end, full, None, None)
         start, stop = (_tiled(xp, self.second[..., n], tiles, block // self.block_k) for n in (0, 1))
         empty = start >= stop
-        hull = xp.stack([xp.where(empty, INF, start).min(-1), xp.where(empty, 0, stop).max(-1)], -1)
-        inner = xp.stack([start.max(-1), stop.min(-1)], -1)
+        none = np.int32(INF), np.int32(0)
+        first_start = _over(xp.minimum, xp.where(empty, none[0], start))
+        hull = xp.stack([first_start, _over(xp.maximum, xp.where(empty, none[1], stop))], -1)
+        inner = xp.stack([_over(xp.maximum, start), _over(xp.minimum, stop)], -1)
         return Columns(end, full, hull.astype(np.int32), inner.astype(np.int32))
 
     def row_runs(self, rows: int, keys: int, block_q: int, block_k: int) -> RowRuns:
@@ -211,6 +214,13 @@ def _tiled(xp, row: Ints, tiles: int, per_tile: int) -> Ints:
     return row.reshape(row.shape[0], tiles, per_tile)
 
 
+def _over(choose, tiles: Ints) -> Ints:
+    """Largest or smallest of the last axis, a tile's few columns: NumPy reduces short axes slowly."""
+    if tiles.shape[-1] > 8:
+        return choose.reduce(tiles, axis=-1)
+    return functools.reduce(choose, (tiles[..., n] for n in range(tiles.shape[-1])))
+
+
 def _first_live(xp, causal, columns, lives, entry, blocks, block_q, first_key) -> Ints:
     """For each block of rows the first packed entry alive in it; `entry` [P,n] is each tile's place in `packed`.
 
@@ -231,8 +241,9 @@ def _first_live(xp, causal, columns, lives, entry, blocks, block_q, first_key) -
         value = xp.where(stop > begin, entry, none)
         level = xp.frexp(xp.maximum(stop - begin, 1).astype(np.float32))[1].astype(np.int32) - 1  # floor(log2)
         right = xp.maximum(stop - (xp.ones_like(level) << level), begin)
+        some = value < none if xp is np else Ellipsis  # on the host most columns are dead or short-lived
         for place in (begin, right):
-            table = _scatter_min(xp, table, (level, patterns, place), value)
+            table = _scatter_min(xp, table, tuple(x[some] for x in (level, patterns, place)), value[some])
     for level in range(levels - 1, 0, -1):
         half = 1 << (level - 1)
         low = xp.minimum(table[level - 1], table[level])

@@ -1,7 +1,8 @@
 """Tiles of a kernel on the device at hand: measured where a file in `tuned/` has them, else a documented heuristic.
 
 A file is named after JAX's device kind and holds, per kernel and head dim, the tiles and the timings that chose them.
-`python -m benchmarks.attention --search` measures and writes one.
+`python -m benchmarks.attention --search` measures and writes one. Those of TPUs were chosen by the compiler's schedules
+and not on a device: `python -m benchmarks.tpu_schedule --tune`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,28 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.op import interpreter, platform
+
 # Hopper, where nothing was measured: the largest tiles whose buffers fit 227 KiB of shared memory with two steps in
 # flight (keys and values of 128 x D, then queries and output), and 64-row backward tiles, as two 64 x 128 accumulators
 # and two 64 x 64 score tiles fill the registers of a warpgroup.
 HEURISTIC: dict[str, dict[int, dict[str, Any]]] = {
     "attention_forward": {
-        64: {"block_k": 128, "stages": 4, "persistent": True},
-        128: {"block_k": 128, "stages": 2, "persistent": True},
-        256: {"block_k": 64, "stages": 2, "persistent": True},
+        64: {"block_k": 128, "stages": 4},
+        128: {"block_k": 128, "stages": 2},
+        256: {"block_k": 64, "stages": 2},
     },
     "attention_backward": {
         64: {"dq_stages": 4, "dkv_stages": 4},
         128: {"dq_stages": 2, "dkv_stages": 2},
         256: {"dq_stages": 2, "dkv_stages": 2},
+    },
+    # TPU: 1024 x 1024 tiles, whose work hides their copies and their turns of the loop, and products of 512 keys, whose
+    # scores are what the registers can spill. Heads of 256 take half the tile, as both products double. Longer tiles
+    # gain a few per cent on dense masks and lose more on sparse ones.
+    "attention_tpu": {
+        128: {"block_q": 1024, "block_k": 1024, "compute_k": 512},
+        256: {"block_q": 512, "block_k": 512, "compute_k": 512},
     },
 }
 
@@ -41,7 +51,13 @@ def tiles(kernel: str, *, dim: int) -> dict[str, Any]:
 
 
 def _device_kind() -> str | None:
-    return jax.devices()[0].device_kind if jax.default_backend() in ("gpu", "tpu") else None
+    """The kind of device that code is traced for, also where it is only compiled for one."""
+    if platform() == "cpu" or interpreter() is not None:
+        return None
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    if target is not None:
+        return target.device_kind
+    return jax.devices()[0].device_kind if jax.default_backend() == platform() else None
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from flax import nnx
 
 from lcjax.checkpoint import gguf, safetensors
 from lcjax.checkpoint.source import TensorFileError, TensorSource
+from lcjax.models import native
 from lcjax.models.decoder import abstract
 from lcjax.models.family import Family
 from lcjax.models.from_gguf import config_from_gguf
@@ -184,11 +185,15 @@ def _stored_tensors(family: Family, params: nnx.State) -> Iterator[tuple[str, np
 def export_pretrained(
     spec: ModelSpec, params: nnx.State, folder: str | Path, tokenizer: str | Path | None = None
 ) -> None:
-    """Write config.json and safetensors that HF transformers and `load_pretrained` read, in the parameters' dtype.
+    """Write config.json and safetensors that `load_pretrained` reads, in the parameters' dtype.
 
-    tokenizer: a folder whose tokenizer files are copied along. Raises ValueError when no HF family expresses the spec.
+    HF transformers reads them too, unless no HF family expresses the spec: then its `model_type` is 'lcjax'.
+    tokenizer: a folder whose tokenizer files are copied along.
     """
-    family, config = spec_to_hf(spec)
+    try:
+        family, config = spec_to_hf(spec)
+    except ValueError:
+        family, config = native.FAMILY, native.spec_to_config(spec)
     folder = Path(folder)
     dtype = str(jax.tree.leaves(params)[0].dtype)
     safetensors.write_folder(folder, _stored_tensors(family, params))

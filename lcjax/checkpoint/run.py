@@ -9,17 +9,8 @@ import jax.numpy as jnp
 from lcjax.checkpoint.hf import Pretrained
 from lcjax.checkpoint.manager import CheckpointManager
 from lcjax.checkpoint.manifest import rebuild
-from lcjax.models import recurrent
-from lcjax.models import spec as specs
 from lcjax.models.decoder import abstract
-from lcjax.positions import by_factor, dpe, giraffe, laws, mrope, remap, xpos
-
-RECORDS = {
-    kind.__name__: kind
-    for module in (specs, recurrent, laws, by_factor, dpe, giraffe, mrope, remap, xpos)
-    for kind in vars(module).values()
-    if isinstance(kind, type) and kind.__module__ == module.__name__
-}
+from lcjax.models.native import RECORDS
 
 
 def is_run(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from lcjax.cache.base import AttentionCache
+from lcjax.cache.base import AttentionCache, SlotCache
 from lcjax.layers.linear import Linear
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
@@ -92,35 +92,24 @@ class AttentionLayer(HeadProjections):
             "sink_logits": None if self.sink_logits is None else self.sink_logits[...],
         }
         if cache is None:
-            return self._attend(q, k, v, context, options), None
+            return attend(self.mixer, q, k, v, context, **options), None
         return self._attend_cached(q, k, v, context, cache, options)
-
-    def _tables(self, context: Context) -> Tables | None:
-        rope, remap = self.mixer.rope, self.mixer.remap
-        return None if rope is None else context.tables[rope, remap]
-
-    def _attend(self, q: Array, k: Array, v: Array, context: Context, options: dict[str, Any]) -> Array:
-        """Self-attention over the tokens of the pass."""
-        options |= {"segment_ids": context.segment_ids}
-        tables = self._tables(context)
-        if tables is None:
-            return cast(Array, ops.attention(q, k, v, self.mixer.mask(), **options))
-        queries, keys = (tuple(apply_rope(x, t) for t in each) for x, each in ((q, tables.queries), (k, tables.keys)))
-        if self.mixer.remap is not None:
-            return self.mixer.remap.attend(queries, keys, v, **options)
-        return cast(Array, ops.attention(queries[0], keys[0], v, self.mixer.mask(), **options))
 
     def _attend_cached(
         self, q: Array, k: Array, v: Array, context: Context, cache: AttentionCache, options: dict[str, Any]
     ) -> tuple[Array, AttentionCache]:
         """Append the tokens and attend over all that the cache holds, which is keys before or after rotation."""
-        rope, remap, tables = self.mixer.rope, self.mixer.remap, self._tables(context)
+        rope, remap, tables = self.mixer.rope, self.mixer.remap, _tables(self.mixer, context)
         if tables is None or rope is None:
-            cache = cache.append(k, v, context.valid)
+            cache = cache.append(k, v, context.valid).prepare(q)
             return cache.attend(q, self.mixer.mask(), return_lse=False, **options)[0], cache
         queries = tuple(apply_rope(q, t) for t in tables.queries)
         late = rotates_at_read(rope, remap)
         cache = cache.append(k if late else apply_rope(k, tables.keys[0]), v, context.valid)
+        if remap is None and not late:
+            cache = cache.prepare(queries[0])
+            return cache.attend(queries[0], self.mixer.mask(), return_lse=False, **options)[0], cache
+        assert isinstance(cache, SlotCache)
         keys = (cache.k,)
         if late:
             slots = jnp.maximum(cache.positions(), 0)
@@ -128,5 +117,27 @@ class AttentionLayer(HeadProjections):
             keys = tuple(apply_rope(cache.k, t) for t in found)
         if remap is not None:
             return remap.attend_cached(queries, keys, cache, **options), cache
-        shown = cache.with_keys(keys[0]) if late else cache
-        return shown.attend(queries[0], self.mixer.mask(), return_lse=False, **options)[0], cache
+        return cache.with_keys(keys[0]).attend(queries[0], self.mixer.mask(), return_lse=False, **options)[0], cache
+
+
+def attend(
+    mixer: Attention,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    context: Context,
+    **options: Any,
+) -> Float[Array, "B T H D"]:
+    """Self-attention over the tokens of the pass, rotated and masked as the record says; `options` are the op's."""
+    options |= {"segment_ids": context.segment_ids}
+    tables = _tables(mixer, context)
+    if tables is None:
+        return cast(Array, ops.attention(q, k, v, mixer.mask(), **options))
+    queries, keys = (tuple(apply_rope(x, t) for t in each) for x, each in ((q, tables.queries), (k, tables.keys)))
+    if mixer.remap is not None:
+        return mixer.remap.attend(queries, keys, v, **options)
+    return cast(Array, ops.attention(queries[0], keys[0], v, mixer.mask(), **options))
+
+
+def _tables(mixer: Attention, context: Context) -> Tables | None:
+    return None if mixer.rope is None else context.tables[mixer.rope, mixer.remap]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -15,6 +16,7 @@ from lcjax.layers.mlp import MLP
 from lcjax.layers.norm import RMSNorm
 from lcjax.models.recurrent import DeltaNet, GatedLinear, Linearized, Mamba2
 from lcjax.models.spec import Attention, Mixer, ModelSpec
+from lcjax.parallel.adjoint import adjoint
 
 LAYERS: dict[type[Mixer], Any] = {
     Attention: AttentionLayer,
@@ -41,7 +43,8 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T width"], context: Context, cache: Any = None
     ) -> tuple[Float[Array, "B T width"], Any]:
-        y, cache = self.mixer(self.mixer_norm(x), context, cache)
+        local = adjoint().mode == "layer_local" and not isinstance(self.mixer, AttentionLayer)
+        y, cache = self.mixer(self.mixer_norm(jax.lax.stop_gradient(x) if local else x), context, cache)
         return self.after_mixer(x, y), cache
 
     def after_mixer(self, x: Float[Array, "B T width"], y: Float[Array, "B T width"]) -> Float[Array, "B T width"]:

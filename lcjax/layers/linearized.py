@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from lcjax.cache.recurrent import RecurrentCache, ragged_tail
-from lcjax.layers.attention import Context, HeadProjections
+from lcjax.layers.attention import Context, HeadProjections, attend
 from lcjax.layers.gated_linear import GATE_TEMPERATURE
 from lcjax.layers.linear import Linear, precision
 from lcjax.layers.recurrence import Convolution, Inputs, masked, recur, repeat_heads
@@ -60,7 +60,7 @@ class LinearizedLayer(HeadProjections):
         down = Weight((width, mixer.decay_rank), ("embed", "rank"), std=GATE_STD)
         up = Weight((mixer.decay_rank, groups, keys), ("rank", "kv_heads", "head_dim"), std=GATE_STD)
         gated = mixer.decay == "vector"
-        self.decay_down = Linear(down, bias=True, **init) if gated else None
+        self.decay_down = Linear(down, **init) if gated else None
         self.decay_up = Linear(up, bias=True, **init) if gated else None
         logit = Weight((heads,), ("heads",), fill=mixer.window_logit)
         self.window_logit = logit.param(rngs, param_dtype) if mixer.window else None
@@ -84,6 +84,11 @@ class LinearizedLayer(HeadProjections):
         q, k, v = (repeat_heads(streams[name], heads) for name in ("q", "k", "v"))
         key_map = self.query_map if self.key_map is None else self.key_map
         return hedgehog(q, self.query_map[...]), hedgehog(k, key_map[...]), v, tails
+
+    def target(self, x: Float[Array, "B T width"], context: Context) -> Float[Array, "B T H D"]:
+        """What the teacher's attention makes of x with the same projections."""
+        teacher = self.mixer.teacher
+        return attend(teacher, *self.project(x), context, scale=teacher.scale, soft_cap=teacher.soft_cap)
 
     def mix(
         self, x: Float[Array, "B T width"], context: Context, cache: RecurrentCache | None = None

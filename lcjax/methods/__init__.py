@@ -1,7 +1,8 @@
 """Long-context methods: frozen records that change a model's spec and, where they are trained, the training job."""
 
 from lcjax.methods.base import Method, MethodConflict, adapt_job, adapt_model
+from lcjax.methods.linearize import Lawcat, Lolcats
 from lcjax.methods.lora import Lora
 from lcjax.methods.positions import Positions
 
-__all__ = ["Lora", "Method", "MethodConflict", "Positions", "adapt_job", "adapt_model"]
+__all__ = ["Lawcat", "Lolcats", "Lora", "Method", "MethodConflict", "Positions", "adapt_job", "adapt_model"]

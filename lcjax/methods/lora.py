@@ -43,10 +43,8 @@ class Lora(Method):
         return replace(spec, adapters=Adapters(self.rank, self.alpha, self.targets, self.dora))
 
     def recipe(self, job: "Train") -> "Train":
-        """Only adapters and `also` are trained, unless the job names its trainable parameters itself."""
-        if self.rank == 0 or job.trainable:
-            return job
-        return replace(job, trainable=(r"\.adapter\.", *self.also))
+        """Only adapters and `also` are trained."""
+        return job if self.rank == 0 else replace(job, trainable=(r"\.adapter\.", *self.also))
 
 
 def merge(spec: ModelSpec, params: nnx.State) -> tuple[ModelSpec, nnx.State]:

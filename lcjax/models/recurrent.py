@@ -115,6 +115,8 @@ class Linearized(RecurrentMixer):
         _check_conv(self)
         if self.window and self.teacher.soft_cap is not None:
             raise ValueError("Linearized.window with a soft-capped teacher is not supported: set window=0")
+        if self.teacher.remap is not None:
+            raise ValueError("Linearized.teacher has a remap of positions: linearise the model without it")
         if self.teacher.sink_logits:
             raise ValueError("Linearized.teacher has sink_logits, which a linear layer cannot imitate")
         if self.window < 0 or (self.window and not self.normalise):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lcjax.models import gemma, llama, mistral, qwen
+from lcjax.models import gemma, llama, mistral, native, qwen
 from lcjax.models.family import Family
 from lcjax.models.spec import ModelSpec
 
@@ -14,10 +14,10 @@ COMPARED = {*ModelSpec.__dataclass_fields__, "layers"} - {"name", "dtype", "patt
 def family_of_config(config: Mapping[str, Any]) -> Family:
     """The family of a HF config dictionary, by its `model_type`."""
     kind = config.get("model_type")
-    for family in FAMILIES:
+    for family in (*FAMILIES, native.FAMILY):
         if kind in family.model_types:
             return family
-    known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
+    known = ", ".join(kind for family in (*FAMILIES, native.FAMILY) for kind in family.model_types)
     raise ValueError(f"model_type {kind!r} is not supported; known: {known}")
 
 

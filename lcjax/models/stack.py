@@ -1,5 +1,6 @@
 """Running a list of blocks: one by one, rematerialised, or stacked and scanned."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,30 +42,46 @@ def runs(kinds: list[Any]) -> list[tuple[int, int, int]]:
     return cut
 
 
-def apply_stacked(blocks: list[Any], x: jax.Array, context: Any, remat: str, scan: bool) -> jax.Array:
-    """Pass x through uncached blocks. With `scan`, equal periods share one traced body over stacked weights."""
-    parts = [nnx.split(block) for block in blocks]
-    kinds = [graphdef for graphdef, _ in parts]
+def fold(
+    kinds: list[Any],
+    states: list[Any],
+    body: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]],
+    x: jax.Array,
+    scan: bool,
+) -> tuple[jax.Array, list[Any]]:
+    """Pass x through layers, `body(kind, state, x) -> (x, out)` each; also the outs, one a layer.
 
-    def one(graphdef: Any, state: Any, x: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, state)(x, context)[0]
-
-    for start, period, repeats in runs(kinds) if scan else [(0, len(blocks), 1)]:
-        block = [
-            rematerialised(lambda state, x, kind=kind: one(kind, state, x), remat)
-            for kind in kinds[start : start + period]
-        ]
-        states = [state for _, state in parts[start : start + period * repeats]]
+    With `scan`, equal periods of kinds share one traced body over stacked states.
+    """
+    outs: list[Any] = []
+    for start, period, repeats in runs(kinds) if scan else [(0, len(kinds), 1)]:
+        bodies = [functools.partial(body, kind) for kind in kinds[start : start + period]]
+        mine = states[start : start + period * repeats]
         if repeats == 1:
-            for apply, state in zip(block, states, strict=True):
-                x = apply(state, x)
+            x, found = _in_turn(bodies, mine, x)
+            outs += found
             continue
-        stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *states[j::period]) for j in range(period)]
+        stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *mine[j::period]) for j in range(period)]
+        step = lambda x, period_states, bodies=bodies: _in_turn(bodies, period_states, x)
+        x, found = jax.lax.scan(step, x, stacked)
+        outs += [jax.tree.map(lambda y, i=i: y[i], found[j]) for i in range(repeats) for j in range(period)]
+    return x, outs
 
-        def body(x: jax.Array, period_states: Any, block: Any = block) -> tuple[jax.Array, None]:
-            for apply, state in zip(block, period_states, strict=True):
-                x = apply(state, x)
-            return x, None
 
-        x, _ = jax.lax.scan(body, x, stacked)
-    return x
+def _in_turn(bodies: list[Any], states: list[Any], x: jax.Array) -> tuple[jax.Array, list[Any]]:
+    outs = []
+    for body, state in zip(bodies, states, strict=True):
+        x, out = body(state, x)
+        outs.append(out)
+    return x, outs
+
+
+def apply_stacked(blocks: list[Any], x: jax.Array, context: Any, remat: str, scan: bool) -> jax.Array:
+    """Pass x through uncached blocks, rematerialised and scanned as asked."""
+    parts = [nnx.split(block) for block in blocks]
+
+    def body(kind: Any, state: Any, x: jax.Array) -> tuple[jax.Array, None]:
+        apply = lambda state, x: nnx.merge(kind, state)(x, context)[0]
+        return rematerialised(apply, remat)(state, x), None
+
+    return fold([kind for kind, _ in parts], [state for _, state in parts], body, x, scan)[0]

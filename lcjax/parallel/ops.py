@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
 from lcjax.parallel import dense, sparse
+from lcjax.parallel.adjoint import adjoint
 from lcjax.parallel.layout import Layout, current_layout, exchange, per_shard
 from lcjax.parallel.work import counting, stand_in, visible_pairs
 from pallas_kernels import LinearState
@@ -151,24 +152,24 @@ def gated_linear(
     normalise: bool = False,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], LinearState]:
-    """As `pallas_kernels.gated_linear_attention`; a row with an initial state is not split over the context axis."""
+    """As `pallas_kernels.gated_linear_attention`; a row with an initial state is not split over the context axis.
+
+    The gradient is the true one unless `through_recurrences` asked for a truncated one.
+    """
     if counting():
         shape = jax.eval_shape(lambda: LinearState(*_blank_state(q, v, normalise)))
         flops = 4 * math.prod(q.shape) * v.shape[-1]  # writing and reading the state
         return stand_in(flops, (jax.ShapeDtypeStruct(v.shape, v.dtype), shape), q, k, v, log_decay)
     layout = current_layout(q.shape[0], (q.shape[2],), None if initial_state is not None else q.shape[1])
     if layout is None:
-        return pk.gated_linear_attention(
+        return _recurrence(None)(
             q, k, v, log_decay,
             beta=beta, initial_state=initial_state, segment_ids=segment_ids, normalise=normalise, scale=scale,
         )  # fmt: skip
 
     def shard(q, k, v, log_decay, beta, ids, state):
         options: dict[str, Any] = {"beta": beta, "initial_state": state, "segment_ids": ids}
-        options |= {"normalise": normalise, "scale": scale}
-        if layout.length is None:
-            return pk.gated_linear_attention(q, k, v, log_decay, **options)
-        return pk.gated_linear_attention_sharded(q, k, v, log_decay, axis_name=layout.length, **options)
+        return _recurrence(layout.length)(q, k, v, log_decay, normalise=normalise, scale=scale, **options)
 
     wide: Any = layout.spec(*QUERY)
     state: Any = layout.spec("batch", "heads")
@@ -177,6 +178,15 @@ def gated_linear(
     specs = (wide, wide, wide, decay, layout.spec(*QUERY[:3]), layout.spec("batch", "length"), state)
     specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
     return per_shard(shard, specs, (wide, LinearState(state, state if normalise else None)))(*arguments)
+
+
+def _recurrence(axis: str | None) -> Callable[..., Any]:
+    """The op for a sequence that is whole, or lies along a mesh axis, with the gradient that was asked for."""
+    if (window := adjoint().window) is not None:
+        return functools.partial(pk.gated_linear_attention_truncated, window=window, axis_name=axis)
+    if axis is None:
+        return pk.gated_linear_attention
+    return functools.partial(pk.gated_linear_attention_sharded, axis_name=axis)
 
 
 def causal_conv(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcjax.cache import cache_bytes
+from lcjax.cache import CacheLayout, cache_bytes
 from lcjax.models.spec import ModelSpec
 from lcjax.serve.programs import Programs
 from lcjax.serve.report import Report
@@ -41,6 +41,7 @@ class Engine:
     made in a few sizes up to it, so that another prompt of similar length compiles nothing.
     batch: most requests at once. chunk: prompt tokens read at a time. steps: tokens written a dispatch.
     slack: cache slots that a batch may get for each one it needs, so as to run a program that is compiled already.
+    cache: how keys and values are kept.
     """
 
     capacity: int | None = None
@@ -48,7 +49,7 @@ class Engine:
     chunk: int = 256
     steps: int = 8
     slack: int = 1
-    cache_dtype: str | None = None  # None: the model's compute dtype
+    cache: CacheLayout = field(default_factory=CacheLayout)
 
     def __post_init__(self):
         for name in ("capacity", "batch", "chunk", "steps", "slack"):
@@ -58,7 +59,7 @@ class Engine:
 
     def sizes(self, batch: int, capacity: int) -> dict[str, Any]:
         """The sizes of the programs for `batch` requests of `capacity` tokens."""
-        own = {name: getattr(self, name) for name in ("chunk", "steps", "cache_dtype")}
+        own = {name: getattr(self, name) for name in ("chunk", "steps", "cache")}
         return own | {"batch": batch, "capacity": capacity}
 
 

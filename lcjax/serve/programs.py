@@ -23,14 +23,14 @@ class Programs:
     """
 
     def __init__(self, graphdef: Any, params: Any, spec: ModelSpec, sizes: dict[str, Any]):
-        """sizes: batch, capacity, chunk, steps, cache_dtype."""
+        """sizes: batch, capacity, chunk, steps, cache (a CacheLayout)."""
         self._params, self.sizes = params, sizes
         self._compiled: dict[str, Any] = {}
         self.compile_seconds = 0.0
         batch, capacity, chunk = sizes["batch"], sizes["capacity"], sizes["chunk"]
 
         def begin(params: Any, *rest: Any) -> DecodeState:
-            caches = init_caches(spec, batch, capacity, sizes["cache_dtype"], chunk=chunk)
+            caches = init_caches(spec, batch, capacity, sizes["cache"], chunk=chunk)
             none = jnp.zeros((batch,), jnp.int32)
             return prefill(graphdef, params, DecodeState(caches, none, none, jnp.zeros((batch,), bool)), *rest)
 

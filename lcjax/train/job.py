@@ -160,9 +160,10 @@ class Train:
         else:
             read = self.model.read()
             spec, weights, tokenizer = read.spec, read.params, read.tokenizer_source
-        job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=())
+        spec = adapt_model(self.methods, spec)  # first, since a method may lengthen the context
+        job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=(), trainable=())
         job = adapt_job(self.methods, job)
-        return replace(job, model=adapt_model(self.methods, spec)), weights
+        return replace(job, trainable=self.trainable or job.trainable), weights
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raise ValueError when rows or tokens don't divide over the mesh."""

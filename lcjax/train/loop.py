@@ -301,6 +301,8 @@ def describe(run: Run, progress: Progress) -> None:
         f"{len(devices)} x {devices[0].device_kind}{' with ' + axes if axes else ''}"
     )
     progress.say(f"{flops / 1e6:,.1f} MFLOP per token ({CONVENTION})")
+    if warning := job.options.adjoint.warning:
+        progress.say(f"warning: {warning}")
     if run.resumed_at:
         what = "already finished" if run.resumed_at >= job.steps else "resumed"
         progress.say(f"{what} at step {run.resumed_at} of {job.steps}, from {run.manager.folder}")

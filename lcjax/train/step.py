@@ -1,7 +1,7 @@
 """One training step as a pure function of (state, batch)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
+from lcjax.parallel.adjoint import Adjoint, through_recurrences
 from lcjax.parallel.layout import Exchange, attention_exchange
 from lcjax.train.losses import Loss, LossSums
 from lcjax.train.state import TrainState, divide
@@ -29,12 +30,13 @@ BATCH_DTYPES = {
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step spends memory for time; none of these changes what is computed."""
+    """How a step spends memory for time; only an `adjoint` other than the exact one changes what is computed."""
 
     accumulate: int = 1  # micro-batches per update
     remat: Literal["none", "full", "attention", "dots"] = "none"
     scan: bool = False
     exchange: Exchange = "auto"  # of full attention over a split sequence, see `lcjax.parallel.dense`
+    adjoint: Adjoint = field(default_factory=Adjoint)  # the gradient of recurrent layers
 
 
 def make_step(
@@ -55,7 +57,7 @@ def make_step(
 
     def gradients(trained: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Any, LossSums]:
         def grad(trained: nnx.State, batch: Batch) -> tuple[Any, LossSums]:
-            with attention_exchange(options.exchange):
+            with attention_exchange(options.exchange), through_recurrences(options.adjoint):
                 return loss.gradients(graphdef, trained, frozen, batch, options)
 
         if options.accumulate == 1:

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels import tuning
 from pallas_kernels.attention import tpu_tables as tt
 from pallas_kernels.attention.call import KEPT, Call
 from pallas_kernels.attention.mosaic_tpu_parts import (
@@ -108,13 +109,13 @@ def attend_with(call: Call, block_q: int, block_k: int, compute_k: int):
 
 
 def default_tiles(call: Call) -> tuple[int, int, int]:
-    """Large tiles for long inputs; no tile is longer than its axis rounded up to 128, or divides no block of a list."""
+    """The tuned tiles, none longer than its axis rounded up to 128, and such that they divide the blocks of a list."""
+    best = tuning.tiles("attention_tpu", dim=max(call.q.shape[-1], call.v.shape[-1]))
     rounded = lambda n, most: min(-(-n // LANES) * LANES, most)
-    most = 1024 if max(call.q.shape[-1], call.v.shape[-1]) <= LANES else 512
-    block_q, block_k = rounded(call.q.shape[1], most), rounded(call.k.shape[1], most)
+    block_q, block_k = rounded(call.q.shape[1], best["block_q"]), rounded(call.k.shape[1], best["block_k"])
     if call.lists is not None:
         block_q, block_k = math.gcd(block_q, call.lists.block_q), math.gcd(block_k, call.lists.block_k)
-    return block_q, block_k, 512 if block_k % 512 == 0 else LANES
+    return block_q, block_k, best["compute_k"] if block_k % best["compute_k"] == 0 else LANES
 
 
 def _reason(call: Call) -> str | None:

@@ -53,7 +53,7 @@ def tables(call: Call, plan: Plan, tiling: Tiling) -> Tables:
     fixed = isinstance(call.q_offset, int)
     offset, size = _offset(call), _size(call)
     places = call.key_places
-    marks = None if places is None else sink_tiles(places, plan.sink, block_k)
+    marks = None if places is None else sink_tiles(places, jnp.asarray(plan.sink), block_k)
     runs = (plan if places is None else plan.without_sinks()).row_runs(
         length + call.q_offset if fixed else max(length, keys), keys, block_q, block_k
     )

@@ -292,9 +292,7 @@ def copies(c: Config, r, program, slot, n, place, act: str) -> None:
         owner, start = lax.div(place, c.rows_per_page), lax.rem(place, c.rows_per_page) * unit
     else:
         owner, start = request, place
-    rows = pl.ds(
-        start if order == "tokens" else pl.multiple_of(start, math.gcd(unit, math.gcd(c.capacity, LANES))), unit
-    )
+    rows = pl.ds(pl.multiple_of(start, math.gcd(unit, unit if c.rows_per_page else c.capacity, LANES)), unit)
     pairs = []
     for source, target in ((r.k, r.k_tile), (r.v, r.v_tile)):
         match order:

@@ -21,8 +21,8 @@ def _kernel(q, k, v, g, s0, scale: float, interpret):
 
 
 def _kernel_forward(q, k, v, g, s0, scale, interpret):
-    o, last, chunk_states = mosaic_gpu_fwd.forward(q, k, v, g, s0, scale=scale, save=True, interpret=interpret)
-    return (_add_tiles(o), last), (q, k, v, g, chunk_states, last)
+    o, last, saved = mosaic_gpu_fwd.forward(q, k, v, g, s0, scale=scale, save=True, interpret=interpret)
+    return (_add_tiles(o), last), (q, k, v, g, saved, last)
 
 
 def _kernel_backward(scale, interpret, residuals, cotangents):

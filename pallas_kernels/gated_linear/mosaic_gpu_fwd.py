@@ -29,10 +29,9 @@ from pallas_kernels.gated_linear.mosaic_gpu_parts import (
 )
 
 WARPGROUPS = 3
-STATE_WARPGROUPS = 3
 
 
-def launch(body, split: Split, out_type, scratch, signals: int, *, interpret, warpgroups=WARPGROUPS):
+def launch(body, split: Split, matrices, out_type, scratch, signals: int, *, interpret, warpgroups=WARPGROUPS):
     """A kernel of `ceil(units / warpgroups)` blocks; `body` runs once per warpgroup, on its slice of `scratch`.
 
     `body(unit, sums, inputs, outputs, buffers, signal)`: `signal(i)` is the warpgroup's own barrier i of `signals`.
@@ -60,7 +59,7 @@ def launch(body, split: Split, out_type, scratch, signals: int, *, interpret, wa
 
         pl.run_scoped(
             scoped,
-            tile(len(parts.sum_matrices())),
+            tile(len(matrices)),
             plgpu.Barrier(),
             scratch,
             plgpu.Barrier(num_barriers=warpgroups * signals),
@@ -77,53 +76,65 @@ def launch(body, split: Split, out_type, scratch, signals: int, *, interpret, wa
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret or False,
     )
-    return lambda *args: kernel(jnp.asarray(parts.sum_matrices(), jnp.bfloat16), *args)
+    return lambda *args: kernel(jnp.asarray(matrices, jnp.bfloat16), *args)
 
 
-def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, reverse: bool, interpret: bool):
-    """A segment's own state from zero. Forward: `(k suffix)^T v`; reverse: `(q prefix)^T do`, chunks from the last."""
-    (x_gmem, y_gmem, g_gmem, halves_gmem, strong_gmem), (state_gmem,) = ins, outs
-    x, y, g, half, weighted = buffers
+def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interpret: bool):
+    """A segment's own state from zero, `(k suffix)^T v` chunk by chunk; also the decay sums of `Halves`."""
+    state_gmem, strongest_gmem, halves_gmem = outs
+    k, v, g, half, weighted = buffers
     place = split.place(unit)
-    strong = strong_gmem[unit] != 0
     mm = functools.partial(products, interpret=interpret)
 
     def load(i):
-        chunk = place.first + (place.count - 1 - i if reverse else i)
         slot = jax.lax.rem(i, 2)
-        keys, values = place.tokens(chunk, place.key_tile), place.tokens(chunk, place.value_tile)
-        routes = ((x_gmem, x, keys), (y_gmem, y, values), (g_gmem, g, keys), (halves_gmem, half, place.sums(chunk)))
-        for n, (gmem, smem, at) in enumerate(routes):
-            plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], signal(slot * 4 + n))
+        keys, values = (place.tokens(place.first + i, n) for n in (place.key_tile, place.value_tile))
+        for n, (gmem, smem, at) in enumerate(zip(ins, (k, v, g), (keys, values, keys), strict=True)):
+            plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], signal(slot * 3 + n))
 
     load(jnp.int32(0))
 
-    def chunk(i, state):
+    def chunk(i, carry):
+        state, strongest = carry
         slot = jax.lax.rem(i, 2)
-        for n in (2, 3, 0):
-            plgpu.barrier_wait(signal(slot * 4 + n))
-        pl.when(strong)(lambda: parts.clamp_decay(g.at[slot]))
-        from_middle = mm([(sums.at[Sums.MIDDLE], g.at[slot])])
-        pl.when(i + 1 < place.count)(lambda: load(i + 1))  # after a barrier: every warp is done with the other slot
-        first, second = half.at[slot, 0], half.at[slot, 1]
-        exponent = from_middle + parts.per_column(first) if reverse else parts.per_column(second) - from_middle
-        weighted[...] = bf16(read(x.at[slot]) * jnp.exp(exponent))
+        plgpu.barrier_wait(signal(slot * 3 + 2))
+        raw = read(g.at[slot])
+        strongest = jnp.maximum(strongest, (-raw).max(1))
+        g[slot] = bf16(jnp.maximum(raw, parts.FLOOR))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()
-        plgpu.barrier_wait(signal(slot * 4 + 1))
-        total = parts.per_row(first, jnp.exp) * parts.per_row(second, jnp.exp)
-        return mm([(weighted.transpose((1, 0)), y.at[slot])], state * total)
+        pl.when(i + 1 < place.count)(lambda: load(i + 1))  # after a barrier: every warp is done with the other slot
+        first, second = (mm([(g.at[slot].transpose((1, 0)), sums.at[n])]).sum(1) for n in (Sums.FIRST, Sums.SECOND))
+        suffix = jnp.exp(mm([(sums.at[Sums.SUFFIX], g.at[slot])]))
+        plgpu.barrier_wait(signal(slot * 3))
+        weighted[...] = bf16(read(k.at[slot]) * suffix)
+        half[0], half[1] = first, second
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(half, halves_gmem.at[place.sums(place.first + i)])
+        plgpu.barrier_wait(signal(slot * 3 + 1))
+        total = jax.lax.broadcast_in_dim(jnp.exp(first + second), (WIDTH, WIDTH), (0,))
+        return mm([(weighted.transpose((1, 0)), v.at[slot])], state * total), strongest
 
-    state_gmem[unit] = jax.lax.fori_loop(0, place.count, chunk, parts.zeros())
+    start = (parts.zeros(), plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), plgpu.Layout.WGMMA.reduce(1)))
+    state_gmem[unit], strongest_gmem[unit] = jax.lax.fori_loop(0, place.count, chunk, start)
+    plgpu.wait_smem_to_gmem(0)
 
 
-def segment_states(x, y, g, found: Halves, split: Split, *, reverse: bool, interpret=None):
-    """States of every segment from a zero start `[units, Dk, Dv]`."""
-    n = STATE_WARPGROUPS
-    shape = jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32)
-    scratch = [tile(n, 2), tile(n, 2), tile(n, 2), plgpu.SMEM((n, 2, 2, WIDTH), jnp.float32), tile(n)]
-    body = functools.partial(_states_body, split=split, reverse=reverse, interpret=bool(interpret))
-    run = launch(body, split, [shape], scratch, 8, interpret=interpret, warpgroups=n)
-    return run(x, y, g, found.sums, parts.strong_units(found, split))[0]
+def segment_states(k, v, g, split: Split, *, interpret=None) -> tuple[Array, Halves]:
+    """States of every segment from a zero start `[units, Dk, Dv]`, and what the other kernels must know of g."""
+    n = WARPGROUPS
+    b, t, h, dk = k.shape
+    out_type = [
+        jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32),
+        jax.ShapeDtypeStruct((split.units, CHUNK), jnp.float32),
+        jax.ShapeDtypeStruct((b, t // CHUNK, h, 2, dk), jnp.float32),
+    ]
+    scratch = [tile(n, 2), tile(n, 2), tile(n, 2), plgpu.SMEM((n, 2, WIDTH), jnp.float32), tile(n)]
+    body = functools.partial(_states_body, split=split, interpret=bool(interpret))
+    run = launch(body, split, Sums.STATES, out_type, scratch, 6, interpret=interpret)
+    local, strongest, sums = run(k, v, g)
+    by_head = strongest.reshape(b, split.segments, h, split.key_tiles, split.value_tiles, CHUNK)
+    return local, Halves(sums, by_head.max((1, 4, 5)) > -parts.FLOOR)
 
 
 def _mild_chunk(tiles, half, sums, mm, state):
@@ -164,7 +175,7 @@ def _strong_chunk(tiles, half, sums, mm, state):
 
 
 def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float, save: bool, interpret: bool):
-    """A segment from its true entry state: outputs, and the state of each chunk (`save`)."""
+    """A segment from its true entry state: outputs, and the state that enters each chunk (`save`)."""
     *arrays, strong_gmem, entry_gmem = ins
     *tiles, half, weighted, state_tile, o_tile = buffers
     place = split.place(unit)
@@ -182,10 +193,13 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
     def chunk(step, i, state):
         for n in range(len(arrays)):
             plgpu.barrier_wait(signal(n))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copies out of both tiles
-        o, state = step((*tiles, weighted, state_tile), half, sums, mm, state)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copy out of o_tile
         if save:
-            plgpu.copy_smem_to_gmem(state_tile, outs[1].at[place.state(place.first + i)])
+            o_tile[...] = bf16(state)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o_tile, outs[1].at[place.state(place.first + i)])
+        o, state = step((*tiles, weighted, state_tile), half, sums, mm, state)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_tile[...] = bf16(o * scale)
         plgpu.commit_smem()
         pl.when(i + 1 < place.count)(lambda: load(i + 1))
@@ -210,7 +224,7 @@ def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, sav
         out_type.append(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
     scratch = [*(tile(n) for _ in range(4)), plgpu.SMEM((n, 2, WIDTH), jnp.float32), *(tile(n) for _ in range(3))]
     body = functools.partial(_outputs_body, split=split, scale=scale, save=save, interpret=bool(interpret))
-    run = launch(body, split, out_type, scratch, 5, interpret=interpret)
+    run = launch(body, split, Sums.LEVELS[: Sums.LATER], out_type, scratch, 5, interpret=interpret)
     return run(q, k, v, g, found.sums, parts.strong_units(found, split), entry)
 
 
@@ -250,12 +264,11 @@ def entry_states(local: Array, decay: Array, start: Array, split: Split, *, reve
 def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=None, slots: int = 396):
     """q, k, g `[B, T, H, Dk]`, v `[B, T, H, Dv]` bfloat16, T and widths multiples of 64; s0 `[B, H, Dk, Dv]`.
 
-    Returns o by key tile, the last state, and the chunk-entry states if `save`.
+    Returns o by key tile, the last state, and if `save` the chunk-entry states and `Halves`, for the backward.
     """
     b, t, h, dk = q.shape
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)
-    found = parts.halves(g)
-    local = segment_states(k, v, g, found, split, reverse=False, interpret=interpret)
+    local, found = segment_states(k, v, g, split, interpret=interpret)
     entry, last = entry_states(local, parts.unit_decays(found, split), s0, split, reverse=False)
     o, *chunk_states = outputs(q, k, v, g, found, entry, split, scale=scale, save=save, interpret=interpret)
-    return o, last, chunk_states[0] if save else None
+    return o, last, (chunk_states[0], found) if save else None

@@ -19,26 +19,39 @@ RANGE = 60.0  # of the exponents of one factorisation of a chunk
 LEVELS = (8, 16, 32)  # block widths of the one-sided levels; below them, pairs inside a block of 8 rows
 
 
-class Sums:
-    """Constant matrices by index: what each adds up. Two are signed, from the middle of a block to the row."""
-
-    MIDDLE, INNER, L8, L16, L32 = range(5)  # from the middle of the chunk; of the row's block of 8; across a border
-
-
-def sum_matrices() -> np.ndarray:
-    """`[5, 64, 64]`; row i of a matrix marks the tokens whose log-decays its sum holds."""
+def _from_middle(w):
+    """Signed, from the middle of the row's block of w tokens to the row."""
     i, t = np.mgrid[:CHUNK, :CHUNK]
+    middle = i // w * w + w // 2
+    return np.where((t >= middle) & (t <= i), 1, 0) - np.where((t < middle) & (t > i), 1, 0)
 
-    def from_middle(w):
-        middle = i // w * w + w // 2
-        return np.where((t >= middle) & (t <= i), 1, 0) - np.where((t < middle) & (t > i), 1, 0)
 
-    def to_border(w):
-        right = i // w % 2 == 1
-        border = np.where(right, i // w, i // w + 1) * w
-        return np.where(right, (t >= border) & (t <= i), (t > i) & (t < border))
+def _to_border(w):
+    """Between the row and the border of the pair of blocks of w tokens that it lies in."""
+    i, t = np.mgrid[:CHUNK, :CHUNK]
+    right = i // w % 2 == 1
+    border = np.where(right, i // w, i // w + 1) * w
+    return np.where(right, (t >= border) & (t <= i), (t > i) & (t < border))
 
-    return np.stack([from_middle(CHUNK), from_middle(8), *map(to_border, LEVELS)]).astype(np.float32)
+
+def _after(n):
+    """From n tokens after the row to the chunk's end."""
+    return np.triu(np.ones((CHUNK, CHUNK)), n)
+
+
+def _half(n):
+    """Column 0 marks half n of the chunk."""
+    t, column = np.mgrid[:CHUNK, :CHUNK]
+    return (t // (CHUNK // 2) == n) & (column == 0)
+
+
+class Sums:
+    """Constant `[n, 64, 64]` matrices. Row i of a product with a chunk's log-decays is their sum as described."""
+
+    LEVELS = np.stack([_from_middle(CHUNK), _from_middle(8), *map(_to_border, LEVELS), _after(0)])
+    MIDDLE, INNER, L8, L16, L32, LATER = range(6)
+    STATES = np.stack([_after(1), _half(0), _half(1)])
+    SUFFIX, FIRST, SECOND = range(3)
 
 
 class Split(NamedTuple):
@@ -174,22 +187,13 @@ def per_column(vector, at=None):
 class Halves(NamedTuple):
     """Log-decays summed over the halves of each chunk, and where they are too strong for one factorisation.
 
-    Pairs (i, j) of a chunk decay by `exp(x_i - x_j)`, x being the signed sum from the chunk's middle. While no half
-    sums to less than `-RANGE`, `q exp(x)` and `k exp(-x)` stay in range and one product gives all scores; this holds
-    for any mean log-decay above -1.9. Stronger chunks go level by level.
+    Pairs (i, j) of a chunk decay by `exp(x_i - x_j)`, x being the signed sum from the chunk's middle. While neither
+    half sums to less than `-RANGE`, `q exp(x)` and `k exp(-x)` stay in range and one product gives all scores; a mean
+    log-decay above -1.9 is enough. Units with a stronger chunk go level by level.
     """
 
     sums: jax.Array  # [B, N, H, 2, Dk] float32, floored
-    strong: jax.Array  # [B, N, H, Dk / 64] bool
-
-
-def halves(g) -> Halves:
-    b, t, h, dk = g.shape
-    split = g.reshape(b, t // CHUNK, 2, CHUNK // 2, h, dk).astype(jnp.float32)
-    sums = jnp.maximum(split, FLOOR).sum(3)
-    strong = (sums < -RANGE).any(2) | (split.min((2, 3)) < FLOOR)
-    strong = strong.reshape(b, t // CHUNK, h, dk // WIDTH, WIDTH).any(-1)
-    return Halves(jnp.moveaxis(sums, 2, 3), strong)
+    floored: jax.Array  # [B, H, Dk / 64] bool: some log-decay is under the floor
 
 
 def by_segment(x, split: Split, fill):
@@ -199,18 +203,19 @@ def by_segment(x, split: Split, fill):
     return x.reshape(x.shape[0], split.segments, split.chunks, *x.shape[2:])
 
 
-def spread(x, split: Split):
-    """`[B, segments, H, key tiles, ...]` to units, alike for all value tiles."""
-    shape = (*x.shape[:4], split.value_tiles, *x.shape[4:])
-    return jnp.broadcast_to(jnp.expand_dims(x, 4), shape).reshape(split.units, *x.shape[4:])
+def _to_unit_rows(x, split: Split):
+    """`[B, segments, H, Dk]` to `[units, 64]`, alike for all value tiles."""
+    x = x.reshape(split.batch, split.segments, split.heads, split.key_tiles, 1, WIDTH)
+    return jnp.broadcast_to(x, (*x.shape[:4], split.value_tiles, WIDTH)).reshape(split.units, WIDTH)
 
 
 def strong_units(found: Halves, split: Split):
-    """1 for each unit that has a strong chunk."""
-    return spread(by_segment(found.strong, split, False).any(2), split).astype(jnp.int32)
+    """1 for each unit that has to go level by level."""
+    strong = by_segment((found.sums < -RANGE).any(3), split, False).any(2)
+    strong |= jnp.repeat(found.floored, WIDTH, axis=-1)[:, None]
+    return _to_unit_rows(strong, split).any(1).astype(jnp.int32)
 
 
 def unit_decays(found: Halves, split: Split):
     """Decay factors over each unit's tokens, `[units, 64]`."""
-    sums = by_segment(found.sums.sum(3), split, 0).sum(2)
-    return spread(jnp.exp(sums).reshape(*sums.shape[:3], split.key_tiles, WIDTH), split)
+    return _to_unit_rows(jnp.exp(by_segment(found.sums.sum(3), split, 0).sum(2)), split)

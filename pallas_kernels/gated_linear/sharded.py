@@ -59,7 +59,7 @@ def gated_linear_attention_sharded(
     Raises:
       ValueError, Unsupported: as `gated_linear_attention`.
     """
-    segments = None if segment_ids is None else _own_segments(segment_ids, axis_name)
+    segments = None if segment_ids is None else own_segments(segment_ids, axis_name)
     problem = make_problem(
         q, k, v, log_decay, beta=beta, state=initial_state, segments=segments, normalise=normalise, scale=scale
     )
@@ -68,21 +68,22 @@ def gated_linear_attention_sharded(
     run = solver(implementation)
     alone = folded._replace(v=v, state=LinearState(jnp.zeros_like(start), None))
     o, added = run(alone)
-    reader, transition = _transfer(alone, run)
-    entry, last = _exchange(transition, added.s, start, axis_name)
-    o = (o + jnp.einsum("bthk,bhkv->bthv", reader, entry, precision=_precision(q))).astype(o.dtype)
+    reader, transition = transfer(alone, run)
+    entry, last = exchange(transition, added.s, start, axis_name)
+    o = add_read(o, reader, entry)
     o, last = widened_results(folded, o, last)
     return (o if segments is None else jnp.where(segments.valid[..., None, None], o, 0)), last
 
 
-def _own_segments(segment_ids: Int[Array, "B T"], axis_name: str) -> Segments:
+def own_segments(segment_ids: Int[Array, "B T"], axis_name: str) -> Segments:
+    """This shard's part of the segments of the whole row."""
     length = segment_ids.shape[1]
     start = jax.lax.axis_index(axis_name) * length
     whole = gather_segments(segment_ids, axis_name)
     return Segments(*(jax.lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in whole))
 
 
-def _transfer(p: Problem, run) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B H Dk #Dk"]]:
+def transfer(p: Problem, run) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B H Dk #Dk"]]:
     """`(reader, transition)`: a state S that enters adds `reader S` to the outputs and `transition S` to the last one.
 
     A diagonal transition is `[B, H, Dk, 1]`, to be multiplied in place of the matrix product.
@@ -99,22 +100,33 @@ def _transfer(p: Problem, run) -> tuple[Float[Array, "B T H Dk"], Float[Array, "
     return p.q.astype(acc) * decay * p.scale, transition
 
 
-def _exchange(transition, added, start, axis_name: str) -> tuple[Array, Array]:
+def carry(transition: Float[Array, "*N Dk #Dk"], state: Float[Array, "*N Dk M"]) -> Float[Array, "*N Dk M"]:
+    """What a transition makes of a state."""
+    diagonal = transition.shape[-1] == 1
+    return transition * state if diagonal else jnp.matmul(transition, state, precision="highest")
+
+
+def states_along(transition, added, start) -> tuple[Array, Array]:
+    """The states that enter the parts of a sequence, whose summaries lie along the first axis, and the one after."""
+    last, entries = jax.lax.scan(
+        lambda state, part: (carry(part[0], state) + part[1], state), start, (transition, added)
+    )
+    return entries, last
+
+
+def exchange(transition, added, start, axis_name: str) -> tuple[Array, Array]:
     """The state that enters this shard `[B, H, Dk, Dv]`, and the one after the last shard."""
+    entries, last = states_along(*jax.lax.all_gather((transition, added), axis_name), start)
+    return entries[jax.lax.axis_index(axis_name)], of_last_shard(last, axis_name)
 
-    def through(state, shard):
-        transition, added = shard
-        diagonal = transition.shape[-1] == 1
-        carried = transition * state if diagonal else jnp.matmul(transition, state, precision="highest")
-        return carried + added, state
 
-    gathered = jax.lax.all_gather((transition, added), axis_name)
-    last, entries = jax.lax.scan(through, start, gathered)
-    here = jax.lax.axis_index(axis_name)
+def of_last_shard(x: Array, axis_name: str) -> Array:
+    """The last shard's x on every shard, and known to be the same there."""
     final = jax.lax.axis_size(axis_name) - 1
-    last = jax.lax.psum(jnp.where(here == final, last, 0), axis_name)  # the same on every shard, and known to be
-    return entries[here], last
+    return jax.lax.psum(jnp.where(jax.lax.axis_index(axis_name) == final, x, 0), axis_name)
 
 
-def _precision(x: Array) -> str | None:
-    return None if x.dtype == jnp.bfloat16 else "highest"
+def add_read(o, reader, entry) -> Array:
+    """Outputs with what is read from the entry state."""
+    precision = None if o.dtype == jnp.bfloat16 else "highest"
+    return (o + jnp.einsum("bthk,bhkv->bthv", reader, entry, precision=precision)).astype(o.dtype)

@@ -11,8 +11,9 @@ from flax import nnx
 
 from lcjax.checkpoint.manager import CheckpointManager
 from lcjax.checkpoint.manifest import describe
-from lcjax.checkpoint.run import RECORDS, is_run, load_run
+from lcjax.checkpoint.run import is_run, load_run
 from lcjax.models.decoder import Decoder
+from lcjax.models.native import RECORDS
 from lcjax.models.recurrent import GatedLinear
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.positions.laws import YaRN

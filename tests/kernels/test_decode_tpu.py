@@ -100,7 +100,10 @@ def compare(case: str, parts: int = 1, races: bool = False) -> None:
         if parts > 1:
             divided = lambda call: mosaic_tpu.attend_with(call, mosaic_tpu.layout_of(call), parts)
             patch.setitem(api.BACKENDS, "mosaic_tpu", divided)
-        o, lse = pk.decode_attention(q, cache, mask, return_lse=True, implementation="mosaic_tpu", **options)
+        run = lambda q, cache: pk.decode_attention(
+            q, cache, mask, return_lse=True, implementation="mosaic_tpu", **options
+        )
+        o, lse = jax.jit(run)(q, cache)
     np.testing.assert_allclose(np.float32(o), np.float32(want[0]), atol=2e-2)
     np.testing.assert_allclose(lse, want[1], atol=2e-5)
 
@@ -180,57 +183,65 @@ def visits_of(case: str, parts: int):
     block = 64 if lists is None else lists.block_k
     call = Call(q, cache, mask.plan(heads, queries, cache.capacity, queries, block), lists, 1.0, None)
     layout = mosaic_tpu.layout_of(call)
-    visits = mosaic_tpu_visits.make_visits(call, layout, parts)
+    visits = jax.jit(lambda call: mosaic_tpu_visits.make_visits(call, layout, parts))(call)
     stream = np.asarray(visits.stream).reshape(len(visits.count), -1, 2, mosaic_tpu_visits.CHUNK).swapaxes(1, 2)
     stream = stream.reshape(len(visits.count), 2, -1)
     return call, layout, [rows[:, :n].T.tolist() for rows, n in zip(stream, visits.count, strict=True)]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("case", [c for c in CASES if c != "soft cap and sink logits"])
+def read_units(call: Call, layout, program: int) -> tuple[set[int], set[int], set[int]]:
+    """Units with a key that the mask lets a row of a program read, those whose keys all rows read, those listed."""
+    cache, unit = call.cache, layout.unit
+    request, of_set = divmod(program, layout.sets)
+    heads = [h for h in range(call.q.shape[2]) if layout.sets == 1 or h // GROUP == of_set]
+    j = np.asarray(cache.slot_positions())[request]
+    i = int(cache.lengths[request]) - call.q.shape[1] + np.arange(call.q.shape[1])[:, None, None]
+    pattern = np.asarray(call.plan.pattern_of_head)[heads][:, None]
+    allowed = np.asarray(call.plan.allow(i, np.maximum(j, 0), pattern)) & (j >= 0) & (j <= i)
+    some = set((np.flatnonzero(allowed.any((0, 1))) // unit).tolist())
+    every = allowed.all((0, 1))[: cache.capacity // unit * unit].reshape(-1, unit).all(1)
+    if call.lists is None:
+        return some, set(np.flatnonzero(every).tolist()), set()
+    row, pieces = of_set if layout.sets > 1 else 0, call.lists.block_k // unit
+    chosen = np.asarray(call.lists.idx)[request, row, 0, : int(call.lists.count[request, row, 0])]
+    listed = {int(block) * pieces + n for block in chosen for n in range(pieces)}
+    held = int(cache.lengths[request])
+    return some, set(np.flatnonzero(every).tolist()), {block for block in listed if block * unit < held}
+
+
+STREAMS = [
+    *(
+        (case, 1)
+        for case in ("tokens and a list", "transposed", "ring", "table per KV head", "a mask per head", "lists")
+    ),
+    *((case, 2) for case in ("tokens of odd capacity", "paged", "lists of parts of pages")),
+]
+
+
+@pytest.mark.parametrize(("case", "parts"), STREAMS)
 def test_streams_name_what_is_read_and_nothing_else(case, parts):
     call, layout, streams = visits_of(case, parts)
-    cache, unit, plan = call.cache, layout.unit, call.plan
-    positions = np.asarray(cache.slot_positions())
-    per_part = len(streams) // parts
+    cache, unit, per_part = call.cache, layout.unit, len(streams) // parts
     for program in range(per_part):
         request, of_set = divmod(program, layout.sets)
+        some, every, listed = read_units(call, layout, program)
         found = [entry for part in range(parts) for entry in streams[part * per_part + program]]
-        wanted, listed, everyone = set(), set(), {}
-        for head in range(call.q.shape[2]):
-            if layout.sets > 1 and head // GROUP != of_set:
-                continue
-            for t in range(call.q.shape[1]):
-                i = int(cache.lengths[request]) - call.q.shape[1] + t
-                j = positions[request]
-                allowed = np.asarray(plan.allow(i, np.maximum(j, 0), plan.pattern_of_head[head])) & (j >= 0) & (j <= i)
-                wanted |= set((np.flatnonzero(allowed) // unit).tolist())
-                for block in range(-(-cache.capacity // unit)):
-                    inside = allowed[block * unit : (block + 1) * unit]
-                    everyone[block] = everyone.get(block, True) and len(inside) == unit and bool(inside.all())
-        if call.lists is not None:
-            row = of_set if layout.sets > 1 else 0
-            chosen = np.asarray(call.lists.idx)[request, row, 0, : int(call.lists.count[request, row, 0])]
-            pieces = call.lists.block_k // unit
-            listed = {b * pieces + n for b in chosen for n in range(pieces)}
-            listed = {b for b in listed if b * unit < int(cache.lengths[request])}
         own = [tag // 4 // unit for _, tag in found if not tag & mosaic_tpu_visits.LISTED]
-        extra = [tag // 4 // unit for _, tag in found if tag & mosaic_tpu_visits.LISTED]
         assert len(own) == len(set(own))
-        assert set(own) >= wanted
-        assert sorted(extra) == sorted(listed)
+        assert set(own) >= some
+        assert sorted(tag // 4 // unit for _, tag in found if tag & mosaic_tpu_visits.LISTED) == sorted(listed)
         for place, tag in found:
             logical = tag // 4 // unit
             assert logical * unit < min(int(cache.lengths[request]), cache.capacity)
             if tag & mosaic_tpu_visits.WHOLE and not tag & mosaic_tpu_visits.LISTED:
-                assert everyone[logical]
+                assert logical in every
             if cache.page_table is None:
                 assert place == min(logical * unit, cache.capacity - unit)
             else:
                 table = np.asarray(cache.page_table)[request]
-                table = table[of_set] if table.ndim == 2 else table
                 page, at = divmod(logical * unit, cache.k.shape[2])
-                assert place == table[page] * (cache.k.shape[2] // unit) + at // unit
+                pages = cache.k.shape[2] // unit
+                assert place == (table[of_set] if table.ndim == 2 else table)[page] * pages + at // unit
 
 
 @pytest.mark.parametrize(

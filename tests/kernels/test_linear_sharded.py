@@ -11,6 +11,7 @@ from pallas_kernels import (
     causal_conv1d_sharded,
     gated_linear_attention,
     gated_linear_attention_sharded,
+    gated_linear_attention_truncated,
 )
 from tests.kernels.linear_cases import assert_close, jit, make_case
 
@@ -75,7 +76,7 @@ def test_kinds(options):
 
 
 class TestConvolution:
-    @pytest.mark.parametrize(("shards", "width", "packed"), [(1, 4, True), (2, 2, True), (8, 4, True), (8, 7, False)])
+    @pytest.mark.parametrize(("shards", "width", "packed"), [(1, 4, True), (2, 2, True), (8, 4, True), (8, 5, False)])
     def test_halo(self, shards, width, packed):
         rng = np.random.default_rng(width)
         x, w, bias = rng.normal(size=(2, LENGTH, 3)), rng.normal(size=(width, 3)), rng.normal(size=3)
@@ -99,3 +100,67 @@ class TestConvolution:
             return out, vjp((y_bar, tail))
 
         assert_close(jit(run, static_argnums=0)(sharded), jit(run, static_argnums=0)(one), 1e-10)
+
+    def test_refuses_shards_shorter_than_the_halo(self):
+        mesh, along = jax.sharding.Mesh(jax.devices(), ("context",)), P(None, "context")
+        run = jax.shard_map(
+            lambda x: causal_conv1d_sharded(x, jnp.ones((6, 3)), axis_name="context")[0],
+            mesh=mesh,
+            in_specs=along,
+            out_specs=along,
+        )
+        with pytest.raises(ValueError, match="x has 4 tokens on each shard: a convolution of width 6 needs 5"):
+            run(jnp.ones((1, LENGTH, 3)))
+
+
+class TestTruncatedGradient:
+    """Outputs are exact; gradients are those of blocks that restart from a constant state one block back."""
+
+    window = 8
+
+    def restarted(self, q, k, v, g, beta, state):
+        """Each block's outputs from a run over it and the block before, which starts from a constant."""
+        run = lambda start, stop, s: gated_linear_attention(
+            q[:, start:stop], k[:, start:stop], v[:, start:stop], g[:, start:stop],
+            beta=None if beta is None else beta[:, start:stop], initial_state=s, implementation="reference",
+        )  # fmt: skip
+        o, entry, w = [run(0, self.window, state)[0]], state, self.window
+        for start in range(w, LENGTH, w):
+            entry = jax.lax.stop_gradient(entry)
+            o.append(run(start - w, start + w, entry)[0][:, w:])
+            entry = run(start - w, start, entry)[1]
+        return jnp.concatenate(o, axis=1), run(LENGTH - w, LENGTH, jax.lax.stop_gradient(entry))[1]
+
+    def gradients(self, f, case):
+        def run(inputs, cotangents):
+            out, vjp = jax.vjp(lambda *x: f(*x), *inputs)
+            return out, vjp(cotangents)
+
+        return jit(run)(case.inputs, case.cotangents)
+
+    @pytest.mark.parametrize("shards", [None, 2])
+    @pytest.mark.parametrize("delta", [False, True])
+    def test_is_that_of_restarted_blocks(self, shards, delta):
+        case = make_case(LENGTH, "scalar" if delta else "vector", shape=(2, 2, 4, 3), delta=delta, mean=-0.1)
+        axis = None if shards is None else "context"
+
+        def run(q, k, v, g, beta, state):
+            given = {"beta": beta, "initial_state": state, "axis_name": axis}
+            return gated_linear_attention_truncated(q, k, v, g, window=self.window, **given)
+
+        if shards is not None:
+            mesh, along = jax.sharding.Mesh(jax.devices()[:shards], ("context",)), P(None, "context")
+            run = jax.shard_map(run, mesh=mesh, in_specs=(*[along] * 5, P()), out_specs=(along, P()))
+        found, grads = self.gradients(run, case)
+        expected, expected_grads = self.gradients(self.restarted, case)
+        assert_close(found, expected, 1e-10)
+        assert_close(grads, expected_grads, 1e-10)
+        exact, exact_grads = with_gradients(case, None)
+        assert_close(found, exact, 1e-10)
+        assert_close(grads[0], exact_grads[0], 1e-10)
+        assert np.abs(grads[1] - exact_grads[1]).max() > 1e-2  # it is not the true gradient
+
+    def test_refuses_a_window_that_does_not_divide(self):
+        x = jnp.ones((1, 32, 1, 4))
+        with pytest.raises(ValueError, match="window is 12: it must be a divisor of the 32 tokens"):
+            gated_linear_attention_truncated(x, x, x, window=12)

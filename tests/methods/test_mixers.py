@@ -9,13 +9,14 @@ import pytest
 from flax import nnx
 
 from lcjax.cache import RecurrentCache, init_caches
-from lcjax.layers.attention import AttentionLayer, Context
+from lcjax.layers.attention import AttentionLayer
 from lcjax.layers.linearized import LinearizedLayer, hedgehog
+from lcjax.layers.recurrence import Inputs, recur
 from lcjax.models.decoder import Decoder
 from lcjax.models.flops import flops_per_token, param_count
 from lcjax.models.recurrent import DeltaNet, Linearized, Mamba2
 from lcjax.models.spec import Attention, ModelSpec
-from lcjax.positions.rotary import rope_table
+from lcjax.positions.rotary import apply_rope
 
 QUICK = {"xla_backend_optimization_level": 0}
 SIZES = {"vocab_size": 61, "width": 32, "mlp_width": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -78,18 +79,6 @@ def test_split_anywhere_equals_one_pass(name):
     assert caches[0].bytes == size
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_packed_equals_separate(name):
-    _, _, params, forward = model(name)
-    ids = jax.random.randint(jax.random.key(3), (1, 22), 0, 61)
-    segments = jnp.where(jnp.arange(22)[None] < 9, 1, jnp.where(jnp.arange(22)[None] < 20, 2, 0)).astype(jnp.int32)
-    positions = jnp.where(segments == 1, jnp.arange(22), jnp.arange(22) - 9).astype(jnp.int32)
-    packed = forward(params, ids, segment_ids=segments, positions=positions)
-    np.testing.assert_allclose(packed[:, :9], forward(params, ids)[:, :9], atol=1e-4)
-    alone = forward(params, jnp.concatenate([ids[:, 9:], ids[:, :9]], axis=1))
-    np.testing.assert_allclose(packed[:, 9:20], alone[:, :11], atol=1e-4)
-
-
 def layer(mixer, seed=0, **sizes):
     spec = ModelSpec(**SIZES | sizes, num_layers=1, dtype="float32")
     kind = AttentionLayer if isinstance(mixer, Attention) else LinearizedLayer
@@ -99,8 +88,8 @@ def layer(mixer, seed=0, **sizes):
 def inputs(length=20, seed=4):
     x = jax.random.normal(jax.random.key(seed), (2, length, SIZES["width"]))
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
-    law = Attention().rope
-    return x, Context({law: rope_table(law, SIZES["head_dim"], positions, jnp.int32(length))})
+    decoder = Decoder(ModelSpec(**SIZES, num_layers=1, dtype="float32"), rngs=nnx.Rngs(0))
+    return x, decoder.context(positions, 0, None, None)
 
 
 def weights_of(student, x, context):
@@ -163,10 +152,8 @@ def test_lolcats_is_its_formula():
     """Window softmax (true row maximum off) plus what has left the window, over their common sum."""
     x, context = inputs()
     student = layer(Linearized.lolcats(window=5))
-    from lcjax.positions.rotary import apply_rope
-
     q, k, v = student.project(x)
-    table = context.tables[Attention().rope]
+    table = context.tables[Attention().rope, None].queries[0]
     q, k, v = (jnp.repeat(y, 4 // y.shape[2], axis=2) for y in (apply_rope(q, table), apply_rope(k, table), v))
     scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
     age = jnp.arange(20)[:, None] - jnp.arange(20)
@@ -180,11 +167,9 @@ def test_lolcats_is_its_formula():
 
 def test_delta_rule_overwrites():
     """Unit keys and full strength: reading a key gives what was last written there."""
-    from lcjax.layers.recurrence import Inputs, recur
-
     key = jnp.zeros((1, 3, 1, 4)).at[:, :, :, 0].set(1.0)
     values = jnp.arange(6.0).reshape(1, 3, 1, 2)
-    o, _ = recur(Inputs(key, key, values, None, jnp.ones((1, 3, 1))), Context({}), None, scale=1.0)
+    o, _ = recur(Inputs(key, key, values, None, jnp.ones((1, 3, 1))), inputs(3)[1], None, scale=1.0)
     np.testing.assert_allclose(o, values, atol=1e-6)
 
 

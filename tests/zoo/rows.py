@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from lcjax.models.recurrent import GatedLinear
+from lcjax.models.recurrent import DeltaNet, GatedLinear, Linearized, Mamba2
 from lcjax.models.spec import Attention, Mixer, ModelSpec
 from lcjax.positions import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, YaRN
 
@@ -69,6 +69,11 @@ ROWS = {
     "linear_vector": linear(conv_width=4, feature_map="elu", normalise=True),
     "linear_scalar": linear(decay="scalar", num_heads=2, key_dim=6, value_dim=10),
     "linear_plain": linear(decay="none", feature_map="softmax", output_gate=False, conv_width=2),
+    "lawcat": Row(model(Linearized(conv_value=True), Attention())),
+    "lolcats": Row(model(Linearized.lolcats(window=5), Attention())),
+    "lawcat_window": Row(model(Linearized(window=5, tied=True, rotate=True))),
+    "delta": Row(model(DeltaNet(), DeltaNet(num_heads=2, gated=True, negative_eigenvalues=True))),
+    "mamba2": Row(model(Mamba2(num_heads=4, head_dim=6, state=10, groups=2, conv_width=3))),
     "linear_rope": law(Linear(factor=4.0), Linear(factor=1.0)),
     "dynamic_ntk": law(DynamicNTK(factor=2.0, original_length=8), DynamicNTK(factor=2.0, original_length=64)),
     "yarn": law(YARN, dataclasses.replace(YARN, factor=1.0)),

@@ -1,0 +1,54 @@
+"""Passkey questions with their answers as training text, in the wording of the passkey test."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+from lcjax.eval.tasks.passkey import Passkey
+
+
+@dataclass(frozen=True)
+class PasskeyTexts:
+    """A `lcjax.data` source of `count` questions with `least` to `most` lines of filler each, depths and keys drawn.
+
+    One line of filler is about 25 tokens. The keys come from other draws than the test's.
+    """
+
+    count: int = 10_000
+    least: int = 2
+    most: int = 34
+    seed: int = 1
+    split: str = "train"
+
+    def __post_init__(self):
+        if not 0 <= self.least <= self.most or self.count < 1:
+            raise ValueError(f"PasskeyTexts: count {self.count} must be positive and {self.least} <= {self.most} lines")
+
+    def open(self, data_dir: str | Path) -> "_Questions":
+        """The texts, made as they are read; nothing is written to `data_dir`."""
+        return _Questions(self)
+
+
+class _Questions:
+    """A `lcjax.data` corpus."""
+
+    def __init__(self, source: PasskeyTexts):
+        self._source = source
+        self.fingerprint = hashlib.sha256(f"{source} {self[0]}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._source.count
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"text {index} of {len(self)}")
+        rng = Random(f"{self._source.seed}-{index}")
+        lines = rng.randint(self._source.least, self._source.most)
+        draft = Passkey(depths=(rng.random(),)).draft(rng, lines, 0)
+        return f"{draft.prompt(chat=False)} {draft.references[0]}."
+
+    def sizes(self) -> np.ndarray:
+        return np.array([len(self[i].encode()) for i in range(len(self))], np.int64)
