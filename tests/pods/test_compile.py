@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtp
 
 
 def necessary(job) -> int:
-    """Bytes of the largest array that one collective has a reason to make: a weight, or a layer's q or k and v shard."""
+    """Bytes of the largest array that one collective has a reason to make: a weight, or a shard of q or of k and v."""
     spec, mesh = job.model, job.mesh
     weight = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(spec)[1])) * 4 // mesh.tensor
     rows = job.batch // (mesh.data * mesh.fsdp)
