@@ -1,7 +1,7 @@
 """One training step as a pure function of (state, batch)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -36,7 +36,7 @@ class StepOptions:
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = False
     exchange: Exchange = "auto"  # of full attention over a split sequence, see `lcjax.parallel.dense`
-    adjoint: Adjoint = Adjoint()  # the gradient of recurrent layers
+    adjoint: Adjoint = field(default_factory=Adjoint)  # the gradient of recurrent layers
 
 
 def make_step(

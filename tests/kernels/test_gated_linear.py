@@ -231,6 +231,25 @@ class TestMosaicGpu:
             forward(case, "mosaic_gpu")
 
 
+class TestRecurrentStep:
+    @pytest.mark.parametrize("normalise", [False, True])
+    def test_a_donated_state_is_updated_in_place(self, normalise):
+        token, decay = jnp.ones((3, 2, 8)), jnp.zeros((3, 2))
+        state = LinearState(jnp.ones((3, 2, 8, 8)), jnp.ones((3, 2, 8)) if normalise else None)
+
+        def step(state, q, k, v, g):
+            return recurrent_step(q, k, v, g, state, normalise=normalise)[::-1]
+
+        compiled = jax.jit(step, donate_argnums=0).lower(state, token, token, token, decay).compile()
+        held = sum(x.nbytes for x in jax.tree.leaves(state))
+        assert compiled.memory_analysis().alias_size_in_bytes >= held
+
+    def test_refuses_a_state_without_normaliser(self):
+        token = jnp.ones((1, 1, 4))
+        with pytest.raises(ValueError, match=r"normalise=True needs state\.z to be an array"):
+            recurrent_step(token, token, token, None, LinearState(jnp.ones((1, 1, 4, 4)), None), normalise=True)
+
+
 class TestDeltaRule:
     def test_zero_strength_writes_nothing(self):
         q, k, v, g, beta, _ = make_case(20, "scalar", delta=True, dtype=np.float32).inputs
