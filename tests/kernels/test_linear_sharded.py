@@ -13,6 +13,7 @@ from pallas_kernels import (
     gated_linear_attention_sharded,
     gated_linear_attention_truncated,
 )
+from pallas_kernels.gated_linear import sharded
 from tests.kernels.linear_cases import assert_close, jit, make_case
 
 LENGTH = 32
@@ -75,6 +76,18 @@ def test_kinds(options):
     check(4, **options)
 
 
+def test_planted_bug_states_that_pass_shards_undecayed(monkeypatch):
+    original = sharded.transfer
+
+    def broken(*args):
+        reader, transition = original(*args)
+        return reader, jnp.ones_like(transition)
+
+    monkeypatch.setattr(sharded, "transfer", broken)
+    with pytest.raises(AssertionError):
+        check(4)
+
+
 class TestConvolution:
     @pytest.mark.parametrize(("shards", "width", "packed"), [(1, 4, True), (2, 2, True), (8, 4, True), (8, 5, False)])
     def test_halo(self, shards, width, packed):
@@ -93,13 +106,13 @@ class TestConvolution:
             )
 
         specs = (along, P(), P(), P(), along)
-        sharded = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(along, P()))
+        in_shards = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(along, P()))
 
         def run(f):
             out, vjp = jax.vjp(lambda *x: f(*x, ids), x, w, bias, tail)
             return out, vjp((y_bar, tail))
 
-        assert_close(jit(run, static_argnums=0)(sharded), jit(run, static_argnums=0)(one), 1e-10)
+        assert_close(jit(run, static_argnums=0)(in_shards), jit(run, static_argnums=0)(one), 1e-10)
 
     def test_refuses_shards_shorter_than_the_halo(self):
         mesh, along = jax.sharding.Mesh(jax.devices(), ("context",)), P(None, "context")
