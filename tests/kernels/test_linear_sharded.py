@@ -45,9 +45,11 @@ def with_gradients(case, shards: int | None):
     return jit(run)(case.inputs, case.cotangents)
 
 
-def check(shards, ids=None, **options):
+def check(*shards, ids=None, **options):
     case = make_case(LENGTH, shape=(2, 2, 4, 3), segment_ids=ids, **options)
-    assert_close(with_gradients(case, shards), with_gradients(case, None), 1e-10)
+    expected = with_gradients(case, None)
+    for n in shards:
+        assert_close(with_gradients(case, n), expected, 1e-10)
 
 
 @pytest.fixture(autouse=True)
@@ -56,21 +58,19 @@ def x64():
         yield
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4, 8])
-def test_any_number_of_shards(shards):
-    check(shards, ids=IDS)
+def test_any_number_of_shards():
+    check(1, 2, 4, 8, ids=IDS)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"kind": "none"},
-        {"kind": "scalar", "mean": -50.0},
         {"kind": "vector", "mean": -np.inf},
         {"kind": "vector", "normalise": True, "ids": IDS},
         {"kind": "scalar", "delta": True, "ids": IDS},
     ],
-    ids=["none", "strong scalar", "infinite", "normalised", "delta rule"],
+    ids=["none", "infinite", "normalised", "delta rule"],
 )
 def test_kinds(options):
     check(4, **options)
@@ -151,8 +151,7 @@ class TestTruncatedGradient:
 
         return jit(run)(case.inputs, case.cotangents)
 
-    @pytest.mark.parametrize("shards", [None, 2])
-    @pytest.mark.parametrize("delta", [False, True])
+    @pytest.mark.parametrize(("shards", "delta"), [(None, True), (2, False)])
     def test_is_that_of_restarted_blocks(self, shards, delta):
         case = make_case(LENGTH, "scalar" if delta else "vector", shape=(2, 2, 4, 3), delta=delta, mean=-0.1)
         axis = None if shards is None else "context"
