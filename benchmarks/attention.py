@@ -221,8 +221,8 @@ def flex(names: list[str], lengths: list[int], size: Sizes) -> list[dict[str, An
 
 SEARCHED: dict[str, tuple[str, list[dict[str, Any]]]] = {  # kernel: the pattern that decides, and its candidates
     "attention_forward": (
-        "causal",
-        [{"block_k": b, "stages": s, "persistent": p} for b, s in ((128, 2), (64, 4)) for p in (False, True)],
+        "sink_128_window_4096",
+        [{"block_k": b, "stages": s} for b, s in ((128, 2), (64, 3), (64, 4))],
     ),
     "attention_backward": (
         "sink_128_window_4096",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Unsupported
@@ -80,6 +81,21 @@ def milliseconds(run: Any, *args: Any, target: float = 0.15, repeats: int = 5) -
             jax.block_until_ready(out)
             samples.append((time.perf_counter() - start) / calls * 1e3)
     return {"ms": float(np.median(samples)), "min_ms": min(samples), "max_ms": max(samples)}
+
+
+def copy_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes read and written in a second by adding one to an array of `size` bytes in place."""
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jax.block_until_ready(add_one(jnp.zeros(size // 4, jnp.int32)))
+    samples = []
+    with exclusive():
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(10):
+                x = add_one(x)
+            jax.block_until_ready(x)
+            samples.append((time.perf_counter() - start) / 10)
+    return 2 * size / float(np.median(samples))
 
 
 def compile_all[K](jobs: Mapping[K, tuple[Callable, Sequence[Any]]]) -> dict[K, Any]:

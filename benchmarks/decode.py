@@ -1,174 +1,189 @@
-"""Decode attention against a copy of the same bytes, cuDNN and plain XLA: `python -m benchmarks.decode --out FILE`.
+"""Decode attention against a copy of the same bytes, cuDNN and plain XLA: `python -m benchmarks.decode`.
 
-Every case is checked against the XLA backend before it is timed. A step is timed inside one compiled loop whose queries
-and lengths depend on the step before, so nothing is hoisted, overlapped or hidden by the host. Bandwidth counts each
-byte of the keys and values that the step must read, once.
+Every case is checked against the XLA backend before it is timed. The figures are milliseconds a layer: one compiled
+program runs several layers, each with queries that depend on the layer before and the cache of another layer, so that
+nothing is hoisted or found in a cache on the chip, and the host's part of a call is shared. cuDNN and XLA are timed in
+the same way. Bandwidth counts each byte of the keys, values and scales that a layer must read, once.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import json
+import itertools
 import pathlib
-import statistics
-import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import pallas_kernels as pk
 from benchmarks import common
-from pallas_kernels.decode import api, mosaic_gpu
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
+LAYERS = 12
+BLOCK = 64
+LIMIT = 1e-2  # relative error
+type Step = Callable[..., jax.Array]  # (q, cache, ...) -> o
 
 
-def draw(seed, *shape, dtype=jnp.bfloat16):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+def draw(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
-def make_cache(batch: int, size: int, dtype, seed: int = 0) -> pk.KVCache:
+def make_cache(seed: int, batch: int, size: int, dtype: Any) -> pk.KVCache:
     lengths = jnp.full((batch,), size, jnp.int32)
+    shape = (batch, size, KV_HEADS, DIM)
     if dtype == jnp.bfloat16:
-        return pk.KVCache(draw(seed, batch, size, KV_HEADS, DIM), draw(seed + 1, batch, size, KV_HEADS, DIM), lengths)
-    codes = lambda s: jax.random.randint(jax.random.key(s), (batch, size, KV_HEADS, DIM), -127, 128, jnp.int8)
+        return pk.KVCache(draw(seed, *shape), draw(seed + 1, *shape), lengths)
+    codes = lambda s: jax.random.randint(jax.random.key(s), shape, -127, 128, jnp.int8)
     factors = lambda s: jax.random.uniform(jax.random.key(s), (batch, KV_HEADS, size), minval=0.5 / 127, maxval=4 / 127)
     return pk.KVCache(codes(seed), codes(seed + 1), lengths, factors(seed + 2), factors(seed + 3))
 
 
-def seconds(step, q, cache, repeats: int = 20, rounds: int = 7) -> float:
-    """Median time of one `step(q, cache) -> o`, from loops of `repeats` steps that depend on each other."""
-
-    @jax.jit
-    def loop(q, cache):
-        def body(carry, _):
-            q, lengths = carry
-            o = step(q, dataclasses.replace(cache, lengths=lengths))
-            return (q + 1e-6 * o.astype(q.dtype), lengths + (o[0, 0, 0, 0] > 1e30).astype(jnp.int32)), None
-
-        return jax.lax.scan(body, (q, cache.lengths), length=repeats)[0]
-
-    jax.block_until_ready(loop(q, cache))
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(loop(q, cache))
-        times.append((time.perf_counter() - start) / repeats)
-    return statistics.median(times)
+def attend(implementation: str, q: jax.Array, cache: pk.KVCache, lists: pk.BlockList | None = None) -> jax.Array:
+    o = pk.decode_attention(q, cache, lists=lists, implementation=implementation)
+    assert isinstance(o, jax.Array)
+    return o
 
 
-def copy_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes read and written per second by a device copy of `size` bytes."""
-    x = jnp.zeros((size // 4,), jnp.int32)
-    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = jax.block_until_ready(copy(x))
-    start = time.perf_counter()
-    for _ in range(20):
-        x = copy(x)
-    jax.block_until_ready(x)
-    return 2 * size * 20 / (time.perf_counter() - start)
+ours, plain = functools.partial(attend, "mosaic_gpu"), functools.partial(attend, "xla")
 
 
-def cudnn(q, cache):
+def cudnn(q: jax.Array, cache: pk.KVCache) -> jax.Array:
     return jax.nn.dot_product_attention(
         q, cache.k, cache.v, key_value_seq_lengths=cache.lengths, implementation="cudnn"
     )
 
 
-def ours(q, cache, tiles=None, lists=None):
-    run = lambda call: mosaic_gpu.attend(call, tiles)
-    previous, api.BACKENDS["mosaic_gpu"] = api.BACKENDS["mosaic_gpu"], run
-    try:
-        return pk.decode_attention(q, cache, lists=lists, implementation="mosaic_gpu")
-    finally:
-        api.BACKENDS["mosaic_gpu"] = previous
+def choose(keep: int, q: jax.Array, lengths: jax.Array, bounds: pk.BlockBounds) -> pk.BlockList:
+    return pk.select_blocks(pk.block_scores(q, bounds), lengths, keep // BLOCK, BLOCK, first=1, last=2)
 
 
-def gate(step, q, cache, lists=None) -> float:
-    """Relative error against the XLA backend, ||o - ref|| / ||ref||; raises where it is not small."""
-    reference = jax.jit(lambda q, c: pk.decode_attention(q, c, lists=lists, implementation="xla"))(q, cache)
-    o = jax.jit(step)(q, cache)
-    difference = np.float32(o) - np.float32(reference)
-    error = float(np.linalg.norm(difference) / np.linalg.norm(np.float32(reference)))
-    if not error < 1e-2:
-        raise SystemExit(f"benchmarks.decode: relative error {error} against XLA; nothing was timed")
-    return error
+class Programs:
+    """Compiles side by side, before anything is timed."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(8)
+        self._all: list[Future] = []
+
+    def compile(self, run: Callable, *shapes: Any) -> Future:
+        self._all.append(self._pool.submit(lambda: jax.jit(run).lower(*shapes).compile()))
+        return self._all[-1]
+
+    def finish(self) -> None:
+        """Wait for all: XLA tries its own variants on the device while it compiles."""
+        for program in self._all:
+            program.result()
+
+    def layers(self, step: Step, q: Any, cache: Any, *rest: Any, layers: int = LAYERS) -> Future:
+        """`layers` layers in a row, over two caches in turn."""
+
+        def run(q, caches, *rest):
+            for layer in range(layers):
+                q = q + 1e-6 * step(q, caches[layer % 2], *rest).astype(q.dtype)
+            return q
+
+        return self.compile(run, q, (cache, cache), *rest)
 
 
-def dense_rows(copy: float, cases, variants) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for batch, size, dtype in cases:
-        cache, q = make_cache(batch, size, dtype), draw(9, batch, 1, HEADS, DIM)
-        for tiles in variants if size == 32768 else variants[:1]:
-            step = functools.partial(ours, tiles=tiles)
-            row = {"batch": batch, "length": size, "dtype": jnp.dtype(dtype).name, "backend": "mosaic_gpu"}
-            try:
-                row["tiles"] = dataclasses.asdict(tiles)
-                if tiles == variants[0]:
-                    row["error"] = gate(step, q, cache)
-                row["ms"] = seconds(step, q, cache) * 1e3
-            except (ValueError, RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError) as failure:
-                row["failed"] = str(failure).splitlines()[0][:160]
-            rows.append(row)
-            print(row, flush=True)
-        if dtype == jnp.bfloat16:
-            rows.append({"batch": batch, "length": size, "dtype": "bfloat16", "backend": "cudnn"})
-            rows[-1]["ms"] = seconds(cudnn, q, cache) * 1e3
-        if size == 32768:
-            xla = lambda q, c: pk.decode_attention(q, c, implementation="xla")
-            rows.append({"batch": batch, "length": size, "dtype": jnp.dtype(dtype).name, "backend": "xla"})
-            rows[-1]["ms"] = seconds(xla, q, cache, repeats=3, rounds=3) * 1e3
-        for row in rows:
-            if "ms" in row and "of_copy" not in row:
-                row["of_copy"] = cache.bytes / (row["ms"] * 1e-3) / copy
-    return rows
+def dense_case(programs: Programs, batch: int, size: int, dtype: Any) -> Callable[[float], list[dict[str, Any]]]:
+    """Starts compiling; the result measures ours, cuDNN where it can, and XLA at the shortest length."""
+    make = jax.jit(functools.partial(make_cache, batch=batch, size=size, dtype=dtype))
+    q = draw(9, batch, 1, HEADS, DIM)
+    cache = jax.eval_shape(make, 0)
+    checks = [programs.compile(step, q, cache) for step in (ours, plain)]
+    timed = {"mosaic_gpu": (programs.layers(ours, q, cache), LAYERS)}
+    if dtype == jnp.bfloat16:
+        timed["cudnn"] = programs.layers(cudnn, q, cache), LAYERS
+    if size <= 32768:
+        timed["xla"] = programs.layers(plain, q, cache, layers=2), 2
+
+    def measure(copy: float) -> list[dict[str, Any]]:
+        caches = make(0), make(5)
+        case = {"batch": batch, "length": size, "dtype": jnp.dtype(dtype).name}
+        found, wanted = (check.result()(q, caches[0]) for check in checks)
+        error = common.gate("decode_attention", found, wanted, LIMIT)["decode_attention"]
+        rows = []
+        for backend, (program, layers) in timed.items():
+            ms = common.milliseconds(program.result(), q, caches)["ms"] / layers
+            rows.append(case | {"backend": backend, "ms": ms, "of_copy": caches[0].bytes / (ms * 1e-3) / copy})
+        rows[0]["error"] = error
+        return rows
+
+    return measure
 
 
-def selected_rows(size: int, keep: int, block: int = 64) -> list[dict]:
+def selected_case(programs: Programs, size: int, keep: int) -> Callable[[], dict[str, Any]]:
     """One request of `size` tokens that reads `keep` of them, chosen by block bounds; all of them; and the parts."""
-    cache, q = make_cache(1, size, jnp.bfloat16), draw(9, 1, 1, HEADS, DIM)
-    bounds = jax.jit(functools.partial(pk.block_bounds, block=block))(cache.k, cache.lengths)
+    make = jax.jit(functools.partial(make_cache, batch=1, size=size, dtype=jnp.bfloat16))
+    bound = lambda cache: pk.block_bounds(cache.k, cache.lengths, BLOCK)
+    pick = functools.partial(choose, keep)
+    both = lambda q, cache, bounds: ours(q, cache, pick(q, cache.lengths, bounds))
+    q = draw(9, 1, 1, HEADS, DIM)
+    cache = jax.eval_shape(make, 0)
+    bounds = jax.eval_shape(bound, cache)
+    lists = jax.eval_shape(pick, q, cache.lengths, bounds)
+    bounding, picking = programs.compile(bound, cache), programs.compile(pick, q, cache.lengths, bounds)
+    checks = [programs.compile(step, q, cache, lists) for step in (ours, plain)]
+    timed = {
+        "dense": (programs.layers(ours, q, cache), None),
+        "attention": (programs.layers(ours, q, cache, lists), "lists"),
+        "scores, top n and attention": (programs.layers(both, q, cache, bounds), "bounds"),
+    }
 
-    def choose(q, lengths, bounds):
-        return pk.select_blocks(pk.block_scores(q, bounds), lengths, keep // block, block, first=1, last=2)
+    def measure() -> dict[str, Any]:
+        caches = make(0), make(5)
+        given: dict[Any, Any] = {"bounds": bounding.result()(caches[0])}
+        given["lists"] = picking.result()(q, caches[0].lengths, given["bounds"])
+        found, wanted = (check.result()(q, caches[0], given["lists"]) for check in checks)
+        error = common.gate("selected", found, wanted, LIMIT)["selected"]
+        row: dict[str, Any] = {"length": size, "read": keep, "error": error}
+        for name, (program, rest) in timed.items():
+            arguments = (q, caches) if rest is None else (q, caches, given[rest])
+            row[f"{name} ms"] = common.milliseconds(program.result(), *arguments)["ms"] / LAYERS
+            row[f"{name}, times faster"] = row["dense ms"] / row[f"{name} ms"]
+        return row
 
-    lists = jax.jit(choose)(q, cache.lengths, bounds)
-    row = {"length": size, "read": keep, "error": gate(functools.partial(ours, lists=lists), q, cache, lists)}
-    row["dense ms"] = seconds(ours, q, cache) * 1e3
-    row["attention ms"] = seconds(lambda q, c: ours(q, c, lists=lists), q, cache) * 1e3
-    row["scores, top n and attention ms"] = (
-        seconds(lambda q, c: ours(q, c, lists=choose(q, c.lengths, bounds)), q, cache) * 1e3
-    )
-    return [row]
+    return measure
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Decode attention against a copy, cuDNN and plain XLA.")
+    parser.add_argument("--out", type=pathlib.Path, default=common.RESULTS / "decode_nvidia_h100_80gb_hbm3.json")
+    parser.add_argument("--commit", help="of the code, where it runs outside of its repository")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[32768, 131072])
+    parser.add_argument("--selected", type=int, default=1 << 20, help="tokens of the selection case; 0 leaves it out")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/decode.json"))
-    parser.add_argument("--tune", action="store_true", help="time several tiles")
-    args = parser.parse_args()
-    tiles = mosaic_gpu.Tiles
-    variants = [tiles()]
-    if args.tune:
-        variants += [tiles(stages=5, programs_per_sm=1), tiles(stages=3, programs_per_sm=1)]
-        variants += [tiles(block=128, stages=2, programs_per_sm=1), tiles(stages=3)]
-    copy = copy_bandwidth()
-    cases = [(b, s, d) for d in (jnp.bfloat16, jnp.int8) for b in (1, 8) for s in (32768, 131072)]
-    result = {
-        **common.environment(),
-        "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM},
+    args = arguments()
+    programs = Programs()
+    cases = [
+        dense_case(programs, batch, size, dtype)
+        for dtype, batch, size in itertools.product((jnp.bfloat16, jnp.int8), args.batches, args.lengths)
+    ]
+    selected = [selected_case(programs, args.selected, 4096)] if args.selected else []
+    programs.finish()
+    copy = common.copy_bandwidth()
+    rows: list[dict[str, Any]] = []
+    for measure in cases:
+        rows += measure(copy)
+        print(common.table(rows[-3:], ("batch", "length", "dtype", "backend", "ms", "of_copy", "error")), flush=True)
+    record = {
+        **common.environment(args.commit),
+        "convention": __doc__,
+        "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "layers in a program": LAYERS},
         "copy_bytes_per_s": copy,
-        "rows": dense_rows(copy, cases, variants),
-        "selected": selected_rows(1 << 20, 4096),
+        "rows": rows,
+        "selected": [measure() for measure in selected],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for row in result["rows"] + result["selected"]:
-        print(row)
+    common.write(args.out, record)
+    print(record["selected"])
 
 
 if __name__ == "__main__":

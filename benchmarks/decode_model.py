@@ -5,9 +5,8 @@
     python -m benchmarks.decode_model --random --small --context 256 --batches 1 2 --steps 4 --repeats 2
 
 The byte limit of a decode step is (weights + keys and values of the context) / copy bandwidth, the bandwidth measured
-in the same run by adding one to a large array (read and written: 2 x its bytes). Timed calls end in block_until_ready;
-each figure is the median of `--repeats`. A gate compares cached decoding with a full forward pass before anything is
-timed.
+in the same run by adding one to a large array (read and written: 2 x its bytes). Figures are medians, of decoding over
+`--repeats` dispatches. A gate compares cached decoding with a full forward pass before anything is timed.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lcjax.cache import DenseCache, cache_bytes
+from benchmarks import common
+from lcjax.cache import CacheLayout, cache_bytes, init_caches
 from lcjax.data.tokenizers import load_tokenizer
-from lcjax.eval.results import describe_run
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.positions.laws import Rope
 from lcjax.serve.programs import Programs
@@ -48,13 +46,11 @@ def main() -> None:
     args = _arguments()
     model = _model(args)
     gate(model)
-    rows: dict[str, Any] = {"copy": copy_bandwidth(args.copy_bytes, args.repeats)}
-    rows["runs"] = [measure(model, batch, rows["copy"]["bytes_per_second"], args) for batch in args.batches]
-    rows["convention"] = __doc__
-    text = json.dumps({**rows, "_run": describe_run(json.dumps(vars(args), default=str))}, indent=2)
+    copy = common.copy_bandwidth(args.copy_bytes)
+    runs = [measure(model, batch, copy, args) for batch in args.batches]
+    record = {**common.environment(args.commit), "convention": __doc__, "arguments": vars(args) | {"output": None}}
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
+        common.write(args.output, record | {"copy_bytes_per_s": copy, "runs": runs})
 
 
 def _arguments() -> argparse.Namespace:
@@ -67,6 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32, help="tokens a dispatch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--copy_bytes", type=int, default=2**30)
+    parser.add_argument("--commit", help="of the code, where it runs outside of its repository")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
@@ -77,31 +74,12 @@ def _model(args: argparse.Namespace) -> Loaded:
     return Pretrained(args.source, dtype="bfloat16").load()
 
 
-def timed(call: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a call, after one that warms up."""
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
-
-
-def copy_bandwidth(size: int, repeats: int) -> dict[str, float]:
-    """Bytes a second of reading and writing a large array."""
-    x = jnp.zeros(size // 2, jnp.bfloat16)
-    add_one = jax.jit(lambda x: x + 1)
-    seconds = timed(lambda: add_one(x), max(repeats, 5))
-    return {"bytes": 2 * x.nbytes, "seconds": seconds, "bytes_per_second": 2 * x.nbytes / seconds}
-
-
 class Run:
     """Programs for one batch and context, and the arguments they take."""
 
     def __init__(self, model: Loaded, batch: int, context: int, room: int, steps: int):
         capacity = -(-(context + room) // 256) * 256
-        sizes = {"batch": batch, "capacity": capacity, "chunk": context, "steps": steps, "cache_dtype": None}
+        sizes = {"batch": batch, "capacity": capacity, "chunk": context, "steps": steps, "cache": CacheLayout()}
         self.programs = Programs(model.graphdef, model.params, model.spec, sizes)
         self.settings = stack([Sampling()] * batch), Limits(jnp.full(batch, 2**30, jnp.int32), jnp.array([-1]))
         self.programs.prepare(*self.settings, extend=False)
@@ -120,10 +98,7 @@ def gate(model: Loaded) -> None:
 
     @jax.jit
     def both(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        caches = tuple(
-            DenseCache.init(1, 256, model.spec.num_kv_heads, model.spec.head_dim, model.spec.compute_dtype)
-            for _ in model.spec.layers
-        )
+        caches = init_caches(model.spec, 1, 256)
         _, caches = decoder.hidden(tokens[:, :64], caches=caches)
         cached, _ = decoder.hidden(tokens[:, 64:], caches=caches)
         full, _ = decoder.hidden(tokens)
@@ -140,19 +115,19 @@ def measure(model: Loaded, batch: int, bandwidth: float, args: argparse.Namespac
     began = time.perf_counter()
     run = Run(model, batch, args.context, args.steps * (args.repeats + 1), args.steps)
     compiling = time.perf_counter() - began
-    prefill = timed(run.begin, args.repeats)
+    prefill = common.milliseconds(run.begin)["ms"]
     state, step = decode_steps(run, args)
     weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
     capacity = state.caches[0].k.shape[1]
     context = cache_bytes(state.caches) * args.context / capacity
     limit = (weights + context) / bandwidth
-    attention = attention_alone(model, state.caches, args)
+    attention = attention_alone(model, state.caches)
     found = {
         "batch": batch,
         "context": args.context,
         "compile_seconds": compiling,
-        "prefill_milliseconds": 1e3 * prefill,
-        "prefill_tokens_per_second": batch * args.context / prefill,
+        "prefill_milliseconds": prefill,
+        "prefill_tokens_per_second": 1e3 * batch * args.context / prefill,
         "steps_a_dispatch": args.steps,
         "decode_milliseconds_a_step": 1e3 * step,
         "decode_tokens_per_second": batch / step,
@@ -161,7 +136,7 @@ def measure(model: Loaded, batch: int, bandwidth: float, args: argparse.Namespac
         "bytes": {"weights": weights, "keys and values of the context": context, "cache": cache_bytes(state.caches)},
         "parts_milliseconds": {
             "attention over the cache, all layers, alone": attention,
-            "logits and greedy choice, alone": logits_alone(model, batch, args),
+            "logits and greedy choice, alone": logits_alone(model, batch),
             "the rest (projections, MLP, norms, rotary, cache writes, logits, launches)": 1e3 * step
             - attention["ours"],
         },
@@ -183,7 +158,7 @@ def decode_steps(run: Run, args: argparse.Namespace) -> tuple[DecodeState, float
     return state, statistics.median(seconds[1:]) / args.steps
 
 
-def attention_alone(model: Loaded, caches: tuple[Any, ...], args: argparse.Namespace) -> dict[str, Any]:
+def attention_alone(model: Loaded, caches: tuple[Any, ...]) -> dict[str, Any]:
     """Milliseconds for one query a request over every layer's cache: ours, and cuDNN's where it runs."""
     batch = caches[0].length.shape[0]
     q = jnp.ones((batch, 1, model.spec.num_heads, model.spec.head_dim), model.spec.compute_dtype)
@@ -198,17 +173,17 @@ def attention_alone(model: Loaded, caches: tuple[Any, ...], args: argparse.Names
         attend = functools.partial(jax.nn.dot_product_attention, q, implementation="cudnn")
         return jnp.stack([attend(c.k, c.v, key_value_seq_lengths=c.length) for c in caches])
 
-    found: dict[str, Any] = {"ours": 1e3 * timed(lambda: ours(caches, q), args.repeats)}
+    found: dict[str, Any] = {"ours": common.milliseconds(ours, caches, q)["ms"]}
     if jax.devices()[0].platform != "gpu":
         return found | {"cudnn": "needs an NVIDIA GPU"}
     try:
-        found["cudnn"] = 1e3 * timed(lambda: cudnn(caches, q), args.repeats)
+        found["cudnn"] = common.milliseconds(cudnn, caches, q)["ms"]
     except (RuntimeError, ValueError, NotImplementedError) as error:
         found["cudnn"] = str(error).splitlines()[0]
     return found
 
 
-def logits_alone(model: Loaded, batch: int, args: argparse.Namespace) -> float:
+def logits_alone(model: Loaded, batch: int) -> float:
     """Milliseconds of the unembedding and the greedy choice."""
     hidden = jnp.ones((batch, model.spec.width), model.spec.compute_dtype)
 
@@ -216,7 +191,7 @@ def logits_alone(model: Loaded, batch: int, args: argparse.Namespace) -> float:
     def choose(params: Any, hidden: jax.Array) -> jax.Array:
         return jnp.argmax(nnx.merge(model.graphdef, params).logits(hidden), -1)
 
-    return 1e3 * timed(lambda: choose(model.params, hidden), args.repeats)
+    return common.milliseconds(choose, model.params, hidden)["ms"]
 
 
 if __name__ == "__main__":

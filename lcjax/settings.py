@@ -43,8 +43,8 @@ CONFIGURABLES = {
     "Reports": "lcjax.train.job:Reports",
     "Sample": "lcjax.train.job:Sample",
     "StepOptions": "lcjax.train.step:StepOptions",
+    "Mesh": "lcjax.parallel.mesh:MeshSpec",
     "Adjoint": "lcjax.parallel.adjoint:Adjoint",
-    "Mesh": "lcjax.train.job:MeshSpec",
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
@@ -89,6 +89,8 @@ CONFIGURABLES = {
     # decoding
     "generate": "lcjax.serve.job:Generate",
     "Engine": "lcjax.serve.engine:Engine",
+    "Cache": "lcjax.cache.init:CacheLayout",
+    "Selection": "lcjax.cache.selected:Selection",
     "Sampling": "lcjax.serve.sampling:Sampling",
     # evaluation
     "evaluate": "lcjax.eval.job:Evaluate",

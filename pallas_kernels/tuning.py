@@ -22,9 +22,9 @@ from pallas_kernels.op import interpreter, platform
 # and two 64 x 64 score tiles fill the registers of a warpgroup.
 HEURISTIC: dict[str, dict[int, dict[str, Any]]] = {
     "attention_forward": {
-        64: {"block_k": 128, "stages": 4, "persistent": True},
-        128: {"block_k": 128, "stages": 2, "persistent": True},
-        256: {"block_k": 64, "stages": 2, "persistent": True},
+        64: {"block_k": 128, "stages": 4},
+        128: {"block_k": 128, "stages": 2},
+        256: {"block_k": 64, "stages": 2},
     },
     "attention_backward": {
         64: {"dq_stages": 4, "dkv_stages": 4},

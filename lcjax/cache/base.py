@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lcjax.parallel import ops
 from pallas_kernels.masks import Mask
@@ -44,11 +44,6 @@ class AttentionCache(Protocol):
     def start(self) -> Array: ...
 
     @property
-    def k(self) -> Array:
-        """The keys `[B,S,K,D]` in their slots."""
-        ...
-
-    @property
     def capacity(self) -> int:
         """Tokens that one request may reach; the caller checks this on the host before a launch."""
         ...
@@ -58,16 +53,12 @@ class AttentionCache(Protocol):
         """Bytes of keys, values and states held for the whole batch."""
         ...
 
-    def positions(self) -> Array:
-        """The absolute position `[B,S]` of the token in each slot; -1 where a slot is known to be empty."""
-        ...
-
-    def with_keys(self, k: Array) -> "AttentionCache":
-        """The same tokens with other keys in the slots, to attend with once."""
-        ...
-
     def append(self, k: Array, v: Array, valid: Array | None = None) -> "AttentionCache":
         """k, v `[B,T,K,D]` follow the tokens held. `valid[B,T]` marks real tokens; padding is on the right."""
+        ...
+
+    def prepare(self, q: Array) -> "AttentionCache":
+        """What the queries of the last append change before they attend: a choice of pages, or nothing."""
         ...
 
     def attend(self, q: Array, mask: Any, **options: Unpack[Options]) -> tuple[Array, Array | None]:
@@ -75,6 +66,32 @@ class AttentionCache(Protocol):
 
         Rows of padding hold finite values without meaning.
         """
+        ...
+
+    def fork(self, rows: Counts) -> "AttentionCache":
+        """A cache whose request i continues request `rows[i]` of this one; several may continue the same."""
+        ...
+
+    def evict(self, drop: Bool[Array, "B"]) -> "AttentionCache":
+        """Forget the requests marked in `drop`: their rows are empty again."""
+        ...
+
+
+@runtime_checkable
+class SlotCache(AttentionCache, Protocol):
+    """A cache with a slot a token and keys as floats: what layers need that rotate keys as they read them."""
+
+    @property
+    def k(self) -> Array:
+        """The keys `[B,S,K,D]` in their slots."""
+        ...
+
+    def positions(self) -> Array:
+        """The absolute position `[B,S]` of the token in each slot; -1 where a slot is known to be empty."""
+        ...
+
+    def with_keys(self, k: Array) -> "SlotCache":
+        """The same tokens with other keys in the slots, to attend with once."""
         ...
 
 
@@ -115,27 +132,45 @@ def known_empty(length: Counts) -> bool:
     return isinstance(length, np.ndarray) and not length.any()
 
 
-def write_first(buffer: Float[Array, "B S K D"], new: Float[Array, "B T K D"]) -> Float[Array, "B S K D"]:
+def write_first(buffer: Array, new: Array, axis: int = 1) -> Array:
     """Put the first chunk into an empty buffer. Padding goes along: later tokens replace it before it is seen."""
-    fits = new[:, : buffer.shape[1]].astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice(buffer, fits, (0, 0, 0, 0))
+    fits = jax.lax.slice_in_dim(new, 0, min(new.shape[axis], buffer.shape[axis]), axis=axis)
+    return jax.lax.dynamic_update_slice(buffer, fits, (0,) * buffer.ndim)
 
 
 def write_slots(
-    buffer: Float[Array, "B S K D"],
-    new: Float[Array, "B T K D"],
+    buffer: Shaped[Array, "B S K D"],
+    new: Shaped[Array, "B T K D"],
     slot: Int[Array, "B T"],
     keep: Bool[Array, "B T"] | None,
-) -> Float[Array, "B S K D"]:
+) -> Shaped[Array, "B S K D"]:
     """Put each new row into its slot; rows with `keep` false are dropped. In place when `buffer` is donated."""
-    batch, tokens = slot.shape
-    if keep is not None:
-        # Distinct slots past the end: the scatter drops them and stays free of duplicates.
-        slot = jnp.where(keep, slot, buffer.shape[1] + jnp.arange(tokens, dtype=slot.dtype))
-    rows = jnp.arange(batch)[:, None]
-    written = buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
+    slot = dropped(slot, keep, buffer.shape[1])
+    return written(buffer.at[jnp.arange(slot.shape[0])[:, None], slot], new)
+
+
+def dropped(slot: Int[Array, "B T"], keep: Bool[Array, "B T"] | None, end: int) -> Int[Array, "B T"]:
+    """The slots, those with `keep` false moved past `end`: a scatter drops them, and stays free of duplicates."""
+    if keep is None:
+        return slot
+    return jnp.where(keep, slot, end + jnp.arange(slot.shape[1], dtype=slot.dtype))
+
+
+def written(place: Any, new: Array) -> Array:
+    """The buffer with `new` at `place` (`buffer.at[...]`), which names no slot twice."""
+    buffer = place.set(new, mode="drop", unique_indices=True)
     # Fused into its reader, the write would be done twice, and the second time on a copy of the cache.
-    return jax.lax.optimization_barrier(written)
+    return jax.lax.optimization_barrier(buffer)
+
+
+def take_rows(rows: Counts, *arrays: Any) -> list[Any]:
+    """Rows of arrays whose first axis is the batch; None stays None."""
+    return [None if x is None else jnp.asarray(x)[jnp.asarray(rows)] for x in arrays]
+
+
+def emptied(drop: Bool[Array, "B"], *counts: Counts) -> list[Array]:
+    """The counts, zero where `drop`."""
+    return [jnp.where(drop, 0, jnp.asarray(x)) for x in counts]
 
 
 def traced(x: Any) -> bool:

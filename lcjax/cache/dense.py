@@ -1,28 +1,34 @@
 """Every token keeps its slot: the cache of a layer that may look anywhere."""
 
-import contextlib
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels as pk
 from lcjax.cache.base import (
+    Counts,
     Options,
     appended,
     check_room,
+    dropped,
+    emptied,
     known_empty,
     no_tokens,
+    take_rows,
     through_op,
     write_first,
     write_slots,
+    written,
 )
-from lcjax.cache.direct import attend_direct, few
+from lcjax.cache.direct import attend_direct
+from lcjax.cache.encoding import decode, encode, no_factors, stored_bytes
+from lcjax.cache.few import by_kernel, by_op, few
 from lcjax.cache.visible import visible
 from pallas_kernels.masks import Mask
-from pallas_kernels.op import platform
 
 PLAN_BLOCK = 128
 
@@ -30,18 +36,21 @@ PLAN_BLOCK = 128
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DenseCache:
-    """Token j of a request lies in slot j."""
+    """Token j of a request lies in slot j, as it is or as int8 codes with factors."""
 
     k: Any  # [B,S,K,D]
     v: Any  # [B,S,K,Dv]
+    k_scale: Any  # float32 [B,K,S], of int8
+    v_scale: Any
     length: Any  # int32 [B]
     start: Any  # int32 [B]
 
     @classmethod
-    def init(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any) -> "DenseCache":
-        """An empty cache for `capacity` tokens a request."""
-        shape = (batch, capacity, num_kv_heads, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), no_tokens(batch), no_tokens(batch))
+    def init(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> "DenseCache":
+        """An empty cache for `capacity` tokens a request; `dtype` int8 halves what bfloat16 takes."""
+        shape, factors = (batch, capacity, num_kv_heads, head_dim), (batch, num_kv_heads, capacity)
+        arrays = [jnp.zeros(shape, dtype) for _ in range(2)] + [no_factors(factors, dtype) for _ in range(2)]
+        return cls(*arrays, no_tokens(batch), no_tokens(batch))
 
     @property
     def capacity(self) -> int:
@@ -50,8 +59,8 @@ class DenseCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values: 2 B S K D times the width of the dtype (K and V of equal width)."""
-        return self.k.nbytes + self.v.nbytes
+        """Bytes of keys and values: 2 B S K D times the width of the dtype (K and V of equal width); int8: D + 4."""
+        return stored_bytes(self.k, self.v, self.k_scale, self.v_scale)
 
     def with_keys(self, k: Float[Array, "B S K E"]) -> "DenseCache":
         """The same tokens with other keys in the slots."""
@@ -64,17 +73,39 @@ class DenseCache:
         batch, tokens = k.shape[:2]
         count = appended(tokens, valid, batch)
         check_room(self.length, count, self.capacity)
+        (k, k_scale), (v, v_scale) = encode(k, self.k.dtype), encode(v, self.v.dtype)
+        length = jnp.asarray(self.length)
         if known_empty(self.length):
-            k, v = write_first(self.k, k), write_first(self.v, v)
-            return replace(self, k=k, v=v, length=self.length + jnp.asarray(count), start=self.length)
-        slot = jnp.asarray(self.length)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-        return replace(
-            self,
-            k=write_slots(self.k, k, slot, valid),
-            v=write_slots(self.v, v, slot, valid),
-            length=self.length + count,
-            start=self.length,
-        )
+            scales = [
+                None if buffer is None else write_first(buffer, new.swapaxes(1, 2), axis=2)
+                for buffer, new in ((self.k_scale, k_scale), (self.v_scale, v_scale))
+            ]
+            new = write_first(self.k, k), write_first(self.v, v), *scales
+            return DenseCache(*new, length=length + jnp.asarray(count), start=self.length)
+        slot = length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+        rows, there = jnp.arange(batch)[:, None], dropped(slot, valid, self.capacity)
+        scales = [
+            None if buffer is None else written(buffer.at[rows, :, there], new)
+            for buffer, new in ((self.k_scale, k_scale), (self.v_scale, v_scale))
+        ]
+        new = write_slots(self.k, k, slot, valid), write_slots(self.v, v, slot, valid), *scales
+        return DenseCache(*new, length=length + count, start=self.length)
+
+    def prepare(self, q: Array) -> "DenseCache":
+        """Nothing."""
+        return self
+
+    def held(self, tokens: int) -> pk.KVCache:
+        """What the decode op reads after an append of `tokens`."""
+        length = jnp.minimum(jnp.asarray(self.start) + tokens, self.capacity)
+        return pk.KVCache(self.k, self.v, length, self.k_scale, self.v_scale)
+
+    def floats(self, dtype: DTypeLike, tokens: int | None = None) -> tuple[Array, Array]:
+        """Keys and values of the first `tokens` slots (default: all), widened to `dtype` where they are codes."""
+        cut = lambda x, axis: x if x is None or tokens is None else jax.lax.slice_in_dim(x, 0, tokens, axis=axis)
+        pairs = (self.k, self.k_scale), (self.v, self.v_scale)
+        k, v = (decode(cut(stored, 1), cut(factors, 2), dtype) for stored, factors in pairs)
+        return k, v
 
     def positions(self) -> Int[Array, "B S"]:
         """The absolute position of the token in each slot."""
@@ -86,17 +117,24 @@ class DenseCache:
         """One token reads the slots directly; a chunk goes through the block-sparse op, the first without an offset."""
         tokens, heads = q.shape[1:3]
         if known_empty(self.start) and tokens <= self.capacity:
-            return through_op(q, self.k[:, :tokens], self.v[:, :tokens], mask, **options)
+            return through_op(q, *self.floats(q.dtype, tokens), mask, **options)
         if not few(tokens):
-            return through_op(q, self.k, self.v, mask, q_offset=self.start, kv_length=self.length, **options)
-        if platform() == "gpu":
-            held = pk.KVCache(self.k, self.v, jnp.minimum(self.start + tokens, self.capacity))
-            with contextlib.suppress(pk.Unsupported):
-                options_with_lse: Options = {**options, "return_lse": True}
-                o, lse = pk.decode_attention(q, held, mask, implementation="mosaic_gpu", **options_with_lse)
-                return o, lse
+            return through_op(q, *self.floats(q.dtype), mask, q_offset=self.start, kv_length=self.length, **options)
+        if self.k_scale is not None:
+            return by_op(q, self.held(tokens), mask, **options)
+        if (done := by_kernel(q, self.held(tokens), mask, **options)) is not None:
+            return done
         plan = mask.plan(heads, tokens, self.capacity, PLAN_BLOCK, PLAN_BLOCK)
         slots = jnp.arange(self.capacity, dtype=jnp.int32)
         columns = jnp.where(slots < jnp.asarray(self.length)[:, None], slots, -1)
         rows = jnp.asarray(self.start)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         return attend_direct(q, self.k, self.v, visible(plan, rows, columns), **options)
+
+    def fork(self, rows: Counts) -> "DenseCache":
+        """Copies of the rows."""
+        return DenseCache(*take_rows(rows, self.k, self.v, self.k_scale, self.v_scale, self.length, self.start))
+
+    def evict(self, drop: Bool[Array, "B"]) -> "DenseCache":
+        """The slots stay as they are, beyond the length."""
+        length, start = emptied(drop, self.length, self.start)
+        return replace(self, length=length, start=start)

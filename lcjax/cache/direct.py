@@ -72,8 +72,3 @@ def _by_run(allowed: Array, heads: int, runs: int) -> Array:
     batch, _, steps, slots = allowed.shape
     full = jnp.broadcast_to(allowed, (batch, heads, steps, slots))
     return jnp.moveaxis(full.reshape(batch, heads * steps, runs, slots // runs), 2, 1)
-
-
-def few(tokens: int) -> bool:
-    """Whether this many query tokens go the direct way (one token, or a handful to verify)."""
-    return tokens <= 8

@@ -14,19 +14,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcjax.cache.base import (
+    Counts,
     Options,
     appended,
+    emptied,
     known_empty,
     no_tokens,
+    take_rows,
     through_op,
     traced,
     with_lse,
     write_first,
     write_slots,
 )
-from lcjax.cache.direct import attend_direct, few
+from lcjax.cache.direct import attend_direct
+from lcjax.cache.few import by_kernel, few
 from lcjax.cache.visible import visible
-from pallas_kernels import merge_attention
+from pallas_kernels import KVCache, merge_attention
 from pallas_kernels.masks import Causal, Mask, Sink, Window
 from pallas_kernels.plan import Plan
 
@@ -89,6 +93,7 @@ class RingCache:
                 "prefill in smaller chunks or make the cache with a larger chunk"
             )
         count = appended(tokens, valid, batch)
+        k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
         if known_empty(self.length):  # slots are positions until the ring turns
             k, v = write_first(self.k, k), write_first(self.v, v)
             return replace(self, k=k, v=v, length=self.length + jnp.asarray(count), start=self.length)
@@ -101,6 +106,20 @@ class RingCache:
             length=self.length + count,
             start=self.length,
         )
+
+    def prepare(self, q: Array) -> "RingCache":
+        """Nothing."""
+        return self
+
+    def fork(self, rows: Counts) -> "RingCache":
+        """Copies of the rows."""
+        k, v, length, start = take_rows(rows, self.k, self.v, self.length, self.start)
+        return replace(self, k=k, v=v, length=length, start=start)
+
+    def evict(self, drop: Bool[Array, "B"]) -> "RingCache":
+        """The slots stay as they are; by the length, none of them holds a token."""
+        length, start = emptied(drop, self.length, self.start)
+        return replace(self, length=length, start=start)
 
     def positions(self) -> Int[Array, "B S"]:
         """The absolute position of the token in each slot; -1 where none has been written."""
@@ -123,6 +142,9 @@ class RingCache:
         if known_empty(self.start):
             return through_op(q, self.k[:, :tokens], self.v[:, :tokens], mask, **options)
         if few(tokens):
+            held = KVCache(self.k, self.v, jnp.asarray(self.start) + tokens, ring=self.sink)
+            if (done := by_kernel(q, held, mask, **options)) is not None:
+                return done
             rows = jnp.asarray(self.start)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
             return attend_direct(q, self.k, self.v, visible(plan, rows, self.positions()), **options)
         return self._attend_chunk(q, **options)

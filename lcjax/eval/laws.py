@@ -1,4 +1,4 @@
-"""One model under several position laws: perplexity of the same targets, in one table and one figure."""
+"""One model under several position laws: perplexity of the same targets and retrieval, each in one table and figure."""
 
 import itertools
 import math
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lcjax.eval.outcome import Table
+from lcjax.eval.outcome import Outcome, Table
 from lcjax.eval.perplexity import Perplexity
 from lcjax.eval.plots import by_position
+from lcjax.eval.report import write_report
+from lcjax.eval.runner import Suite
 from lcjax.models.decoder import abstract
 from lcjax.positions.laws import Rope
 from lcjax.positions.remap import Remap
@@ -26,33 +28,34 @@ class Law:
     rope: Rope | None = None
     remap: Remap | None = None
 
-    def apply(self, model: Loaded) -> Loaded:
-        """The model under this law, with the same weights."""
+    def apply(self, model: Loaded, max_length: int | None = None) -> Loaded:
+        """The model under this law, with the same weights; `max_length` tokens are to fit its context."""
         own = [law for law, _ in model.spec.laws]
         if not own:
             raise ValueError(f"compare_laws: {model.source} has no rotary positions")
-        spec = model.spec.with_positions(self.rope or own[0], self.remap)
+        spec = model.spec.with_positions(self.rope or own[0], self.remap, max_length)
         return model._replace(graphdef=abstract(spec)[0], spec=spec)
 
 
 @dataclass(frozen=True)
 class CompareLaws:
-    """Every law on every text of `perplexities`, beside a sliding context of the trained length.
+    """Every law on every text of `perplexities`, beside a sliding context of the trained length, and on `suite`.
 
     The targets of a text are the same for all laws. Ratios are to the sliding context. A perplexity that is asked for
     several lengths is reported for each; its `context` and `targets` stay unset.
     """
 
     laws: tuple[Law, ...]
-    perplexities: tuple[Perplexity, ...]
+    perplexities: tuple[Perplexity, ...] = ()
+    suite: Suite | None = None
     name: str = "laws"
 
     def __post_init__(self):
         names = [law.name for law in self.laws]
         if not names or len(set(names)) < len(names) or SLIDING in names:
             raise ValueError(f"compare_laws.laws need different names, other than {SLIDING!r}; got {', '.join(names)}")
-        if not self.perplexities:
-            raise ValueError("compare_laws.perplexities is empty; give at least one text")
+        if not self.perplexities and self.suite is None:
+            raise ValueError("compare_laws has nothing to measure; give perplexities, a suite or both")
         for one in self.perplexities:
             if one.context is not None or one.targets is not None:
                 raise ValueError(f"compare_laws: perplexity {one.name!r} sets context or targets; leave both unset")
@@ -63,10 +66,12 @@ class CompareLaws:
             one.check()
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
-        """{text/law: {length: perplexity}, text/law/ratio: ...}."""
+        """{text/law: {length: perplexity}, text/law/ratio: ..., task/law: {length: score}}."""
         tables: dict[str, Table] = {}
         for one in self.perplexities:
             tables |= self._perplexity(one, model, output)
+        if self.suite is not None:
+            tables |= self._scores(self.suite, model, output)
         text = table_of(tables)
         (output / f"{self.name}.txt").write_text(text + "\n", encoding="utf-8")
         print(text, flush=True)
@@ -96,6 +101,19 @@ class CompareLaws:
                 str(n): mean(nll, 0, n) / mean(losses[SLIDING], 0, n) for n in one.lengths
             }
         return found
+
+    def _scores(self, suite: Suite, model: Loaded, output: Path) -> dict[str, Table]:
+        """The suite under every law, and one report in which each law's heat map stands beside the others."""
+        together = Outcome(self.name, model.source)
+        for law in self.laws:
+            folder = output / law.name.replace("/", "_")
+            folder.mkdir(parents=True, exist_ok=True)
+            found = suite.outcome(law.apply(model, max(suite.lengths)), folder)
+            named = lambda task, law=law: f"{task}/{law.name}"
+            together.cells += [replace(cell, task=named(cell.task)) for cell in found.cells]
+            together.missing += [(named(task), length, reason) for task, length, reason in found.missing]
+        write_report(output, together)
+        return {name: table for name, table in together.tables().items() if name != f"{self.name}_mean"}
 
 
 def table_of(tables: dict[str, Table]) -> str:

@@ -97,7 +97,7 @@ class Runner:
         self._engine = replace(engine, capacity=self._capacity)
         self._known = read_examples(path)
         self._generator = answers
-        about = [model.source, repr(model.spec), model.tokenizer.fingerprint, engine.cache_dtype]
+        about = [model.source, repr(model.spec), model.tokenizer.fingerprint, repr(engine.cache)]
         self._config = hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def cell(self, task: Task, length: int, seed: int) -> Cell:

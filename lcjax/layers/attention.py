@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from lcjax.cache.base import AttentionCache
+from lcjax.cache.base import AttentionCache, SlotCache
 from lcjax.layers.linear import Linear
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
@@ -101,11 +101,15 @@ class AttentionLayer(HeadProjections):
         """Append the tokens and attend over all that the cache holds, which is keys before or after rotation."""
         rope, remap, tables = self.mixer.rope, self.mixer.remap, _tables(self.mixer, context)
         if tables is None or rope is None:
-            cache = cache.append(k, v, context.valid)
+            cache = cache.append(k, v, context.valid).prepare(q)
             return cache.attend(q, self.mixer.mask(), return_lse=False, **options)[0], cache
         queries = tuple(apply_rope(q, t) for t in tables.queries)
         late = rotates_at_read(rope, remap)
         cache = cache.append(k if late else apply_rope(k, tables.keys[0]), v, context.valid)
+        if remap is None and not late:
+            cache = cache.prepare(queries[0])
+            return cache.attend(queries[0], self.mixer.mask(), return_lse=False, **options)[0], cache
+        assert isinstance(cache, SlotCache)
         keys = (cache.k,)
         if late:
             slots = jnp.maximum(cache.positions(), 0)
@@ -113,8 +117,7 @@ class AttentionLayer(HeadProjections):
             keys = tuple(apply_rope(cache.k, t) for t in found)
         if remap is not None:
             return remap.attend_cached(queries, keys, cache, **options), cache
-        shown = cache.with_keys(keys[0]) if late else cache
-        return shown.attend(queries[0], self.mixer.mask(), return_lse=False, **options)[0], cache
+        return cache.with_keys(keys[0]).attend(queries[0], self.mixer.mask(), return_lse=False, **options)[0], cache
 
 
 def attend(

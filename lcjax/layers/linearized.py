@@ -60,7 +60,7 @@ class LinearizedLayer(HeadProjections):
         down = Weight((width, mixer.decay_rank), ("embed", "rank"), std=GATE_STD)
         up = Weight((mixer.decay_rank, groups, keys), ("rank", "kv_heads", "head_dim"), std=GATE_STD)
         gated = mixer.decay == "vector"
-        self.decay_down = Linear(down, bias=True, **init) if gated else None
+        self.decay_down = Linear(down, **init) if gated else None
         self.decay_up = Linear(up, bias=True, **init) if gated else None
         logit = Weight((heads,), ("heads",), fill=mixer.window_logit)
         self.window_logit = logit.param(rngs, param_dtype) if mixer.window else None

@@ -92,7 +92,8 @@ class Decoder(nnx.Module):
           are taken (training with sampled positions), and one position per axis (M-RoPE). A remap has its own.
         segment_ids: document of each token, 0 is padding; not together with caches.
         caches, valid: one cache per layer; `valid` marks real tokens of a chunk whose rows are padded on the right.
-        remat: 'none', 'full' or 'dots' (matrix products kept). scan: stack runs of equal layers and scan over them.
+        remat: 'none', 'full', 'attention' (only its results are kept) or 'dots' (matrix products kept).
+        scan: stack runs of equal layers and scan over them.
         """
         if caches is not None and (
             len(caches) != len(self.layers) or segment_ids is not None or scan or remat != "none"

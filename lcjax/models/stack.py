@@ -9,16 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lcjax.parallel.work import checkpoint
+from pallas_kernels.attention.call import KEPT
 
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
 def rematerialised(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`function` under the named remat policy: 'none', 'full' or 'dots'."""
+    """`function` under the named remat policy: 'none', 'full', 'attention' or 'dots'."""
     if remat not in POLICIES:
         raise ValueError(f"remat is {remat!r}; choose one of {', '.join(map(repr, POLICIES))}")
     return function if remat == "none" else checkpoint(function, POLICIES[remat])

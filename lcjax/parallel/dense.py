@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import block_sparse_attention, merge_attention
+from pallas_kernels.attention.call import KEPT
 from pallas_kernels.masks import Causal, Full, Mask
 
 type Result = tuple[Float[Array, "B C H Dv"], Float[Array, "B H C"]]
@@ -218,7 +220,7 @@ def _ring_forward(split: Split, x: Shard):
         return following, p.merge(result, part)
 
     _, (o, lse) = _around(split, body, (visiting, (o.astype(jnp.float32), lse)))
-    o = o.astype(x.q.dtype)
+    o, lse = checkpoint_name((o.astype(x.q.dtype), lse), KEPT)
     return (o, lse), (x, o, lse)
 
 

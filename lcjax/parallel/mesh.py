@@ -2,12 +2,38 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "context", "tensor")
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """Degrees of the mesh axes; -1 takes the devices that are left.
+
+    dcn_*: the factor of that degree which spans several slices. slice: the TPU slice that the degrees are meant for,
+    such as 'v5p:4x4x4', which `--compile_for` takes if it names none.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+    dcn_data: int = 1
+    dcn_fsdp: int = 1
+    dcn_context: int = 1
+    dcn_tensor: int = 1
+    slice: str | None = None
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over all devices of the run, or those given."""
+        across = {axis: getattr(self, f"dcn_{axis}") for axis in AXES}
+        degrees = {axis: getattr(self, axis) for axis in AXES}
+        return make_mesh(**degrees, across_slices=across, devices=devices)
 
 
 def make_mesh(

@@ -20,6 +20,7 @@ from lcjax.parallel.adjoint import adjoint
 from lcjax.parallel.layout import Layout, current_layout, exchange, per_shard
 from lcjax.parallel.work import counting, stand_in, visible_pairs
 from pallas_kernels import LinearState
+from pallas_kernels.attention.api import SegmentIds
 from pallas_kernels.masks import Causal, Mask, PerHead
 from pallas_kernels.merge import add_sink_logits
 
@@ -33,7 +34,7 @@ def attention(
     v: Float[Array, "B S K Dv"],
     mask: Mask,
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     sink_logits: Float[Array, " H"] | None = None,
     q_offset: Int[Array, " B"] | None = None,
     kv_length: Int[Array, " B"] | None = None,
@@ -43,11 +44,12 @@ def attention(
 ) -> Float[Array, "B T H Dv"] | Result:
     """As `pallas_kernels.block_sparse_attention`.
 
-    Without q_offset and kv_length the sequence may be split over the mesh's context axis. Keys of a cache are whole on
-    every shard.
+    A sequence that attends to itself may be split over the mesh's context axis. Keys of a cache, and those with ids of
+    their own, are whole on every shard.
     """
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
     cached = q_offset is not None or kv_length is not None or q.shape[1] != k.shape[1]
+    cached |= isinstance(segment_ids, tuple)
     if counting():
         return _counted_attention(q, k, v, mask, return_lse)
     layout = current_layout(q.shape[0], (q.shape[2], k.shape[2]), None if cached else q.shape[1])
@@ -124,7 +126,7 @@ def dual_chunk_attention(
         if layout is None or layout.length is None:
             o, lse = pk.dual_chunk_attention(queries, k, v, segment_ids=ids, **options)
         else:
-            call = functools.partial(pk.dual_chunk_attention, **options)
+            call: Any = functools.partial(pk.dual_chunk_attention, **options)
             split = dense.Split(layout.length, layout.shards, scale, soft_cap)
             o, lse = dense.gathered(queries, dense.Keys(k, v, ids), call, split)
         return o if logits is None else add_sink_logits(o, lse, logits)[0]

@@ -16,6 +16,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "head_dim": (),
+    "slots": (),
     "rank": (),
     "taps": (),
     "groups": (),

@@ -80,7 +80,7 @@ class DynamicYaRN(ByFactor):
         self._yarn(1)
 
     def _yarn(self, factor: int) -> YaRN:
-        return YaRN(self.base, self.partial, factor, self.original_length, self.beta_fast, self.beta_slow)
+        return YaRN(self.base, self.partial, float(factor), self.original_length, self.beta_fast, self.beta_slow)
 
     def row(self, plain: np.ndarray, factor: int) -> np.ndarray:
         return self._yarn(factor).mixed(plain, factor)

@@ -32,7 +32,8 @@ class Flow(nnx.Module):
         prior = self.law.table(self.head_dim)[0]
         if self.law.max_factor == 1:
             return jnp.asarray(prior)
-        drift = _drift(self.law, self.law.plain(self.head_dim), self.up[...], self.down[...])
+        up, down = (x[...].astype(jnp.float32) for x in (self.up, self.down))
+        drift = _drift(self.law, self.law.plain(self.head_dim), up, down)
         h = 1 / self.law.steps
 
         def step(e: Array, at: Array) -> tuple[Array, None]:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lcjax.positions.laws import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, YaRN
+from lcjax.positions.laws import ByParts, DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, YaRN
+from lcjax.positions.mrope import MRope
 
 ALIASES = {"su": "longrope"}
 SHARED = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 KEYS = {
     "default": set(),
+    "mrope": {"mrope_section"},
     "linear": {"factor"},
     "dynamic": {"factor"},
     "yarn": {
@@ -64,6 +66,8 @@ def law_from_hf(
     trained = original_length or given.get("original_max_position_embeddings") or max_length
     if kind == "default":
         return Rope(**shared)
+    if kind == "mrope":
+        return MRope(**shared, sections=tuple(map(int, given.get("mrope_section") or ())))
     if kind in ("linear", "dynamic", "llama3"):
         shared["factor"] = _number(given, kind, "factor")
     if kind == "linear":
@@ -99,13 +103,15 @@ def law_to_hf(law: Rope, *, max_length: int) -> dict[str, Any]:
     if law.partial != 1:
         shared["partial_rotary_factor"] = law.partial
     match law:
+        case MRope() if type(law) is MRope:
+            return shared | {"rope_type": "mrope", "mrope_section": list(law.sections)}
         case Linear():
             return shared | {"rope_type": "linear", "factor": law.factor}
         case Proportional():
             return shared | {"rope_type": "proportional", "factor": law.factor}
         case DynamicNTK() if law.original_length == max_length:
             return shared | {"rope_type": "dynamic", "factor": law.factor}
-        case Llama3():
+        case ByParts():
             shared |= {"rope_type": "llama3", "factor": law.factor, "low_freq_factor": law.low_turns}
             return shared | {
                 "high_freq_factor": law.high_turns,

@@ -133,14 +133,16 @@ class SelfExtend(Remap):
         ids = options.pop("segment_ids", None)
         options.pop("sink_logits", None)  # they joined the near part
         q, k = self.far(queries, keys)  # row r of the far queries, at position r + lag, sees keys up to r
-        pair = None if ids is None else (ids[:, lag:], ids[:, :-lag])
-        o, lse = ops.attention(
-            q[:, lag:], k[:, :-lag], v[:, :-lag], Causal(), segment_ids=pair, return_lse=True, **options
-        )
+        q, k, v = q[:, lag:], k[:, :-lag], v[:, :-lag]
+        if ids is None:
+            far = ops.attention(q, k, v, Causal(), return_lse=True, **options)
+        else:
+            pair = ids[:, lag:], ids[:, :-lag]
+            far = pk.block_sparse_attention(q, k, v, Causal(), segment_ids=pair, return_lse=True, **options)
+        o, lse = cast(tuple[jax.Array, jax.Array], far)
         o = jnp.pad(o, ((0, 0), (lag, 0), (0, 0), (0, 0)))
-        return pk.merge_attention(
-            cast(Any, near), (o, jnp.pad(lse, ((0, 0), (0, 0), (lag, 0)), constant_values=-jnp.inf))
-        )[0]
+        lse = jnp.pad(lse, ((0, 0), (0, 0), (lag, 0)), constant_values=-jnp.inf)
+        return pk.merge_attention(cast(Any, near), (o, lse))[0]
 
     def attend_cached(self, queries: Rows, keys: Rows, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
         tokens = queries[0].shape[1]

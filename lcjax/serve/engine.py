@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcjax.cache import cache_bytes
+from lcjax.cache import CacheLayout, cache_bytes
 from lcjax.models.spec import ModelSpec
 from lcjax.serve.programs import Programs
 from lcjax.serve.report import Report
@@ -41,6 +41,7 @@ class Engine:
     made in a few sizes up to it, so that another prompt of similar length compiles nothing.
     batch: most requests at once. chunk: prompt tokens read at a time. steps: tokens written a dispatch.
     slack: cache slots that a batch may get for each one it needs, so as to run a program that is compiled already.
+    cache: how keys and values are kept.
     """
 
     capacity: int | None = None
@@ -48,13 +49,18 @@ class Engine:
     chunk: int = 256
     steps: int = 8
     slack: int = 1
-    cache_dtype: str | None = None  # None: the model's compute dtype
+    cache: CacheLayout = field(default_factory=CacheLayout)
 
     def __post_init__(self):
         for name in ("capacity", "batch", "chunk", "steps", "slack"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"Engine.{name} must be positive, got {number}")
+
+    def sizes(self, batch: int, capacity: int) -> dict[str, Any]:
+        """The sizes of the programs for `batch` requests of `capacity` tokens."""
+        own = {name: getattr(self, name) for name in ("chunk", "steps", "cache")}
+        return own | {"batch": batch, "capacity": capacity}
 
 
 class Piece(NamedTuple):
@@ -222,8 +228,7 @@ class Generator:
 
     def _programs_for(self, batch: int, capacity: int) -> Programs:
         if (batch, capacity) not in self._programs:
-            sizes = {name: getattr(self._engine, name) for name in ("chunk", "steps", "cache_dtype")}
-            sizes |= {"batch": batch, "capacity": capacity}
+            sizes = self._engine.sizes(batch, capacity)
             self._programs[batch, capacity] = Programs(self._graphdef, self._params, self._spec, sizes)
         return self._programs[batch, capacity]
 

@@ -3,6 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import jax
+
+from lcjax.models.spec import ModelSpec
+from lcjax.parallel.mesh import MeshSpec
+from lcjax.parallel.rules import shardings
 from lcjax.serve.engine import Completion, Engine, Generator, Request
 from lcjax.serve.report import Report
 from lcjax.serve.sampling import Sampling
@@ -11,15 +16,19 @@ from lcjax.serve.source import Loaded, Pretrained
 
 @dataclass(frozen=True)
 class Generate:
-    """How to answer. chat: render each prompt as a user's message with the model's chat template, after `system`."""
+    """How to answer. chat: render each prompt as a user's message with the model's chat template, after `system`.
 
-    model: Pretrained
+    mesh: spread requests over data and fsdp, heads over tensor; None uses one device. A bare spec can only be sized.
+    """
+
+    model: Pretrained | ModelSpec
     engine: Engine = field(default_factory=Engine)
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
     chat: bool = False
     system: str | None = None
+    mesh: MeshSpec | None = None
 
     def __post_init__(self):
         if self.system is not None and not self.chat:
@@ -34,14 +43,28 @@ class Generate:
         text = loaded.tokenizer.render_chat([*messages, {"role": "user", "content": prompt}])
         return Request(tuple(loaded.tokenizer.encode(text)), **common)
 
+    def spec(self) -> ModelSpec:
+        """The model's shape."""
+        return self.model if isinstance(self.model, ModelSpec) else self.model.read().spec
+
+    def _load(self) -> Loaded:
+        if isinstance(self.model, ModelSpec):
+            raise ValueError("generate.model is a ModelSpec, which has no weights: bind it to @pretrained()")
+        return self.model.load()
+
     def run(
         self, prompts: Sequence[str], show: Callable[[str], None], loaded: Loaded | None = None
     ) -> tuple[list[Completion], Report]:
         """Answer, passing text to `show`: a single answer as it comes, several each when it is whole."""
         if not prompts:
             raise ValueError("there is no prompt: give --prompt, --prompt_file or text on standard input")
-        loaded = loaded or self.model.load()
-        generator = Generator(loaded.graphdef, loaded.params, loaded.spec, loaded.tokenizer, self.engine)
+        loaded = loaded or self._load()
+        params = loaded.params
+        if self.mesh is not None:
+            mesh = self.mesh.build()
+            params = jax.device_put(params, shardings(params, mesh))
+            jax.set_mesh(mesh)
+        generator = Generator(loaded.graphdef, params, loaded.spec, loaded.tokenizer, self.engine)
         requests = [self.request(prompt, loaded) for prompt in prompts]
         completions = [Completion() for _ in requests]
         for piece in generator.stream(requests, completions):

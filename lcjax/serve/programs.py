@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from lcjax.cache import init_caches
+from lcjax.cache.placing import placed
 from lcjax.models.spec import ModelSpec
 from lcjax.serve.sampling import SamplingArrays
 from lcjax.serve.steps import DecodeState, Limits, decode, prefill
@@ -22,18 +23,18 @@ class Programs:
     """
 
     def __init__(self, graphdef: Any, params: Any, spec: ModelSpec, sizes: dict[str, Any]):
-        """sizes: batch, capacity, chunk, steps, cache_dtype."""
-        self._params, self._sizes = params, sizes
+        """sizes: batch, capacity, chunk, steps, cache (a CacheLayout)."""
+        self._params, self.sizes = params, sizes
         self._compiled: dict[str, Any] = {}
         self.compile_seconds = 0.0
         batch, capacity, chunk = sizes["batch"], sizes["capacity"], sizes["chunk"]
 
         def begin(params: Any, *rest: Any) -> DecodeState:
-            caches = init_caches(spec, batch, capacity, sizes["cache_dtype"], chunk=chunk)
+            caches = init_caches(spec, batch, capacity, sizes["cache"], chunk=chunk)
             none = jnp.zeros((batch,), jnp.int32)
             return prefill(graphdef, params, DecodeState(caches, none, none, jnp.zeros((batch,), bool)), *rest)
 
-        self._jitted = {
+        self.jitted = {
             "begin": jax.jit(begin),
             "extend": jax.jit(lambda *args: prefill(graphdef, *args), donate_argnums=1),
             "decode": jax.jit(lambda *args: decode(graphdef, *args, steps=sizes["steps"]), donate_argnums=1),
@@ -51,21 +52,27 @@ class Programs:
     def prepare(self, sampling: SamplingArrays, limits: Limits, extend: bool) -> None:
         """Compile what a generation needs and is not there yet."""
         began = time.perf_counter()
-        batch, chunk = self._sizes["batch"], self._sizes["chunk"]
-        flags = jax.ShapeDtypeStruct((batch, chunk), bool), jax.ShapeDtypeStruct((batch,), bool)
-        tokens = (jax.ShapeDtypeStruct((batch, chunk), jnp.int32), *flags, sampling, limits)
-        needed = {"begin": tokens, "decode": (sampling, limits)} | ({"extend": tokens} if extend else {})
-        missing = {name: arguments for name, arguments in needed.items() if name not in self._compiled}
-        if missing:
-            state = jax.eval_shape(self._jitted["begin"], self._params, *tokens)
+        needed = ("begin", "decode", "extend") if extend else ("begin", "decode")
+        if missing := [name for name in needed if name not in self._compiled]:
+            state, arguments = self.shapes(sampling, limits)
+            mesh = jax.sharding.get_mesh()
+            state = state if mesh.empty else placed(state, mesh)
             with ThreadPoolExecutor() as pool:  # one is compiled while the next is traced
                 compiling = {}
-                for name, arguments in missing.items():
+                for name in missing:
                     states = () if name == "begin" else (state,)
-                    lowered = self._jitted[name].lower(self._params, *states, *arguments)
+                    lowered = self.jitted[name].lower(self._params, *states, *arguments[name])
                     compiling[name] = pool.submit(lowered.compile)
                 self._compiled |= {name: future.result() for name, future in compiling.items()}
         self.compile_seconds = time.perf_counter() - began
+
+    def shapes(self, sampling: SamplingArrays, limits: Limits) -> tuple[DecodeState, dict[str, tuple[Any, ...]]]:
+        """The state's shapes, and what each program takes beside parameters and state."""
+        batch, chunk = self.sizes["batch"], self.sizes["chunk"]
+        flags = jax.ShapeDtypeStruct((batch, chunk), bool), jax.ShapeDtypeStruct((batch,), bool)
+        tokens = (jax.ShapeDtypeStruct((batch, chunk), jnp.int32), *flags, sampling, limits)
+        state = jax.eval_shape(self.jitted["begin"], self._params, *tokens)
+        return state, {"begin": tokens, "extend": tokens, "decode": (sampling, limits)}
 
     def begin(
         self, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"], last: Bool[Array, "B"], *settings: Any

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from lcjax.cache.placing import constrained
 from lcjax.serve.sampling import SamplingArrays, sample
 
 
@@ -47,7 +48,8 @@ def prefill(
     final = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
     token = jnp.where(last, sample(model.logits(final), sampling, state.count), state.token)
     count = state.count + last
-    return DecodeState(caches, token, count, jnp.where(last, _goes_on(token, count, limits), state.active))
+    active = jnp.where(last, _goes_on(token, count, limits), state.active)
+    return constrained(DecodeState(caches, token, count, active))
 
 
 def decode(
@@ -62,7 +64,7 @@ def decode(
         token = jnp.where(valid, sample(model.logits(hidden[:, 0]), sampling, state.count), state.token)
         count = state.count + valid
         new = DecodeState(caches, token, count, valid & _goes_on(token, count, limits))
-        return new, jnp.where(valid, token, -1)
+        return constrained(new), jnp.where(valid, token, -1)
 
     state, written = lax.scan(step, state, length=steps)
     return state, written.T

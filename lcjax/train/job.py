@@ -1,11 +1,10 @@
 """The training job as a record: what `configs/run/*.gin` fills in."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -13,38 +12,13 @@ from lcjax.checkpoint.manifest import Sections, describe
 from lcjax.data.spec import DataSpec
 from lcjax.methods.base import Method, adapt_job, adapt_model
 from lcjax.models.spec import ModelSpec
-from lcjax.parallel.mesh import AXES, make_mesh
+from lcjax.parallel.mesh import MeshSpec
 from lcjax.positions.sampling import Sampler
 from lcjax.serve.sampling import Sampling
 from lcjax.serve.source import Pretrained
 from lcjax.train.losses import CrossEntropy, Loss
 from lcjax.train.optimizers import Optimizer
 from lcjax.train.step import StepOptions
-
-
-@dataclass(frozen=True)
-class MeshSpec:
-    """Degrees of the mesh axes; -1 takes the devices that are left.
-
-    dcn_*: the factor of that degree which spans several slices. slice: the TPU slice that the degrees are meant for,
-    such as 'v5p:4x4x4', which `--compile_for` takes if it names none.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    context: int = 1
-    tensor: int = 1
-    dcn_data: int = 1
-    dcn_fsdp: int = 1
-    dcn_context: int = 1
-    dcn_tensor: int = 1
-    slice: str | None = None
-
-    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh over all devices of the run, or those given."""
-        across = {axis: getattr(self, f"dcn_{axis}") for axis in AXES}
-        degrees = {axis: getattr(self, axis) for axis in AXES}
-        return make_mesh(**degrees, across_slices=across, devices=devices)
 
 
 @dataclass(frozen=True)
@@ -136,7 +110,7 @@ class Train:
     positions: Sampler | None = None
     loss: Loss = field(default_factory=CrossEntropy)
     options: StepOptions = field(default_factory=StepOptions)
-    mesh: MeshSpec = MeshSpec()
+    mesh: MeshSpec = field(default_factory=MeshSpec)
     checkpoints: Checkpoints = Checkpoints()
     reports: Reports = Reports()
     sample: Sample | None = None
@@ -186,8 +160,9 @@ class Train:
         else:
             read = self.model.read()
             spec, weights, tokenizer = read.spec, read.params, read.tokenizer_source
+        spec = adapt_model(self.methods, spec)  # first, since a method may lengthen the context
         job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=(), trainable=())
-        job = replace(adapt_job(self.methods, job), model=adapt_model(self.methods, spec))
+        job = adapt_job(self.methods, job)
         return replace(job, trainable=self.trainable or job.trainable), weights
 
     def check_mesh(self, mesh: Mesh) -> None:

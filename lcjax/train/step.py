@@ -33,7 +33,7 @@ class StepOptions:
     """How a step spends memory for time; only an `adjoint` other than the exact one changes what is computed."""
 
     accumulate: int = 1  # micro-batches per update
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "attention", "dots"] = "none"
     scan: bool = False
     exchange: Exchange = "auto"  # of full attention over a split sequence, see `lcjax.parallel.dense`
     adjoint: Adjoint = field(default_factory=Adjoint)  # the gradient of recurrent layers

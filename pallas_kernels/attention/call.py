@@ -9,6 +9,9 @@ from pallas_kernels.masks import Mask
 from pallas_kernels.pytrees import record
 from pallas_kernels.segments import key_places
 
+KEPT = "attention"
+"""Name of every attention result among a checkpoint's residuals: a policy that saves it spares the second forward."""
+
 
 @record("scale", "soft_cap", "need_lse")
 class Call:

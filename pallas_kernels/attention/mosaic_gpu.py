@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels import tuning
 from pallas_kernels.attention import mosaic_gpu_tables as tb
 from pallas_kernels.attention import xla
-from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.call import KEPT, Call
 from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles, backward_dkv, backward_dq, cotangents
 from pallas_kernels.attention.mosaic_gpu_common import Inputs, Static
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles, forward
 from pallas_kernels.masks import Mask
 from pallas_kernels.op import Unsupported, platform
-from pallas_kernels.plan import INF, Plan
+from pallas_kernels.plan import INF, Plan, namespace
 
+SHORT_ROWS, DENSE_PERSISTENT = 2560, 65536  # keys, measured on an H100 (`tuned/`)
 CUDA_MISCOMPILED = range(12080, 12091)  # ptxas of CUDA 12.8.0 to 12.9.0 breaks masked wgmma loops
 
 
@@ -52,7 +55,7 @@ def attend(
         patterns=plan.num_patterns,
         lists=lists,
         list_rows=0 if call.lists is None else call.lists.block_q,
-        forward=forward_tiles or _forward_tiles(plan, max(dim, dim_v)),
+        forward=forward_tiles or _forward_tiles(plan, keys, max(dim, dim_v)),
         backward=backward_tiles or BackwardTiles(**tuning.tiles("attention_backward", dim=max(dim, dim_v))),
         interpret=interpret,
     )
@@ -89,10 +92,24 @@ class Settings:
     interpret: bool
 
 
-def _forward_tiles(plan: Plan, dim: int) -> ForwardTiles:
-    """Rows of very different length profit from a persistent grid, rows of equal length from the hardware's dealing."""
+def _forward_tiles(plan: Plan, keys: int, dim: int) -> ForwardTiles:
+    """Tiles with the grid that suits the rows.
+
+    Persistent blocks load a row tile's first keys while the tile before it is stored, which pays where rows are short,
+    and deal dense rows evenly; the hardware's own dealing keeps long rows closer together in the L2 cache.
+    """
     tiles = ForwardTiles(**tuning.tiles("attention_forward", dim=dim))
-    return dataclasses.replace(tiles, persistent=tiles.persistent and plan.dense)
+    persistent = keys <= DENSE_PERSISTENT if plan.dense else _keys_per_row(plan, keys) <= SHORT_ROWS
+    return dataclasses.replace(tiles, persistent=persistent)
+
+
+def _keys_per_row(plan: Plan, keys: int) -> float:
+    """Mean over the rows of self-attention, of the pattern that reads most; infinite for traced numbers."""
+    if namespace(plan.sink, plan.window, plan.expiry, plan.second) is jnp:
+        return math.inf
+    first = np.arange(tb.cdiv(keys, tb.UNIT)) * tb.UNIT
+    rows = np.clip(np.minimum(plan.columns(keys, tb.UNIT).end, keys) - first, 0, None)
+    return float(rows.sum(1).max()) * tb.UNIT / keys
 
 
 class Tables(NamedTuple):
@@ -231,7 +248,7 @@ def _attend(settings: Settings, q, k, v, tables: Tables) -> tuple[Array, Array]:
 
 
 def _attend_fwd(settings: Settings, q, k, v, tables: Tables):
-    o, lse = _run_forward(settings, q, k, v, tables)
+    o, lse = checkpoint_name(_run_forward(settings, q, k, v, tables), KEPT)
     return (o, lse), (q, k, v, o, lse, tables)
 
 

@@ -102,8 +102,8 @@ def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
 
 
-def accumulate(acc: jax.Array, a: jax.Array, b: Any, interpret: bool, during=lambda: None) -> jax.Array:
-    """`acc + a @ b` for `a` in registers and `b` in shared memory; `during` runs while the tensor core does."""
+def accumulate(acc: jax.Array, a: Any, b: Any, interpret: bool, during=lambda: None) -> jax.Array:
+    """`acc + a @ b`, `a` in registers or, as `b`, in shared memory; `during` runs while the tensor core does."""
     if interpret:  # the interpreter has neither initialised accumulators nor wgmma operands in registers
         during()
         return acc + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))

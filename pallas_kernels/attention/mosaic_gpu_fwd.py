@@ -44,11 +44,11 @@ from pallas_kernels.attention.mosaic_gpu_common import (
 
 @dataclasses.dataclass(frozen=True)
 class ForwardTiles:
-    """Tiles of the forward kernel: keys per step, steps in flight, whether blocks walk over many tiles."""
+    """Tiles of the forward kernel: keys per step, steps in flight, whether a block walks over many row tiles."""
 
     block_k: int = 128
     stages: int = 2
-    persistent: bool = True
+    persistent: bool = False
 
 
 def forward(

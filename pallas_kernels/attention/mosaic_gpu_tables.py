@@ -195,16 +195,7 @@ def row_table(
     sinks = jnp.minimum(sinks, (length + UNIT - 1) // UNIT)
     sink_begin = jnp.zeros(shape, jnp.int32)
     if segs is not None:
-        meet = _meet(segs.query_range, segs.key_range, ROW_TILE // UNIT)[:, None]
-        nearest, farthest = _ends(meet)
-        begin, stop = jnp.maximum(begin, nearest), jnp.minimum(stop, farthest)
-        sink_begin, sinks = jnp.minimum(sinks, nearest), jnp.minimum(sinks, farthest)
-        if packed_sinks:
-            at = UNIT * jnp.arange(meet.shape[-1], dtype=jnp.int32)
-            wanted = meet & sink_tiles(segs.places, plan.sink, UNIT)[:, :, None] & (at < length[..., None])
-            wanted &= (at <= last[..., None]) | (not plan.causal)
-            sink_begin, sinks, rest, rest_stop = sink_runs(jnp.broadcast_to(wanted, (*shape, meet.shape[-1])))
-            begin, stop = jnp.maximum(jnp.minimum(begin, rest), sinks), jnp.maximum(stop, rest_stop)
+        sink_begin, sinks, begin, stop = _cut_to_segments(plan, segs, last, length, (sinks, begin, stop))
     per = tile_k // UNIT
     steps = lambda units: (jnp.maximum(units, 0) + per - 1) // per
     sink, window = (jnp.broadcast_to(jnp.asarray(x)[:, None], shape) for x in (plan.sink, plan.window))
@@ -241,6 +232,21 @@ def row_table(
     units, packed = cdiv(keys, UNIT), jnp.asarray(runs.packed)
     full = jnp.take_along_axis(jnp.asarray(plan.columns(keys, UNIT).full_end), jnp.minimum(packed, units - 1), axis=1)
     return table, Lists(packed, jnp.where(packed < units, full, 0), None)
+
+
+def _cut_to_segments(plan: Plan, segs: Segments, last: Array, length: Array, runs: tuple[Array, Array, Array]):
+    """(sink begin, sink stop, window begin, window stop), int32 [B,P,nQ], from runs that know nothing of segments."""
+    sinks, begin, stop = runs
+    meet = _meet(segs.query_range, segs.key_range, ROW_TILE // UNIT)[:, None]
+    nearest, farthest = _ends(meet)
+    begin, stop = jnp.maximum(begin, nearest), jnp.minimum(stop, farthest)
+    if segs.places is None:
+        return jnp.minimum(sinks, nearest), jnp.minimum(sinks, farthest), begin, stop
+    at = UNIT * jnp.arange(meet.shape[-1], dtype=jnp.int32)
+    wanted = meet & sink_tiles(segs.places, plan.sink, UNIT)[:, :, None] & (at < length[..., None])
+    wanted &= (at <= last[..., None]) | (not plan.causal)
+    sink_begin, sinks, rest, rest_stop = sink_runs(jnp.broadcast_to(wanted, (*begin.shape, meet.shape[-1])))
+    return sink_begin, sinks, jnp.maximum(jnp.minimum(begin, rest), sinks), jnp.maximum(stop, rest_stop)
 
 
 def column_table(

@@ -13,13 +13,14 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import tuning
 from pallas_kernels.attention import tpu_tables as tt
-from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.call import KEPT, Call
 from pallas_kernels.attention.mosaic_tpu_parts import (
     HIDDEN,
     LANES,
@@ -136,7 +137,7 @@ def _attend(c, q, k, v, extras):
 
 
 def _attend_forward(c, q, k, v, extras):
-    o, lse = forward(c, q, k, v, extras)
+    o, lse = checkpoint_name(forward(c, q, k, v, extras), KEPT)
     return (o, lse), (q, k, v, extras, o, lse)
 
 

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.call import Call
+from pallas_kernels.attention.call import KEPT, Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.op import platform
 from pallas_kernels.plan import INF, Columns, Plan
@@ -349,7 +350,7 @@ def _forward(s: Settings, q, k, v, schedule):
     o = jnp.zeros((*q_.shape[:3], v.shape[3]), q.dtype)
     lse = jnp.zeros((batch, heads, q_.shape[1]), jnp.float32)
     o, lse = lax.fori_loop(0, order.shape[0] * s.tiles_q, row, (o, lse))
-    o, lse = o[:, :length], lse[:, :, :length]
+    o, lse = checkpoint_name((o[:, :length], lse[:, :, :length]), KEPT)
     return (o, lse), (q, k, v, schedule, o, lse)
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from lcjax import settings
+from lcjax.parallel.mesh import MeshSpec
 from lcjax.train import loop
-from lcjax.train.job import MeshSpec
 from tests.faults.runs import TINY, TinyRun, write_corpus
 
 

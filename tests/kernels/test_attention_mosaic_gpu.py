@@ -12,10 +12,11 @@ import pytest
 
 from pallas_kernels import Unsupported, block_sparse_attention
 from pallas_kernels.attention import mosaic_gpu, reference
+from pallas_kernels.attention import mosaic_gpu_tables as tables
 from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles
-from pallas_kernels.attention.specs import Spec
+from pallas_kernels.attention.specs import Spec, random_lists
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Causal, Full, Intervals, Mask, Segments, Sink, Stride, Window, per_head
 from pallas_kernels.op import target_platform
@@ -163,6 +164,58 @@ def test_lowers_for_cuda(dim: int) -> None:
     with target_platform("gpu"):
         text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 3
+
+
+@pytest.mark.parametrize("name", ["lists", "packed_sinks"])
+def test_gradients_lower_for_cuda(name: str) -> None:
+    call, do, _ = CASES[name].call()
+
+    def gradients(q, k, v):
+        attend = lambda q, k, v: mosaic_gpu.attend(dataclasses.replace(call, q=q, k=k, v=v))[0]
+        return jax.vjp(attend, q, k, v)[1](do)
+
+    with target_platform("gpu"):
+        text = jax.jit(gradients).trace(call.q, call.k, call.v).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 3
+
+
+def test_tables_of_packed_rows_visit_each_document_and_its_sinks() -> None:
+    """Every needed tile of 64 keys is visited, none twice, and few besides; so are the rows of every key unit."""
+    case, unit = CASES["packed_sinks"], tables.UNIT
+    call, _, _ = case.call()
+    seen = np.asarray(reference.visible(call))[0, 0]
+    plan = tables.in_units(case.mask.plan(2, case.length, case.length, 128, unit), case.length)
+    segs, offset, size = tables.segments(call, case.length, case.length), jnp.zeros(1, int), jnp.asarray([case.length])
+    row_table, _ = tables.row_table(plan, case.length, case.length, unit, offset, size, segs)
+    for n, row in enumerate(np.asarray(row_table)[0, 0]):
+        runs = ((tables.SINK_BEGIN, tables.SINK_STEPS), (tables.WINDOW_BEGIN, tables.WINDOW_STEPS))
+        visited = [row[begin] // unit + step for begin, steps in runs for step in range(row[steps])]
+        rows = seen[n * 128 : (n + 1) * 128]
+        needed = {j for j in range(5) if rows[:, j * unit : (j + 1) * unit].any()}
+        assert len(visited) == len(set(visited)) <= len(needed) + 1
+        assert needed <= set(visited)
+    columns = tables.column_table(plan, case.length, case.length, 64, offset, size, segs)
+    for n, row in enumerate(np.asarray(columns)[0, 0][:5]):
+        keys = seen[:, n * unit : (n + 1) * unit]
+        needed = {i for i in range(5) if keys[i * 64 : (i + 1) * 64].any()}
+        assert needed <= set(range(row[tables.OWN_1], row[tables.OWN_END_1]))
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(128, 64), (128, 192), (256, 128)])
+def test_lists_by_key_are_the_lists_by_row(block_q: int, block_k: int) -> None:
+    lists = random_lists(np.random.default_rng(1), 2, 700, 900, 3, block_q, block_k)
+    found = tables.column_lists(lists, 900)
+    wanted, listed = set(), []
+    for place in np.ndindex(*lists.count.shape):
+        for block in np.asarray(lists.idx)[place][: int(lists.count[place])]:
+            units = range(block * block_k // 64, min((block + 1) * block_k // 64, 2 * tables.cdiv(900, 128)))
+            wanted |= {(*place, unit) for unit in units}
+    begin = np.asarray(found.begin)
+    for b, head, n in np.ndindex(2, 3, begin.shape[2] - 1):
+        for entry in np.asarray(found.entries)[b * 3 + head, begin[b, head, n] : begin[b, head, n + 1]]:
+            listed += [(b, head, entry // 4, 2 * n + bit) for bit in range(2) if entry >> bit & 1]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == wanted
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels as pk
 from pallas_kernels import op
-from pallas_kernels.decode import api, mosaic_gpu, schedule
+from pallas_kernels.decode import api, mosaic_gpu, schedule, xla
 from pallas_kernels.decode.cache import KVCache, quantize_tokens
 from pallas_kernels.masks import Causal, Sink, Stride, Window, per_head
 
@@ -151,20 +151,24 @@ def test_int8_is_within_its_bound():
 
 
 @pytest.mark.parametrize("programs", [1, 5, 132])
-def test_the_schedule_covers_every_visit_once(programs):
-    cache = contiguous((200, 1, 64, 256))
-    plan = (Causal() & (Sink(5) | Window(40))).plan(KV * GROUP, 1, 256, 1, 64)
-    s = jax.tree.map(np.asarray, schedule.make_schedule(cache, plan, None, 1, 64, programs))
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_the_schedule_covers_every_visit_once(programs, repeat):
+    visits = np.array([4, 1, 0, 2, 7, 0, 3, 1, 1, 5])
+    line = schedule.Line(lambda entry: jnp.asarray(visits, jnp.int32)[entry], len(visits), repeat)
+    pairs, total = np.repeat(visits, repeat), int(line.total())
     seen = []
-    for c in range(programs):
-        pair, visit, left = int(s.first_pair[c]), int(s.first_visit[c]), int(s.work[c])
-        while left:
-            n = min(int(s.visits[pair]) - visit, left)
-            assert s.owner[pair, 0] <= c <= s.owner[pair, 1]
-            seen += [(pair, visit + m) for m in range(n)]
-            pair, visit, left = pair + 1, 0, left - n
-    assert seen == [(p, n) for p in range(8) for n in range(s.visits[p])]
-    assert s.work.max() - s.work.min() <= 1
+    for program in range(programs):
+        begin, work = (int(x) for x in schedule.share(jnp.int32(total), program, programs))
+        pair, visit = (int(x) for x in line.locate(jnp.int32(begin)))
+        while work:
+            n = min(int(pairs[pair]) - visit, work)
+            start, held = (int(x) for x in line.start(jnp.int32(pair)))
+            assert held == pairs[pair]
+            for m in range(visit, visit + n):
+                assert int(schedule.program_of(jnp.int32(start + m), jnp.int32(total), programs)) == program
+            seen += [(pair, m) for m in range(visit, visit + n)]
+            pair, visit, work = pair + 1, 0, work - n
+    assert seen == [(p, n) for p in range(len(pairs)) for n in range(pairs[p])]
 
 
 def test_block_scores_bound_every_key():
@@ -220,3 +224,46 @@ def test_bad_calls_are_named():
         pk.decode_attention(
             draw(2, 1, KV * GROUP, D), contiguous(), Causal() & Stride(64, 2), implementation="mosaic_gpu"
         )
+
+
+class TestPlantedBugs:
+    """The checks above notice these mistakes."""
+
+    def expect_caught(self, case):
+        with pytest.raises(AssertionError):
+            test_xla(case)
+
+    def test_a_window_that_starts_a_block_late(self, monkeypatch):
+        def late(*args):
+            found = schedule.static_visits(*args)
+            return found._replace(tail=found.tail + 1, static=found.static - 1)
+
+        monkeypatch.setattr(xla, "static_visits", late)
+        self.expect_caught("sink and window")
+
+    def test_sinks_that_nobody_visits(self, monkeypatch):
+        def without(*args):
+            found = schedule.static_visits(*args)
+            return found._replace(sinks=found.sinks * 0, static=found.static - found.sinks)
+
+        monkeypatch.setattr(xla, "static_visits", without)
+        self.expect_caught("sink and window")
+
+    def test_codes_without_their_factors(self, monkeypatch):
+        monkeypatch.setattr(xla, "gather", lambda x, _, *rest, gather=xla.gather: gather(x, None, *rest))
+        self.expect_caught("int8")
+
+    def test_a_ring_read_as_if_it_never_turned(self, monkeypatch):
+        position = KVCache.slot_positions
+
+        def straight(cache, slot=None):  # the definition asks for all slots, the backend for some
+            return position(cache if slot is None else dataclasses.replace(cache, ring=None), slot)
+
+        monkeypatch.setattr(KVCache, "slot_positions", straight)
+        self.expect_caught("ring")
+
+    def test_a_program_that_ends_a_visit_early(self, monkeypatch):
+        share = schedule.share
+        monkeypatch.setattr(schedule, "share", lambda *args: (share(*args)[0], jnp.maximum(share(*args)[1] - 1, 0)))
+        with pytest.raises(AssertionError):
+            test_the_schedule_covers_every_visit_once(5, 1)

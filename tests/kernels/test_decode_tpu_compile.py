@@ -45,8 +45,8 @@ def shapes_of(make, *args, **options) -> pk.KVCache:
 
 
 CASES = {  # cache, query heads, new tokens, mask
-    # 64 requests may reach a million tokens each and share a pool of 64K pages.
-    "paged, 64 x 1M": (lambda: paged(64, MILLION, 8, 128, pages=2**16), 32, 1, None),
+    # 64 requests may reach a million tokens each and share a pool of 32K pages.
+    "paged, 64 x 1M": (lambda: paged(64, MILLION, 8, 128, pages=2**15), 32, 1, None),
     "1M tokens": (lambda: contiguous(1, MILLION, 8, 128), 32, 1, None),
     "paged": (lambda: paged(8, 32768, 8, 128), 32, 1, None),
     "paged, 8 new tokens": (lambda: paged(8, 32768, 8, 128), 32, 8, None),
@@ -117,17 +117,16 @@ def test_a_step_writes_its_token_into_a_page():
     assert memory.temp_size_in_bytes < 0.05 * cache.bytes
 
 
-@pytest.mark.parametrize("dim", [128, pytest.param(64, marks=pytest.mark.slow)])
-def test_a_step_writes_its_token_in_place(dim):
+def test_a_step_writes_its_token_in_place():
     """Append and attend with a donated cache: the buffers are aliased and nothing of their size is made."""
-    cache = shapes_of(contiguous, 8, 8192, 8, dim)
+    cache = shapes_of(contiguous, 8, 8192, 8, 128)
 
     def step(k, v, lengths, new, q):
         write = lambda buffer: write_slots(buffer, new, lengths[:, None], None)
         held = pk.KVCache(write(k), write(v), lengths + 1)
         return pk.decode_attention(q, held, implementation="mosaic_tpu"), held.k, held.v
 
-    new, q = (shaped(8, 1, heads, dim, dtype=jnp.bfloat16) for heads in (8, 32))
+    new, q = (shaped(8, 1, heads, 128, dtype=jnp.bfloat16) for heads in (8, 32))
     memory = aot.compile_for("v5e", step, cache.k, cache.v, cache.lengths, new, q, donate=(0, 1)).memory_analysis()
     assert memory.alias_size_in_bytes >= cache.bytes
     assert memory.temp_size_in_bytes < 0.05 * cache.bytes

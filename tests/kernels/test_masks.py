@@ -117,11 +117,12 @@ def test_planning_under_jit_uses_traced_numbers():
 
 
 def test_places_and_sinks_of_packed_rows():
-    ids = np.asarray([[4, 4, 4, 9, 9, 1, 1, 1, 1, 9], [2] * 10], np.int32)
-    places = np.asarray(key_places(jnp.asarray(ids)))
+    ids = jnp.asarray([[4, 4, 4, 9, 9, 1, 1, 1, 1, 9], [2] * 10], jnp.int32)
+    places = np.asarray(key_places(ids))
     np.testing.assert_array_equal(places, [[0, 1, 2, 0, 1, 0, 1, 2, 3, 0], list(range(10))])
     sees = np.asarray((Causal() & Segments() & Sink(2)).to_array(10, 10, segment_ids=(ids[0], ids[0])))
-    np.testing.assert_array_equal(sees, np.tri(10, dtype=bool) & (ids[0][:, None] == ids[0]) & (places[0] < 2))
+    same = np.asarray(ids[0][:, None] == ids[0])
+    np.testing.assert_array_equal(sees, np.tri(10, dtype=bool) & same & (places[0] < 2))
     sinks = np.asarray(sink_tiles(jnp.asarray(places), np.asarray([0, 1, 2**31 - 1]), 4))
     np.testing.assert_array_equal(sinks[0], [[False] * 3, [True, True, True], [True] * 3])
     np.testing.assert_array_equal(sinks[1, 1], [True, False, False])

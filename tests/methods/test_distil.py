@@ -62,7 +62,7 @@ def test_transfer_is_the_error_against_a_separate_teacher(teacher, scan):
 
     def expected(trained):
         model, original = nnx.merge(graphdef, trained, frozen), nnx.merge(*teacher)
-        context = model.context(data["positions"], data["segment_ids"], None)
+        context = model.context(data["positions"], 0, data["segment_ids"], None)
         x, total = original.embedded(data["inputs"]), 0.0
         for i, (block, other) in enumerate(zip(model.layers, original.layers, strict=True)):
             h = other.mixer_norm(x)

@@ -202,6 +202,8 @@ def test_hf_has_no_name_for_ours():
     for law in (NTK(factor=2.0), Giraffe(power=0.5), FOLLOWING[1]):
         with pytest.raises(ValueError, match="no rope type"):
             law_to_hf(law, max_length=8192)
+    axes = MRope(1e6, sections=(16, 8, 8))
+    assert law_from_hf(law_to_hf(axes, max_length=8), max_length=8) == axes
     assert law_from_hf(law_to_hf(ByParts(factor=2.0, original_length=64), max_length=8), max_length=8).high_turns == 32
 
 

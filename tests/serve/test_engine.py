@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lcjax.cache import CacheLayout
 from lcjax.models.decoder import abstract
 from lcjax.models.spec import Attention
 from lcjax.serve import Engine, Generator, Request, Sampling
@@ -104,7 +105,7 @@ def test_a_step_makes_nothing_of_the_caches_size():
     """Compiled from shapes alone: caches are updated in place, temporaries stay small."""
     spec = dataclasses.replace(SPEC, pattern=(Attention(),), head_dim=64)
     graphdef, params = abstract(spec)
-    sizes = {"batch": 1, "capacity": 8192, "chunk": 16, "steps": 4, "cache_dtype": None}
+    sizes = {"batch": 1, "capacity": 8192, "chunk": 16, "steps": 4, "cache": CacheLayout()}
     programs = Programs(graphdef, params, spec, sizes)
     programs.prepare(stack([Sampling()]), Limits(jnp.full(1, 9, jnp.int32), jnp.array([-1])), extend=False)
     memory = programs.memory("decode")

@@ -1,0 +1,62 @@
+"""Sizing decoding for a slice that is not there: `decode.py --compile_for=v5p:2x2x2`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lcjax.cache.placing import placed
+from lcjax.models.decoder import abstract
+from lcjax.models.spec import ModelSpec
+from lcjax.parallel.rules import batch_sharding, shardings
+from lcjax.parallel.sizing import Sizing, described, size
+from lcjax.parallel.slices import Slice
+from lcjax.serve.job import Generate
+from lcjax.serve.programs import Programs
+from lcjax.serve.sampling import stack
+from lcjax.serve.steps import Limits
+
+
+def size_decoding(job: Generate, where: Slice) -> Iterator[Sizing]:
+    """The programs that read a further chunk of the prompts and that write tokens, at the engine's full sizes.
+
+    Raises ValueError when the job has no mesh, or one that does not fit the slice, the batch or the heads.
+    """
+    if job.mesh is None:
+        raise ValueError("generate.mesh is not set: bind it to @Mesh(), such as Mesh.data = 1 and Mesh.tensor = 4")
+    mesh = job.mesh.build(where.devices)
+    spec, engine = job.spec(), job.engine
+    graphdef, params = abstract(spec, spec.compute_dtype if isinstance(job.model, ModelSpec) else job.model.dtype)
+    params = jax.tree.map(_with_sharding, params, shardings(params, mesh))
+    sizes = engine.sizes(engine.batch, engine.capacity or spec.max_length)
+    programs = Programs(graphdef, params, spec, sizes)
+    state, arguments = programs.shapes(*_settings(job))
+    state = placed(state, mesh)
+    rows = batch_sharding(mesh)
+    arguments = {
+        name: jax.tree.map(lambda x: _with_sharding(x, _rows(rows, x, engine.batch)), given)
+        for name, given in arguments.items()
+    }
+    place = f"{engine.batch} requests of {sizes['capacity']:,} tokens on {described(mesh, where)}"
+    for name, does in (("extend", f"prefill of {engine.chunk:,} tokens"), ("decode", f"{engine.steps} tokens")):
+        title = f"{spec.name}, {does}, {place}"
+        yield size(title, where, mesh, programs.jitted[name], (params, state, *arguments[name]))
+
+
+def _settings(job: Generate) -> tuple[Any, Limits]:
+    """Sampling and limits of a full batch."""
+    batch = job.engine.batch
+    limits = Limits(jnp.zeros((batch,), jnp.int32), jnp.zeros((1,), jnp.int32))
+    return stack([job.sampling] * batch), limits
+
+
+def _with_sharding(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(sharding, "get_value", lambda: sharding)()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _rows(sharding: jax.sharding.NamedSharding, x: Any, batch: int) -> jax.sharding.NamedSharding:
+    """Arrays with a row a request lie as the requests do; others are whole everywhere."""
+    spec = jax.sharding.PartitionSpec(sharding.spec[0]) if x.shape[:1] == (batch,) else jax.sharding.PartitionSpec()
+    return jax.sharding.NamedSharding(sharding.mesh, spec)

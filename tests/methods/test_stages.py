@@ -1,0 +1,85 @@
+"""A job in stages, through the training loop: each starts from the one before, and the last is a model to load."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcjax import settings
+from lcjax.eval.passkey_texts import PasskeyTexts
+from lcjax.methods import Lawcat, Lora
+from lcjax.models.recurrent import Linearized
+from lcjax.models.spec import Attention
+from lcjax.serve.source import Pretrained
+from lcjax.train import loop
+from lcjax.train.job import Stage
+from lcjax.train.optimizers import Cosine
+from lcjax.train.preempt import Preemption
+from lcjax.train.transfer import AttentionTransfer
+from tests.faults.runs import TINY, TinyRun, write_corpus
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    write_corpus(folder / "corpus")
+    job, _ = settings.load("train", [TINY], TinyRun(folder, "run").bindings)
+    optimizer = dataclasses.replace(job.optimizer, schedule=Cosine(0.02), weight_decay=0.0)
+    stages = (
+        Stage("teacher", steps=2),
+        Stage("transfer", methods=(Lawcat(),), loss=AttentionTransfer()),
+        Stage("finetune", methods=(Lora(rank=2),), steps=2, length=16),
+    )
+    return dataclasses.replace(job, optimizer=optimizer, steps=8, stages=stages)
+
+
+def weights(folder):
+    read = Pretrained(str(folder)).read()
+    return read.spec, dict(nnx.to_flat_state(read.params))
+
+
+def test_distillation_in_three_stages(job, tmp_path):
+    for stage, folder in job.runs(tmp_path):
+        assert loop.train(loop.prepare(stage, folder, "# resolved\n"), Preemption()) == 0
+    metrics = [json.loads(line) for line in (tmp_path / "transfer" / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 8
+    assert metrics[-1]["mse_0"] < metrics[0]["mse_0"]
+    before, teacher = weights(tmp_path / "teacher")
+    middle, student = weights(tmp_path / "transfer")
+    after, tuned = weights(tmp_path / "finetune")
+    assert before.layers == (Attention(),)
+    assert middle.layers == after.layers == (Linearized(),)
+    for path, variable in teacher.items():
+        np.testing.assert_array_equal(student[path].get_value(), variable.get_value())
+    changed = {path for path in student if not np.array_equal(student[path].get_value(), tuned[path].get_value())}
+    assert changed == {("layers", 0, "mixer", name, "kernel") for name in ("query", "key", "value", "out")}
+    steps = (tmp_path / "transfer" / "metrics.jsonl").read_text()
+    for stage, folder in job.runs(tmp_path):  # the same command again finds all stages finished
+        assert loop.train(loop.prepare(stage, folder, "# resolved\n"), Preemption()) == 0
+    assert (tmp_path / "transfer" / "metrics.jsonl").read_text() == steps
+
+
+def test_bad_stages(job):
+    with pytest.raises(ValueError, match=r"stages are named \['a', 'a'\]"):
+        dataclasses.replace(job, stages=(Stage("a"), Stage("a")))
+    with pytest.raises(ValueError, match=r"call Train\.resolve first"):
+        _ = dataclasses.replace(job, model=Pretrained("somewhere")).spec
+
+
+def test_passkey_texts_are_the_tests_questions_with_answers():
+    corpus = PasskeyTexts(count=50, least=1, most=4).open("")
+    texts = [corpus[i] for i in range(len(corpus))]
+    assert texts == [corpus[i] for i in range(50)]
+    assert len(set(texts)) == 50
+    for text in texts:
+        key = text.removesuffix(".").split()[-1]
+        assert text.endswith(f"What is the pass key?\nThe pass key is {key}.")
+        assert text.count(key) == 3
+        assert 1 <= text.count("The grass is green.") <= 4
+    np.testing.assert_array_equal(corpus.sizes(), [len(text) for text in texts])
+    with pytest.raises(IndexError, match="text 50 of 50"):
+        corpus[50]
+    with pytest.raises(ValueError, match="5 <= 4 lines"):
+        PasskeyTexts(least=5, most=4)
