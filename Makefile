@@ -21,6 +21,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@touch $@
 
 include mk/models.mk
+include mk/pods.mk
 
 train: setup  ## prepare a corpus, train the quickstart model, decode a sample
 	$(BIN)/python train.py --gin_file=configs/run/quickstart.gin --output=runs/quickstart

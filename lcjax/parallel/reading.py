@@ -4,11 +4,8 @@ import itertools
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
-
-from lcjax.parallel.rules import batch_sharding
-
-type Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -24,16 +21,19 @@ class Part:
 
 
 def part_of_batch(mesh: Mesh, batch: int, length: int, process: int | None = None) -> Part:
-    """What `process` (default: this one) reads of a `[batch, length]` array that lies over the mesh.
+    """What `process` (default: this one) reads of a `[batch, length]` array that lies over the mesh (`batch_sharding`).
 
     Raises ValueError when the mesh deals rows out to processes unevenly.
     """
     process = jax.process_index() if process is None else process
+    _, fsdp, context, _ = mesh.devices.shape
+    tall, wide = batch // (mesh.devices.shape[0] * fsdp), length // context
     rows: dict[int, set[tuple[int, int]]] = {}
     columns: dict[int, set[tuple[int, int]]] = {}
-    for device, (row, column) in batch_sharding(mesh).devices_indices_map((batch, length)).items():
-        rows.setdefault(device.process_index, set()).add(row.indices(batch)[:2])
-        columns.setdefault(device.process_index, set()).add(column.indices(length)[:2])
+    for (outer, inner, shard, _), device in np.ndenumerate(mesh.devices):
+        first = (outer * fsdp + inner) * tall
+        rows.setdefault(device.process_index, set()).add((first, first + tall))
+        columns.setdefault(device.process_index, set()).add((shard * wide, (shard + 1) * wide))
     groups = sorted({tuple(sorted(found)) for found in rows.values()})
     held = sorted(span for group in groups for span in group)
     own = sorted(columns[process])

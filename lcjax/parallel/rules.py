@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),  # shards of a sequence share the weights as shards of the batch do
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),

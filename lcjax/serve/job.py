@@ -1,5 +1,6 @@
 """The job behind `decode.py`: answer prompts with a model."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -59,17 +60,16 @@ class Generate:
         if not prompts:
             raise ValueError("there is no prompt: give --prompt, --prompt_file or text on standard input")
         loaded = loaded or self._load()
-        params = loaded.params
-        if self.mesh is not None:
-            mesh = self.mesh.build()
-            params = jax.device_put(params, shardings(params, mesh))
-            jax.set_mesh(mesh)
-        generator = Generator(loaded.graphdef, params, loaded.spec, loaded.tokenizer, self.engine)
         requests = [self.request(prompt, loaded) for prompt in prompts]
         completions = [Completion() for _ in requests]
-        for piece in generator.stream(requests, completions):
-            if len(prompts) == 1:
-                show(piece.text + "\n" * piece.done)
-            elif piece.done:
-                show(f"[{piece.index}] {completions[piece.index].text}\n")
+        params, mesh = loaded.params, None if self.mesh is None else self.mesh.build()
+        if mesh is not None:
+            params = jax.device_put(params, shardings(params, mesh))
+        generator = Generator(loaded.graphdef, params, loaded.spec, loaded.tokenizer, self.engine)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            for piece in generator.stream(requests, completions):
+                if len(prompts) == 1:
+                    show(piece.text + "\n" * piece.done)
+                elif piece.done:
+                    show(f"[{piece.index}] {completions[piece.index].text}\n")
         return completions, generator.report

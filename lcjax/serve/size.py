@@ -51,8 +51,7 @@ def _settings(job: Generate) -> tuple[Any, Limits]:
     return stack([job.sampling] * batch), limits
 
 
-def _with_sharding(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(sharding, "get_value", lambda: sharding)()
+def _with_sharding(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-FINAL = (0, 2, *(128 + number for number in (signal.SIGTERM, signal.SIGINT)))
-"""Statuses that end the run: done, refused, or stopped by a signal after saving."""
+STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPPED = tuple(128 + number for number in STOPS)
+"""Statuses of a process that a signal stopped after it saved: the run is not started again."""
+REFUSED = 2
+"""Status of a process that will not run what it was given."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,22 @@ def supervise(start: Callable[[int], Sequence[subprocess.Popen]], policy: Policy
     attempt = 0
     while True:
         processes = start(attempt)
-        previous = {number: signal.signal(number, _pass_on(processes)) for number in (signal.SIGTERM, signal.SIGINT)}
+        asked: list[int] = []
+        previous = {number: signal.signal(number, _pass_on(processes, asked)) for number in STOPS}
         try:
             index, status = _first_failure(processes)
+            if asked or status in STOPPED:  # the others are saving the same step
+                for process in processes:
+                    process.wait()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if index is None or status in FINAL:
+        if index is None:
+            return 0
+        if asked or status in STOPPED:
+            return status if status > 0 else 128 - status
+        if status == REFUSED:
+            _stop(processes, policy.grace)
             return status
         say(f"process {index} {cause(status)}; stopping the other {len(processes) - 1}")
         _stop(processes, policy.grace)
@@ -60,8 +72,9 @@ def cause(status: int) -> str:
     return f"ended with status {status}"
 
 
-def _pass_on(processes: Sequence[subprocess.Popen]) -> Callable[..., None]:
+def _pass_on(processes: Sequence[subprocess.Popen], asked: list[int]) -> Callable[..., None]:
     def handler(signum: int, frame: object) -> None:
+        asked.append(signum)
         for process in processes:
             process.send_signal(signum)
 

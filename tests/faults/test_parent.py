@@ -49,7 +49,7 @@ def test_a_signal_reaches_every_process_and_ends_the_run():
     started = processes(SLEEPS, SLEEPS)
     threading.Timer(1.0, signal.raise_signal, [signal.SIGTERM]).start()
     started_handler = signal.getsignal(signal.SIGTERM)
-    assert supervise(lambda attempt: started, Policy(0, 0.0, 10.0), print) == 128 + signal.SIGTERM
+    assert supervise(lambda attempt: started, QUICK, print) == 128 + signal.SIGTERM, "and is not started again"
     assert [p.wait() for p in started] == [-signal.SIGTERM] * 2
     assert signal.getsignal(signal.SIGTERM) is started_handler
 

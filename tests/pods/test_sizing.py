@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lcjax.models.flops import flops_per_token
-from lcjax.models.spec import Attention, GatedLinear, ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 from lcjax.parallel.collectives import collectives
 from lcjax.parallel.mesh import make_mesh
 from lcjax.parallel.sizing import Sizing, Work

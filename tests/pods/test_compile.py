@@ -1,0 +1,46 @@
+"""Every shipped pod configuration compiles for the slice that it names, fits it, and moves no more than it must."""
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import pytest
+
+from lcjax import settings
+from lcjax.models.decoder import abstract
+from lcjax.parallel.slices import named_slice
+from lcjax.train.size import size_train
+
+RUNS = sorted((Path(__file__).resolve().parents[2] / "configs" / "run" / "pod").glob("*.gin"))
+QUICK = ("linear_8b_128k", "llama3_8b_128k")
+
+pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, the compiler for TPUs")
+
+
+def necessary(job) -> int:
+    """Bytes of the largest array that one collective has a reason to make: a weight, or a shard of q or of k and v."""
+    spec, mesh = job.model, job.mesh
+    weight = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(spec)[1])) * 4 // mesh.tensor
+    rows = job.batch // (mesh.data * mesh.fsdp)
+    heads, kv_heads = spec.num_heads // mesh.tensor, spec.num_kv_heads // mesh.tensor
+    queries = rows * job.length // mesh.context * heads * spec.head_dim * 2
+    keys = 2 * rows * job.length // mesh.context * kv_heads * spec.head_dim * 2
+    return max(weight, queries, keys)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "run",
+    [pytest.param(run, marks=[] if run.stem in QUICK else pytest.mark.slow, id=run.stem) for run in RUNS],
+)
+def test_a_pod_configuration_fits_its_slice(run):
+    job, _ = settings.load("train", [run])
+    sizing = size_train(job, named_slice(job.mesh.slice))
+    print(sizing.text())
+    assert sizing.fits, sizing.text()
+    assert sizing.work is not None
+    assert abs(sizing.work.error) < 0.05
+    largest = max(sizing.traffic, key=lambda c: c.bytes)
+    assert largest.bytes <= necessary(job), largest
+    assert {"all-gather", "reduce-scatter"} & {c.kind for c in sizing.traffic}
