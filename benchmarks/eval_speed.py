@@ -21,6 +21,7 @@ import numpy as np
 
 from lcjax.data.tokenizers import load_tokenizer
 from lcjax.eval.budget import prompt_ids
+from lcjax.eval.outcome import Outcome
 from lcjax.eval.results import commit, describe_device
 from lcjax.eval.runner import Asked, Suite, batches
 from lcjax.eval.shared_prefix import SharedPrefixGenerator, answer_batch
@@ -118,7 +119,7 @@ def answer(args: argparse.Namespace) -> None:
         line = {**{name: cell[name] for name in ("suite", "task", "length")}, "batch": batch, "dtype": args.dtype}
         line |= run_cell(generator, asked, batch)
         with args.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"device": describe_device()}) + "\n")
+            file.write(json.dumps(line | {"device": describe_device(), "commit": facts["commit"]}) + "\n")
         shown = {name: round(value, 2) for name, value in line.items() if isinstance(value, float)}
         print(
             f"{time.perf_counter() - began:.0f} s", cell["task"], cell["length"], batch, len(asked), shown, flush=True
@@ -171,8 +172,22 @@ def score(args: argparse.Namespace) -> None:
             suite = Suite(
                 list(tasks.values()), tuple(sorted({n for _, n in there})), name, engine=Engine(batch=args.batch)
             )
-            suite.outcome(model, args.output, Recorded(known))
+            outcome = suite.outcome(model, args.output, Recorded(known))
+            (args.output / f"{name}_speed.json").write_text(
+                json.dumps(speed(outcome, lines, args.batch), indent=1) + "\n"
+            )
     compare_singles(args, model.tokenizer, lines)
+
+
+def speed(outcome: Outcome, lines: dict[tuple[str, int, int], dict[str, Any]], batch: int) -> dict[str, Any]:
+    """Scores with their intervals and the seconds that the answers took, and what they ran on."""
+    summary = outcome.summary()
+    found = [lines[cell.task, cell.length, batch] for cell in outcome.cells]
+    for cell, line in zip(outcome.cells, found, strict=True):
+        times = {name: round(line[name], 3) for name in ("seconds", "prefill_seconds", "decode_seconds")}
+        summary["cells"][cell.task][str(cell.length)] |= times
+    facts = {name: found[0][name] for name in ("device", "dtype", "batch", "commit")}
+    return {**summary, **facts, "compile_seconds": round(sum(line["compile_seconds"] for line in found), 1)}
 
 
 def compare_singles(

@@ -14,7 +14,8 @@ once per process, so every row is a process of its own.
 `--tune` writes the tiles with the fewest hot bundles a score, forward and backward together, to `pallas_kernels/tuned`.
 
 A tile is rows, keys, keys a product for attention; tokens of a page, keys a step, new tokens a request for decoding,
-whose KV heads are a quarter of `--heads`, with 64 requests.
+whose KV heads are a quarter of `--heads`, with 64 requests; tokens a grid step for gated linear attention, whose hot
+region is one chunk (the other two numbers say its length).
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ from collections.abc import Iterator
 CODES = {
     "attention": ("ours_fwd", "ours_bwd", "splash_fwd", "splash_bwd"),
     "decode": ("ours_decode", "ragged_decode"),
+    "linear": ("linear_fwd", "linear_bwd"),
 }
 BATCH, GROUP = 64, 4  # of decoding
 MATRIX = ("MXU", "MATMUL")
 LABEL = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT))?\s*:")
-KERNEL = re.compile(r"block_sparse_attention_(?:fwd|dq|dkv|bwd)|splash\w*|decode_attention|ragged_paged_attention\w*")
+KERNEL = re.compile(
+    r"block_sparse_attention_(?:fwd|dq|dkv|bwd)|splash\w*|decode_attention|ragged_paged_attention\w*|gated_linear_\w+"
+)
 PASSES = "final.*|post-ra"  # all passes would be hundreds of megabytes of text
 DELAY = 5  # a branch takes effect after its delay slots
 
@@ -126,7 +130,7 @@ def compile_code(code: str, generation: str, tiles: tuple[int, int, int], length
 
     from pallas_kernels import aot
 
-    makers = {"ours_decode": _our_decode, "ragged_decode": _ragged_decode}
+    makers = {"ours_decode": _our_decode, "ragged_decode": _ragged_decode, "linear_fwd": _linear, "linear_bwd": _linear}
     maker = makers.get(code, _ours if code.startswith("ours") else _splash)
     forward, shapes = maker(tiles, length, heads, dim)
 
@@ -170,6 +174,18 @@ def _splash(tiles, length, heads, dim):
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     attend = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     return attend, [jax.ShapeDtypeStruct((heads, length, dim), jnp.bfloat16)] * 3
+
+
+def _linear(tiles, length, heads, dim):
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import gated_linear_attention
+    from pallas_kernels.gated_linear import mosaic_tpu, mosaic_tpu_bwd
+
+    mosaic_tpu.BLOCK_TOKENS = mosaic_tpu_bwd.BLOCK_TOKENS = tiles[0]
+    forward = lambda q, k, v, g: gated_linear_attention(q, k, v, g, implementation="mosaic_tpu")[0]
+    return forward, [jax.ShapeDtypeStruct((1, length, heads, dim), jnp.bfloat16)] * 4
 
 
 def _our_decode(tiles, length, heads, dim):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -32,7 +34,8 @@ def merge_attention(*parts: Part) -> Part:
     weight = jnp.exp(jnp.where(seen, lse, -jnp.inf) - top)
     total = jnp.where(seen, weight.sum(0), 1.0)
     share = jnp.swapaxes(weight / total, 2, 3)[..., None]
-    merged = jnp.sum(jnp.stack([part[0].astype(jnp.float32) for part in parts]) * share, axis=0)
+    terms = (part[0].astype(jnp.float32) * own for part, own in zip(parts, share, strict=True))
+    merged = functools.reduce(jnp.add, terms)  # one pass over each o
     return merged.astype(parts[0][0].dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf)
 
 

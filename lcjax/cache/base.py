@@ -153,7 +153,7 @@ def dropped(slot: Int[Array, "B T"], keep: Bool[Array, "B T"] | None, end: int) 
     """The slots, those with `keep` false moved past `end`: a scatter drops them, and stays free of duplicates."""
     if keep is None:
         return slot
-    return jnp.where(keep, slot, end + jnp.arange(slot.shape[1], dtype=slot.dtype))
+    return jnp.where(keep, slot, end + jnp.arange(slot.size, dtype=slot.dtype).reshape(slot.shape))
 
 
 def written(place: Any, new: Array) -> Array:

@@ -16,7 +16,7 @@ def few(tokens: int) -> bool:
     return tokens <= 8
 
 
-def by_kernel(q: Array, held: pk.KVCache, mask: Mask | None, **options: Any) -> tuple[Array, Array] | None:
+def by_kernel(q: Array, held: pk.KVCache, mask: Mask | None, **options: Any) -> tuple[Array, Array | None] | None:
     """Through the platform's own kernel, or None where there is none or it declines."""
     name = f"mosaic_{platform()}"
     if name not in BACKENDS:
@@ -31,8 +31,8 @@ def by_op(q: Array, held: pk.KVCache, mask: Mask | None, **options: Any) -> tupl
     return by_kernel(q, held, mask, **options) or _decode(q, held, mask, "xla", **options)
 
 
-def _decode(q: Array, held: pk.KVCache, mask: Mask | None, name: str, **options: Any) -> tuple[Array, Array]:
-    options.pop("return_lse", None)
+def _decode(q: Array, held: pk.KVCache, mask: Mask | None, name: str, **options: Any) -> tuple[Array, Array | None]:
+    wanted = options.pop("return_lse", True)
     out = pk.decode_attention(q, held, mask, implementation=name, return_lse=True, **options)
     assert isinstance(out, tuple)
-    return out
+    return out[0], out[1] if wanted else None

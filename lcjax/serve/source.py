@@ -11,6 +11,7 @@ from lcjax.checkpoint.run import is_run, load_run
 from lcjax.data.tokenizers import Tokenizer, load_tokenizer
 from lcjax.methods.base import Method, adapt_model
 from lcjax.methods.lora import merge
+from lcjax.methods.positions import solve_flows
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.spec import ModelSpec
 from lcjax.models.weights import carry_over
@@ -46,11 +47,10 @@ class Pretrained:
             raise ValueError(f"pretrained.dtype is {self.dtype!r}; choose 'float32' or 'bfloat16'")
 
     def load(self) -> Loaded:
-        """The model and its tokenizer."""
+        """The model, ready to decode, and its tokenizer."""
         read = self.read()
-        return Loaded(
-            abstract(read.spec)[0], read.params, read.spec, load_tokenizer(read.tokenizer_source), self.source
-        )
+        spec, params = solve_flows(read.spec, read.params)
+        return Loaded(abstract(spec)[0], params, spec, load_tokenizer(read.tokenizer_source), self.source)
 
     def read(self) -> hf.Pretrained:
         """Spec, weights (read tensor by tensor) and where the tokenizer is."""

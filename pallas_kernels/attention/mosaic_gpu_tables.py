@@ -112,15 +112,15 @@ def segments(call: Call, rows: int, key_rows: int) -> Segments | None:
     (queries, keys), places, low = call.segment_ids, call.key_places, -(2**31)
     key_rows = (cdiv(key_rows, ROW_TILE) + 1) * ROW_TILE  # a step may begin in the last unit
     fill = lambda x, size, value: jnp.pad(x, ((0, 0), (0, size - x.shape[1])), constant_values=value)
-    queries = fill(queries, cdiv(rows, ROW_TILE) * ROW_TILE, low + 1)
-    keys = fill(keys, key_rows, low)
+    rows = cdiv(rows, ROW_TILE) * ROW_TILE
 
-    def extremes(x):
-        x = x.reshape(x.shape[0], -1, UNIT)
+    def extremes(x, size):  # padding widens no range: rows past the end are dropped, keys past it lie beyond KEY_STOP
+        x = jnp.pad(x, ((0, 0), (0, size - x.shape[1])), mode="edge").reshape(x.shape[0], -1, UNIT)
         return jnp.stack([x.min(-1), x.max(-1)], axis=1)
 
+    ranges = extremes(queries, rows), extremes(keys, key_rows)
     places = None if places is None else fill(places, key_rows, INF)
-    return Segments(queries, keys, extremes(queries), extremes(keys), places)
+    return Segments(fill(queries, rows, low + 1), fill(keys, key_rows, low), *ranges, places)
 
 
 def run_time_lists(chosen: BlockList, plan: Plan, keys: int, offset: Array) -> Lists:
@@ -168,7 +168,7 @@ def _meet(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) ->
     return (low <= columns[:, 1][:, None]) & (columns[:, 0][:, None] <= high)
 
 
-def _ends(meet: Bool[Array, "B M n"]) -> tuple[Array, Array]:
+def _ends(meet: Bool[Array, "... M n"]) -> tuple[Array, Array]:
     """First and one-past-last entry that is met."""
     at = jnp.arange(meet.shape[-1], dtype=jnp.int32)
     return jnp.where(meet, at, NONE).min(-1), jnp.where(meet, at + 1, 0).max(-1)

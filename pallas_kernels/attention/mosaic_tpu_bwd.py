@@ -185,7 +185,6 @@ def _dkv_kernel(c: Config, r) -> None:
     head = pl.program_id(1) * c.together * c.groups + turn
     kv_head = head // c.groups
     of = lambda field: r.columns[0, 0, 0, 0, field]
-    compute_q = c.compute_k if c.block_q % c.compute_k == 0 else LANES
 
     def begin():
         r.scaled[...] = (r.k[0].astype(jnp.float32) * prescale(c)).astype(r.scaled.dtype)
@@ -197,51 +196,49 @@ def _dkv_kernel(c: Config, r) -> None:
                 r.limit_columns[n] = as_column(r.limits[0, n : n + 1])
 
     def mask(visit, slot, at: int):
-        span = pl.ds(at, compute_q)
-        column = lambda ref, n: wide(ref[n], compute_q)
+        column = lambda ref, n: wide(ref[n, pl.ds(at, c.compute_k)], c.block_q)
         scope = Scope(
-            rows=of(tt.OFFSET) + visit[0] * c.block_q + at,
-            keys=of(tt.COLUMN),
+            rows=of(tt.OFFSET) + visit[0] * c.block_q,
+            keys=of(tt.COLUMN) + at,
             stop=of(tt.KEYS_C),
             sink=of(tt.SINK_C),
             window=of(tt.WINDOW_C),
             last=of(tt.OFFSET) + c.length,
             limits=[column(r.limit_columns, n) for n in range(3)] if c.limits else None,
-            ids=(r.q_ids_tile[slot, :, span], column(r.k_ids_columns, 0)) if c.segments else None,
+            ids=(r.q_ids_tile[slot], column(r.k_ids_columns, 0)) if c.segments else None,
             places=column(r.k_ids_columns, 1) if c.places else None,
             listed=visit[1] if c.list_heads else None,
         )
-        return token_mask(c, (c.block_k, compute_q), 1, scope)
+        return token_mask(c, (c.compute_k, c.block_q), 1, scope)
 
-    def home(x, dim: int, shared: int):
-        if shared == 1:
-            return x
-        moved = lane_home(x.astype(jnp.float32), dim, lax.rem(head, shared), lax.rem(kv_head, shared))
-        return moved.astype(x.dtype)
+    def bring_home(tile, dim: int, shared: int):
+        if shared > 1:
+            moved = lane_home(tile[...].astype(jnp.float32), dim, lax.rem(head, shared), lax.rem(kv_head, shared))
+            tile[...] = moved.astype(tile.dtype)
 
     def step(visit, slot, at: int, masked: bool):
-        span = pl.ds(at, compute_q)
-        q, do = r.q_tile[slot, span], r.do_tile[slot, span]
+        span = pl.ds(at, c.compute_k)
+        q, do, k = r.q_tile[slot], r.do_tile[slot], r.k[0, span]
         if masked:
-            q, do = finite(q), finite(do)
-        q, do = home(q, c.dim, c.shared), home(do, c.value_dim, c.value_shared)
-        score, slope = scores(c, r.scaled[...], q)
-        weight = jnp.exp2(score - r.stats_tile[slot, :1, span])
-        dscore = weight * (product(r.v[0], do, "nt") - r.stats_tile[slot, 1:, span])
+            q, do, k = finite(q), finite(do), finite(k)
+        score, slope = scores(c, r.scaled[span], q)
+        weight = jnp.exp2(score - r.stats_tile[slot, :1])
+        dscore = weight * (product(r.v[0, span], do, "nt") - r.stats_tile[slot, 1:])
         if slope is not None:
             dscore = dscore * slope
         if masked:
             keep = mask(visit, slot, at)
             weight, dscore = jnp.where(keep, weight, 0.0), jnp.where(keep, dscore, 0.0)
-        r.dv_total[...] += product(weight.astype(do.dtype), do, "nn")
+        r.dv_total[span] += product(weight.astype(do.dtype), do, "nn")
         dscore = dscore.astype(q.dtype)
-        r.dk_total[...] += product(dscore, q, "nn")
+        r.dk_total[span] += product(dscore, q, "nn")
         if c.fused:
-            k = finite(r.k[0]) if masked else r.k[0]
-            r.dq_tile[slot, span] += product(dscore, k, "tn")
+            r.dq_tile[slot] += product(dscore, k, "tn")
 
     def work(visit, slot):
-        sweep(_whole(c, of, *visit), lambda at, masked: step(visit, slot, at, masked), c.block_q, compute_q)
+        bring_home(r.q_tile.at[slot], c.dim, c.shared)
+        bring_home(r.do_tile.at[slot], c.value_dim, c.value_shared)
+        sweep(_whole(c, of, *visit), lambda at, masked: step(visit, slot, at, masked), c.block_k, c.compute_k)
 
     for total, shared in ((r.dk_total, c.shared), (r.dv_total, c.value_shared)):
 

@@ -73,7 +73,7 @@ def segment_cotangents(q, do, g, found: Halves, split: Split, *, interpret=None)
     shape = jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32)
     scratch = [tile(n, 2), tile(n, 2), tile(n, 2), plgpu.SMEM((n, 2, 2, WIDTH), jnp.float32), tile(n)]
     body = functools.partial(_cotangents_body, split=split, interpret=bool(interpret))
-    run = launch(body, split, Sums.LEVELS[:1], [shape], scratch, 8, interpret=interpret, warpgroups=n)
+    run = launch(body, split, Sums.PAIRS[:1], [shape], scratch, 8, interpret=interpret, warpgroups=n)
     return run(q, do, g, found.sums, parts.strong_units(found, split))[0]
 
 
@@ -220,7 +220,7 @@ def backward(q, k, v, g, saved, last, do, d_last, *, scale: float, interpret=Non
     scratch = [*inputs, *(tile(n) for _ in range(4)), plgpu.SMEM((n, WIDTH), jnp.float32)]
     body = functools.partial(_body, split=split, scale=scale, interpret=bool(interpret))
     types = (by_key, by_key, by_value, by_key)
-    run = launch(body, split, Sums.LEVELS, types, scratch, 7, interpret=interpret, warpgroups=n)
+    run = launch(body, split, Sums.PAIRS, types, scratch, 7, interpret=interpret, warpgroups=n)
     strong, owed = parts.strong_units(found, split), _owed(chunk_states, last, leaving, split)
     grads = run(q, k, v, g, do, chunk_states, found.sums, strong, leaving, owed)
     return (*grads, d_first)

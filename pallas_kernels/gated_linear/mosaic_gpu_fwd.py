@@ -4,6 +4,9 @@ Heads alone do not fill the chip, so the sequence is cut in segments. Three step
 from zero, reading k, v and the decay; (2) a short scan over segments; (3) every segment again, now from its true
 entry state, giving outputs and, for the backward, the state that enters each chunk. A warpgroup runs one head of one
 segment and keeps the state in registers. Step 1 reads 3 arrays, step 3 moves 5: 8/5 of the least possible bytes.
+
+Step 1 also finds how strong the decays are (`Halves`), which decides for each unit of step 3, and of the backward, how
+it forms the decayed scores of a chunk: by one factorisation at the chunk's middle, or level by level.
 """
 
 import functools
@@ -224,7 +227,7 @@ def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, sav
         out_type.append(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
     scratch = [*(tile(n) for _ in range(4)), plgpu.SMEM((n, 2, WIDTH), jnp.float32), *(tile(n) for _ in range(3))]
     body = functools.partial(_outputs_body, split=split, scale=scale, save=save, interpret=bool(interpret))
-    run = launch(body, split, Sums.LEVELS[: Sums.LATER], out_type, scratch, 5, interpret=interpret)
+    run = launch(body, split, Sums.PAIRS[: Sums.LATER], out_type, scratch, 5, interpret=interpret)
     return run(q, k, v, g, found.sums, parts.strong_units(found, split), entry)
 
 

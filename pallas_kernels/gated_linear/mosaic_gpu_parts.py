@@ -46,9 +46,13 @@ def _half(n):
 
 
 class Sums:
-    """Constant `[n, 64, 64]` matrices. Row i of a product with a chunk's log-decays is their sum as described."""
+    """Constant `[n, 64, 64]` matrices and the names of their rows.
 
-    LEVELS = np.stack([_from_middle(CHUNK), _from_middle(8), *map(_to_border, LEVELS), _after(0)])
+    PAIRS: row i of a product with a chunk's log-decays is the sum that the function's docstring says. STATES: the same
+    for the first; the others are multiplied from the left by transposed log-decays, one sum to each key channel.
+    """
+
+    PAIRS = np.stack([_from_middle(CHUNK), _from_middle(8), *map(_to_border, LEVELS), _after(0)])
     MIDDLE, INNER, L8, L16, L32, LATER = range(6)
     STATES = np.stack([_after(1), _half(0), _half(1)])
     SUFFIX, FIRST, SECOND = range(3)

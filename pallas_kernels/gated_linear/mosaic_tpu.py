@@ -141,7 +141,7 @@ def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=None):
         scratch_shapes=[pltpu.VMEM((dv, dk), jnp.float32)],
         compiler_params=params(),
         interpret=interpret or False,
-        name="gated_linear_forward",
+        name="gated_linear_fwd",
     )
     o, last, *states = call(jnp.asarray(sum_matrices(), jnp.bfloat16), q, k, v, g, s0)
     return o, last, states[0] if save else None

@@ -107,6 +107,6 @@ def backward(q, k, v, g, states, last, do, d_last, *, scale: float, interpret=No
         scratch_shapes=[pltpu.VMEM((dv, dk), jnp.float32), pltpu.VMEM((1, dk), jnp.float32)],
         compiler_params=fwd.params(),
         interpret=interpret or False,
-        name="gated_linear_backward",
+        name="gated_linear_bwd",
     )
     return call(jnp.asarray(fwd.sum_matrices(), jnp.bfloat16), q, k, v, g, do, states, d_last, last)

@@ -95,7 +95,7 @@ def check(got, want):
 
 
 @each_cache
-@pytest.mark.parametrize("sizes", [(16, 3, 1, 16, 3, 3, 3, 3), (1,) * T], ids=["chunks", "one by one"])
+@pytest.mark.parametrize("sizes", [(16, 3, 1, 16, 3, 3, 3, 3), (1,) * T], ids=["chunks", "token by token"])
 def test_any_chunks_equal_one_shot(qkv, name, sizes):
     init, mask = CACHES[name]
     cache, *got = run(init(), mask, qkv, sizes)
@@ -103,8 +103,7 @@ def test_any_chunks_equal_one_shot(qkv, name, sizes):
     assert cache.length.tolist() == [T, T]
 
 
-@pytest.mark.parametrize("name", ["dense", "paged int8"])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("name", "mask"), [*(("dense", mask) for mask in MASKS), ("paged int8", "per head")])
 def test_masks(qkv, name, mask):
     _, *got = run(CACHES[name][0](), MASKS[mask], qkv, (16, 1, 16))
     check(got, expected(name, qkv, MASKS[mask]))

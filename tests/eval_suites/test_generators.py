@@ -108,6 +108,11 @@ def test_needles_lie_at_their_depths_and_nowhere_else():
         for value in draft.references:
             assert draft.body.count(value) == 1
         assert draft.metadata["depths"] == sorted(draft.metadata["depths"])
+        if len(draft.references) > 1:
+            assert "depth" not in draft.metadata
+        else:
+            place = draft.body.index(draft.references[0]) / len(draft.body)
+            assert draft.metadata["depth"] == pytest.approx(place, abs=0.12)
 
 
 def test_variable_tracking_is_one_chain():

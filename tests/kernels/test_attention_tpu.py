@@ -60,7 +60,11 @@ class TestMosaicTpu(AttentionSuite):
     def test_lists(self, name):
         close(self.evaluate(LISTS[name]), evaluate(LISTS[name], "reference"), self.tolerance)
 
-    test_packed_equals_separate = pytest.mark.slow(AttentionSuite.test_packed_equals_separate)
+    @pytest.mark.slow
+    def test_packed_equals_separate(self):
+        with testing.interpret_tpu():
+            super().test_packed_equals_separate()
+
     test_rows_without_keys = pytest.mark.slow(AttentionSuite.test_rows_without_keys)
     test_repeats_bit_for_bit = pytest.mark.slow(AttentionSuite.test_repeats_bit_for_bit)
     test_a_planted_window_error_is_caught = pytest.mark.slow(AttentionSuite.test_a_planted_window_error_is_caught)

@@ -5,7 +5,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import LinearState, Unsupported, aot, gated_linear_attention, op, recurrent_step, testing
-from pallas_kernels.gated_linear import xla
+from pallas_kernels.gated_linear import mosaic_gpu_parts, xla
 from tests.kernels.linear_cases import Case, assert_close, forward, jit, make_case, packed, with_gradients
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 130]
@@ -206,8 +206,12 @@ class TestMosaicTpu:
 class TestMosaicGpu:
     """The Hopper kernels as far as the interpreter reaches (products are plain ones there), and their CUDA lowering."""
 
-    def test_matches_the_reference(self):
-        case = make_case(130, mean=-1.0, shape=(1, 1, 32, 64), dtype=jnp.bfloat16, segment_ids=packed((40, 80), 130))
+    @pytest.mark.parametrize("lengths", [None, (40, 80)], ids=["mild decays", "packed, which is strong"])
+    def test_matches_the_reference(self, lengths, monkeypatch):
+        split = mosaic_gpu_parts.choose_split
+        monkeypatch.setattr(mosaic_gpu_parts, "choose_split", lambda *args: split(*args[:-1], 2))  # 2 and 1 chunks
+        ids = None if lengths is None else packed(lengths, 130)
+        case = make_case(130, mean=-1.0, shape=(1, 1, 32, 64), dtype=jnp.bfloat16, segment_ids=ids)
         with op.interpret(plgpu.InterpretGPUParams()):
             (found, found_grads) = with_gradients(case, "mosaic_gpu")
         expected, expected_grads = with_gradients(case, "reference")
@@ -229,6 +233,25 @@ class TestMosaicGpu:
         case = make_case(20, dtype=np.float32)
         with op.interpret(plgpu.InterpretGPUParams()), pytest.raises(Unsupported, match="q is float32"):
             forward(case, "mosaic_gpu")
+
+
+class TestRecurrentStep:
+    @pytest.mark.parametrize("normalise", [False, True])
+    def test_a_donated_state_is_updated_in_place(self, normalise):
+        token, decay = jnp.ones((3, 2, 8)), jnp.zeros((3, 2))
+        state = LinearState(jnp.ones((3, 2, 8, 8)), jnp.ones((3, 2, 8)) if normalise else None)
+
+        def step(state, q, k, v, g):
+            return recurrent_step(q, k, v, g, state, normalise=normalise)[::-1]
+
+        compiled = jax.jit(step, donate_argnums=0).lower(state, token, token, token, decay).compile()
+        held = sum(x.nbytes for x in jax.tree.leaves(state))
+        assert compiled.memory_analysis().alias_size_in_bytes >= held
+
+    def test_refuses_a_state_without_normaliser(self):
+        token = jnp.ones((1, 1, 4))
+        with pytest.raises(ValueError, match=r"normalise=True needs state\.z to be an array"):
+            recurrent_step(token, token, token, None, LinearState(jnp.ones((1, 1, 4, 4)), None), normalise=True)
 
 
 class TestDeltaRule:

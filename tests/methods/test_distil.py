@@ -25,7 +25,7 @@ from lcjax.train.transfer import AttentionTransfer
 QUICK = {"xla_backend_optimization_level": 0}
 SPEC = ModelSpec(
     vocab_size=32, width=32, mlp_width=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
-    pattern=(Attention(), Attention(window=7), Attention()), dtype="float32", qk_norm=True,
+    dtype="float32",
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def teacher():
     return nnx.split(Decoder(SPEC, rngs=nnx.Rngs(0)), nnx.Param)
 
 
-def batch(rows=4, length=24, seed=0):
+def batch(rows=2, length=16, seed=0):
     tokens = jax.random.randint(jax.random.key(seed), (rows, length + 1), 0, 32)
     segments = jnp.where(jnp.arange(length) < length - 3, 1, 0)
     wide = lambda x: jnp.broadcast_to(x, (rows, length)).astype(jnp.int32)
@@ -52,10 +52,9 @@ def student_of(teacher, method, seed=1):
     return spec, carry_over(spec, teacher[1], key=jax.random.key(seed))
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_transfer_is_the_error_against_a_separate_teacher(teacher, scan):
+def test_transfer_is_the_error_against_a_separate_teacher(teacher):
     """Loss and gradients against plain autodiff of a mean over layers, the hidden states being the softmax model's."""
-    spec, params = student_of(teacher, Lawcat(layers=(0, 2)))
+    spec, params = student_of(teacher, Lawcat(layers=(0, 1)))
     graphdef, _ = abstract(spec)
     trained, frozen = divide(params, STUDENT)
     data = batch()
@@ -67,7 +66,7 @@ def test_transfer_is_the_error_against_a_separate_teacher(teacher, scan):
         for i, (block, other) in enumerate(zip(model.layers, original.layers, strict=True)):
             h = other.mixer_norm(x)
             target, _ = other.mixer.mix(h, context)
-            if i in (0, 2):
+            if i in (0, 1):
                 y, _ = block.mixer.mix(jax.lax.stop_gradient(h), context)
                 error = jnp.mean((y - jax.lax.stop_gradient(target)) ** 2, axis=(2, 3))
                 total += 500.0 * jnp.sum(error * (data["segment_ids"] > 0))
@@ -75,14 +74,17 @@ def test_transfer_is_the_error_against_a_separate_teacher(teacher, scan):
         return total
 
     loss, gradient = jax.jit(jax.value_and_grad(expected), compiler_options=QUICK)(trained)
-    got = jax.jit(
-        lambda trained: AttentionTransfer().gradients(graphdef, trained, frozen, data, StepOptions(scan=scan)),
+    transfer = jax.jit(
+        lambda trained, how: AttentionTransfer().gradients(graphdef, trained, frozen, data, how),
+        static_argnums=1,
         compiler_options=QUICK,
-    )(trained)
-    np.testing.assert_allclose(got[1].nll, loss, rtol=1e-5)
-    assert sorted(got[1].parts) == ["mse_0", "mse_2"]
-    assert jax.tree.structure(got[0]) == jax.tree.structure(gradient)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), got[0], gradient)
+    )
+    for scan in (False, True):
+        got = transfer(trained, StepOptions(scan=scan))
+        np.testing.assert_allclose(got[1].nll, loss, rtol=1e-5)
+        assert sorted(got[1].parts) == ["mse_0", "mse_1"]
+        assert jax.tree.structure(got[0]) == jax.tree.structure(gradient)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), got[0], gradient)
 
 
 def test_transfer_refuses_what_has_no_teacher(teacher):

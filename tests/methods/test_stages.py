@@ -32,7 +32,7 @@ def job(tmp_path_factory):
         Stage("transfer", methods=(Lawcat(),), loss=AttentionTransfer()),
         Stage("finetune", methods=(Lora(rank=2),), steps=2, length=16),
     )
-    return dataclasses.replace(job, optimizer=optimizer, steps=8, stages=stages)
+    return dataclasses.replace(job, optimizer=optimizer, steps=8, batch=8, stages=stages)
 
 
 def weights(folder):

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from lcjax.cache import init_caches
-from lcjax.models.decoder import Decoder
+from lcjax.methods.positions import solve_flows
+from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.positions import CLEX, DPE, DualChunk, DynamicNTK, DynamicYaRN, Rope, SelfExtend, XPos, YaRN, apply_rope
 from lcjax.positions.dpe import detect_factors, pair_contributions, select_pairs
@@ -147,6 +148,19 @@ def test_keys_turn_with_the_length_at_which_they_are_read(law):
         np.testing.assert_allclose(out[:, 0], hidden(spec, TOKENS[:, :end])[:, -1], atol=2e-5)
     plain = hidden(dataclasses.replace(SPEC.with_positions(LAW), num_layers=1), TOKENS[:, :40])
     assert not np.allclose(hidden(spec, TOKENS[:, :40])[:, -1], plain[:, -1], atol=1e-3)
+
+
+def test_a_clex_model_is_solved_for_serving():
+    spec = SPEC.with_positions(CLEX(original_length=16, max_factor=4, steps=5))
+    graphdef, params = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)), nnx.Param)
+    params["flows"][0]["down"][...] = 0.3 * jax.random.normal(jax.random.key(1), (16, 8))
+    run = jax.jit(lambda p, t, d=graphdef: nnx.merge(d, p).hidden(t)[0])
+    want = run(params, TOKENS)
+    constant, rest = solve_flows(spec, params)
+    assert "flows" not in rest
+    run = jax.jit(lambda p, t: nnx.merge(abstract(constant)[0], p).hidden(t)[0])
+    np.testing.assert_allclose(run(rest, TOKENS), want, atol=1e-5)
+    assert not np.allclose(want, hidden(SPEC.with_positions(LAW), TOKENS), atol=1e-2)
 
 
 def test_packed_rows_and_gradients():

@@ -71,7 +71,6 @@ ROWS = {
     "linear_plain": linear(decay="none", feature_map="softmax", output_gate=False, conv_width=2),
     "lawcat": Row(model(Linearized(conv_value=True), Attention())),
     "lolcats": Row(model(Linearized.lolcats(window=5), Attention())),
-    "lawcat_window": Row(model(Linearized(window=5, tied=True, rotate=True))),
     "delta": Row(model(DeltaNet(), DeltaNet(num_heads=2, gated=True, negative_eigenvalues=True))),
     "mamba2": Row(model(Mamba2(num_heads=4, head_dim=6, state=10, groups=2, conv_width=3))),
     "linear_rope": law(Linear(factor=4.0), Linear(factor=1.0)),

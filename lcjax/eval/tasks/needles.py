@@ -70,7 +70,9 @@ class Needle(GeneratedTask):
             f"What {verb} the secret {kind} of {listing(asked)} in the text above?"
         )
         prefix = f"The secret {kind} of {listing(asked)} in the text {verb}"
-        return Draft(body, references, 128, prefix, metadata={"depth": facts["depths"][0], **facts})
+        if len(references) == 1:  # several answers lie at several depths
+            facts["depth"] = facts["depths"][next(j for j, needle in enumerate(needles) if references[0] in needle)]
+        return Draft(body, references, 128, prefix, metadata=facts)
 
     def _needle(self, key: str, value: str) -> str:
         return f"One secret {_KIND[self.value_kind]} of {key} is {value}."
