@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -170,6 +169,7 @@ def decode_attention(
     per_head = lambda x, *axes: None if x is None else spec(*axes)
     rows, kv = ("pages", "heads") if cache.kind == "paged" else ("batch", "slots"), ("heads", "dim")
     stored = spec(*rows, "page", "dim") if cache.kind == "paged" else spec(*rows, *kv)
+    pages = ("heads",) if cache.page_table is not None and cache.page_table.ndim == 3 else ()
     places = replace(
         cache,
         k=stored,
@@ -177,7 +177,7 @@ def decode_attention(
         lengths=spec("batch"),
         k_scale=per_head(cache.k_scale, rows[0], "heads"),
         v_scale=per_head(cache.v_scale, rows[0], "heads"),
-        page_table=per_head(cache.page_table, "batch", *(("heads",) if np.ndim(cache.page_table) == 3 else ())),
+        page_table=per_head(cache.page_table, "batch", *pages),
     )
     listed = None if lists is None else spec("batch", "heads" if lists.idx.shape[1] > 1 else "all")
     specs = (spec(*QUERY), places, listed, per_head(sink_logits, "heads"))
