@@ -83,7 +83,7 @@ class DynamicYaRN(ByFactor):
         return YaRN(self.base, self.partial, float(factor), self.original_length, self.beta_fast, self.beta_slow)
 
     def row(self, plain: np.ndarray, factor: int) -> np.ndarray:
-        return self._yarn(factor).mixed(plain, factor)
+        return self._yarn(factor).mixed(plain, float(factor))
 
     def attention(self, factor: int) -> float:
         return self._yarn(factor).magnitude

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lcjax.positions.remap import Rows, SelfExtend, Where
+from lcjax.positions.remap import Keys, Queries, SelfExtend, Where
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DPE(SelfExtend):
             raise ValueError(f"DPE.selected lists {len(self.selected)} heads, the model has {heads}")
         return np.array([np.isin(np.arange(self.pairs), head) for head in self.selected])
 
-    def far(self, queries: Rows, keys: Rows) -> tuple[Float[Array, "B T H E"], Float[Array, "B S K E"]]:
+    def far(self, queries: Queries, keys: Keys) -> tuple[Float[Array, "B T H E"], Float[Array, "B S K E"]]:
         """One dot product over both rotations: a head's query is zero where it does not use one of them."""
         if self.selected is None:
             return super().far(queries, keys)
@@ -82,7 +82,7 @@ def pair_contributions(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"]) -
     return jnp.mean(norms(q) * jnp.repeat(norms(k), q.shape[2] // k.shape[2], axis=2), axis=(0, 1))
 
 
-def select_pairs(contributions: Float[Array, "H n"], count: int) -> tuple[tuple[int, ...], ...]:
+def select_pairs(contributions: Float[Array | np.ndarray, "H n"], count: int) -> tuple[tuple[int, ...], ...]:
     """The `count` strongest pairs of each head, ascending."""
     values = np.asarray(contributions)
     if not 1 <= count <= values.shape[1]:

@@ -17,7 +17,8 @@ from lcjax.parallel import ops
 from pallas_kernels.masks import Causal, Window
 
 type Where = Int[Array, "B T"] | Int[Array, "B T n"]
-type Rows = tuple[Float[Array, "B T N D"], ...]
+type Queries = tuple[Float[Array, "B T H D"], ...]
+type Keys = tuple[Float[Array, "B S K D"], ...]
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Remap:
         raise NotImplementedError
 
     def attend(
-        self, queries: Rows, keys: Rows, v: Float[Array, "B T K Dv"], **options: Any
+        self, queries: Queries, keys: Keys, v: Float[Array, "B T K Dv"], **options: Any
     ) -> Float[Array, "B T H Dv"]:
         """Causal self-attention over the rotated parts; options as `pallas_kernels.block_sparse_attention`."""
         raise NotImplementedError
 
-    def attend_cached(self, queries: Rows, keys: Rows, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
+    def attend_cached(self, queries: Queries, keys: Keys, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
         """The same for the last tokens of a cache; `keys` are the rotated slots of each part (rotates_at_read)."""
         raise NotImplementedError
 
@@ -83,11 +84,11 @@ class DualChunk(Remap):
         return (positions % self.chunk,)
 
     def attend(
-        self, queries: Rows, keys: Rows, v: Float[Array, "B T K Dv"], **options: Any
+        self, queries: Queries, keys: Keys, v: Float[Array, "B T K Dv"], **options: Any
     ) -> Float[Array, "B T H Dv"]:
         return ops.dual_chunk_attention(queries, keys[0], v, chunk=self.chunk, **options)
 
-    def attend_cached(self, queries: Rows, keys: Rows, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
+    def attend_cached(self, queries: Queries, keys: Keys, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
         masks = pk.chunk_masks(self.chunk, cache.capacity)
         sinks = options.pop("sink_logits", None)
         parts = [
@@ -118,12 +119,12 @@ class SelfExtend(Remap):
     def keys(self, positions: Int[Array, "B T"]) -> tuple[Where, ...]:
         return positions, positions // self.group
 
-    def far(self, queries: Rows, keys: Rows) -> tuple[Float[Array, "B T H E"], Float[Array, "B S K E"]]:
+    def far(self, queries: Queries, keys: Keys) -> tuple[Float[Array, "B T H E"], Float[Array, "B S K E"]]:
         """What makes the scores beyond the window."""
         return queries[1], keys[1]
 
     def attend(
-        self, queries: Rows, keys: Rows, v: Float[Array, "B T K Dv"], **options: Any
+        self, queries: Queries, keys: Keys, v: Float[Array, "B T K Dv"], **options: Any
     ) -> Float[Array, "B T H Dv"]:
         length, lag = v.shape[1], self.window
         if length <= lag:
@@ -141,7 +142,7 @@ class SelfExtend(Remap):
         lse = jnp.pad(lse, ((0, 0), (0, 0), (lag, 0)), constant_values=-jnp.inf)
         return pk.merge_attention(cast(Any, near), (o, lse))[0]
 
-    def attend_cached(self, queries: Rows, keys: Rows, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
+    def attend_cached(self, queries: Queries, keys: Keys, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
         tokens = queries[0].shape[1]
         options["scale"] = options.get("scale") or queries[0].shape[-1] ** -0.5
         near = cache.with_keys(keys[0]).attend(queries[0], Causal() & Window(self.window), **options)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 type Rows = Mapping[str, np.ndarray]
 
 
-def _at_least(sampler: object, least: float, *fields: str) -> None:
+def _at_least(sampler: object, least: int, *fields: str) -> None:
     for name in fields:
         if getattr(sampler, name) < least:
             value = getattr(sampler, name)

@@ -34,6 +34,7 @@ from lcjax.positions.tables import of_slots, of_tokens
 
 D = 64
 FAR = np.array([[0, 1, 4095, 65_537, 2**20 + 1, 2**24 - 1]], np.int32)
+POSITIONS = jnp.asarray(FAR)
 FOLLOWING = [
     DynamicLinear(1e5, original_length=8192, max_factor=8),
     DynamicYaRN(1e5, original_length=8192, max_factor=8),
@@ -62,7 +63,7 @@ def test_identity_setting_is_plain_bit_for_bit(law):
         assert law.frequencies(D, length)[1] == 1.0
     positions = jnp.broadcast_to(FAR, (3, *FAR.shape)) if isinstance(law, MRope) else jnp.asarray(FAR)
     tables = of_tokens(law, None, law.frequencies(D), D, positions, 3)
-    for got, want in zip(tables.queries[0], rope_table(Rope(), D, FAR), strict=True):
+    for got, want in zip(tables.queries[0], rope_table(Rope(), D, POSITIONS), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
@@ -90,8 +91,8 @@ def test_known_vectors():
 
 
 def test_linear_scaling_commutes_with_positions():
-    scaled = rope_table(Linear(factor=4.0), D, 4 * FAR[:, :4])
-    for got, want in zip(scaled, rope_table(Rope(), D, FAR[:, :4]), strict=True):
+    scaled = rope_table(Linear(factor=4.0), D, 4 * POSITIONS[:, :4])
+    for got, want in zip(scaled, rope_table(Rope(), D, POSITIONS[:, :4]), strict=True):
         np.testing.assert_allclose(got, want, atol=6e-7)
     halves = jnp.array([[0.0, 0.5, 1000.25, 8191.75]])  # fractions of a token
     cos, _ = rope_table(Rope(), D, halves)
@@ -186,7 +187,7 @@ def test_mrope_axes_and_ramp():
     law = MRope(1e6, sections=(16, 24, 24))
     tables = of_tokens(law, None, law.frequencies(128), 128, jnp.asarray(positions)[:, None], 0)
     for axis, pairs in enumerate((slice(0, 16), slice(16, 40), slice(40, 64))):
-        want = rope_table(Rope(1e6), 128, positions[axis][None])[0]
+        want = rope_table(Rope(1e6), 128, jnp.asarray(positions[axis])[None])[0]
         np.testing.assert_array_equal(tables.queries[0][0][..., pairs], want[..., pairs])
     for ramp, want in (
         ("turns", [1, 0.829, 0.491, 0.186, 0.126, 0.125]),
