@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array
 
 import pallas_kernels as pk
+from lcjax.parallel import ops
 from pallas_kernels.decode.api import BACKENDS
 from pallas_kernels.masks import Mask
 from pallas_kernels.op import platform
@@ -33,6 +34,5 @@ def by_op(q: Array, held: pk.KVCache, mask: Mask | None, **options: Any) -> tupl
 
 def _decode(q: Array, held: pk.KVCache, mask: Mask | None, name: str, **options: Any) -> tuple[Array, Array | None]:
     wanted = options.pop("return_lse", True)
-    out = pk.decode_attention(q, held, mask, implementation=name, return_lse=True, **options)
-    assert isinstance(out, tuple)
-    return out[0], out[1] if wanted else None
+    o, lse = ops.decode_attention(q, held, mask, implementation=name, **options)
+    return o, lse if wanted else None

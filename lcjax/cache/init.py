@@ -1,7 +1,7 @@
 """The caches of a whole decoder, one per layer."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -30,7 +30,7 @@ class CacheLayout:
     dense cache of floats, recurrent layers a float32 state.
     """
 
-    kind: Literal["dense", "paged"] = "dense"
+    kind: str = "dense"
     dtype: str | None = None
     page: int = PAGE
     selection: Selection | None = None

@@ -57,7 +57,7 @@ def make_mesh(
     outer = tuple((across_slices or {}).get(axis, 1) for axis in AXES)
     shape = tuple(degrees.values())
     if math.prod(outer) == 1:
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+        grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     else:
         grid = _hybrid(degrees, outer, devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -7,7 +7,8 @@ fsdp, heads over tensor, the length over context. Layers and caches call these a
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from lcjax.parallel import dense, sparse
 from lcjax.parallel.adjoint import adjoint
 from lcjax.parallel.layout import Layout, current_layout, exchange, per_shard
 from lcjax.parallel.work import counting, stand_in, visible_pairs
-from pallas_kernels import LinearState
+from pallas_kernels import BlockList, KVCache, LinearState
 from pallas_kernels.attention.api import SegmentIds
 from pallas_kernels.masks import Causal, Mask, PerHead
 from pallas_kernels.merge import add_sink_logits
@@ -138,6 +139,49 @@ def dual_chunk_attention(
     specs = ((wide,) * 3, wide, wide, layout.spec("batch", "length"), layout.spec("heads"))
     specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
     return per_shard(shard, specs, wide)(*arguments)
+
+
+def decode_attention(
+    q: Float[Array, "B T H D"],
+    cache: KVCache,
+    mask: Mask | None,
+    *,
+    lists: BlockList | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
+    implementation: str | None = None,
+    **options: Any,
+) -> Result:
+    """As `pallas_kernels.decode_attention` with lse. A pool of pages is whole on every shard but for its heads."""
+    options["implementation"] = implementation
+    layout = current_layout(q.shape[0], (q.shape[2], cache.num_kv_heads), None)
+
+    if layout is not None and mask is not None:
+        mask = _one_pattern_per_shard(mask, layout, q.shape[2])
+
+    def shard(q, cache, lists, logits):
+        out = pk.decode_attention(q, cache, mask, lists=lists, sink_logits=logits, return_lse=True, **options)
+        return cast(Result, out)
+
+    if layout is None:
+        return shard(q, cache, lists, sink_logits)
+    layout = replace(layout, batch=()) if cache.kind == "paged" else layout
+    spec: Any = layout.spec
+    per_head = lambda x, *axes: None if x is None else spec(*axes)
+    rows, kv = ("pages", "heads") if cache.kind == "paged" else ("batch", "slots"), ("heads", "dim")
+    stored = spec(*rows, "page", "dim") if cache.kind == "paged" else spec(*rows, *kv)
+    pages = ("heads",) if cache.page_table is not None and cache.page_table.ndim == 3 else ()
+    places = replace(
+        cache,
+        k=stored,
+        v=stored,
+        lengths=spec("batch"),
+        k_scale=per_head(cache.k_scale, rows[0], "heads"),
+        v_scale=per_head(cache.v_scale, rows[0], "heads"),
+        page_table=per_head(cache.page_table, "batch", *pages),
+    )
+    listed = None if lists is None else spec("batch", "heads" if lists.idx.shape[1] > 1 else "all")
+    specs = (spec(*QUERY), places, listed, per_head(sink_logits, "heads"))
+    return per_shard(shard, specs, (spec(*QUERY), spec("batch", "heads")))(q, cache, lists, sink_logits)
 
 
 def gated_linear(

@@ -135,11 +135,8 @@ class SelfExtend(Remap):
         options.pop("sink_logits", None)  # they joined the near part
         q, k = self.far(queries, keys)  # row r of the far queries, at position r + lag, sees keys up to r
         q, k, v = q[:, lag:], k[:, :-lag], v[:, :-lag]
-        if ids is None:
-            far = ops.attention(q, k, v, Causal(), return_lse=True, **options)
-        else:
-            pair = ids[:, lag:], ids[:, :-lag]
-            far = pk.block_sparse_attention(q, k, v, Causal(), segment_ids=pair, return_lse=True, **options)
+        pair = None if ids is None else (ids[:, lag:], ids[:, :-lag])
+        far = ops.attention(q, k, v, Causal(), segment_ids=pair, return_lse=True, **options)
         o, lse = cast(tuple[jax.Array, jax.Array], far)
         o = jnp.pad(o, ((0, 0), (lag, 0), (0, 0), (0, 0)))
         lse = jnp.pad(lse, ((0, 0), (0, 0), (lag, 0)), constant_values=-jnp.inf)

@@ -208,17 +208,18 @@ def _stored(c: Config, x: Array) -> Array:
     return x if order == "heads" else x.swapaxes(2, 3)
 
 
+def _places(layout: Layout, visits: Visits) -> dict[str, Array]:
+    """Visits of each program, and where its steps and chunks begin on the line of all programs."""
+    steps = jnp.maximum(-(-visits.count // layout.per_step), 1)
+    begin = lambda n: jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(n)]).astype(jnp.int32)
+    chunks = -(-steps // layout.steps_per_chunk)
+    return {"count": visits.count, "first_step": begin(steps), "first_chunk": begin(chunks)}
+
+
 def _launch(c: Config, call: Call, visits: Visits) -> tuple[Array, Array]:
     """o [parts, B*sets, heads*rows, Dv] and lse [parts, B*sets, heads*rows]."""
     cache, layout = call.cache, c.layout
-    steps = jnp.maximum(-(-visits.count // layout.per_step), 1)
-    begin = lambda n: jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(n)]).astype(jnp.int32)
-    scalars = {
-        "count": visits.count,
-        "first_step": begin(steps),
-        "first_chunk": begin(-(-steps // layout.steps_per_chunk)),
-        "lengths": cache.lengths.astype(jnp.int32),
-    }
+    scalars = {**_places(layout, visits), "lengths": cache.lengths.astype(jnp.int32)}
     hbm, rows = pl.BlockSpec(memory_space=pltpu.HBM), c.heads * c.rows
     inputs = {
         "q": (_rows(c, call.q), pl.BlockSpec((1, c.heads, c.rows, c.dim), lambda p, i, *_: (i, 0, 0, 0))),

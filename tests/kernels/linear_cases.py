@@ -84,6 +84,14 @@ def assert_close(found, expected, tolerance: float) -> None:
         assert np.abs(x - y).max(initial=0) <= tolerance * max(np.sqrt(np.mean(y * y)), 1e-30)
 
 
+def assert_near(found, expected, tolerance: float) -> None:
+    """Root mean square of the error over that of what is expected: for bfloat16, whose sums have stray large errors."""
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape
+        assert np.sqrt(np.mean((x - y) ** 2)) <= tolerance * np.sqrt(np.mean(y * y))
+
+
 def packed(lengths, t) -> np.ndarray:
     """Ids 1, 2 ... for segments of these lengths, then padding."""
     ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
