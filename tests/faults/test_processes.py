@@ -66,6 +66,7 @@ def kill_one(folder, unbroken, count, victim):
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_replaced_and_the_losses_are_those_of_the_unbroken_run(folder, unbroken):
     assert_same_losses(kill_one(folder, unbroken, 2, victim=1), unbroken)
 
