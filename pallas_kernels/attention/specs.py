@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Blocks, Causal, Full, Intervals, Mask, Segments, Sink, Stride, Window, per_head
 from pallas_kernels.plan import INF
@@ -66,6 +67,24 @@ class Spec:
         if self.lists is not None:
             found["lists"] = random_lists(rng, self.batch, self.length, keys, *self.lists)
         return found
+
+    def call(self, dtype=jnp.float32) -> Call:
+        """The arrays and options as a backend receives them, with plain scores."""
+        x, options = self.arrays(dtype), self.options()
+        ids = options.get("segment_ids")
+        return Call(
+            q=x["q"],
+            k=x["k"],
+            v=x["v"],
+            mask=self.mask,
+            lists=options.get("lists"),
+            segment_ids=None if ids is None else (ids, ids),
+            q_offset=options.get("q_offset", 0),
+            kv_length=options.get("kv_length"),
+            scale=1.0,
+            soft_cap=None,
+            need_lse=True,
+        )
 
 
 def random_lists(rng, batch: int, length: int, keys: int, rows: int, block_q: int, block_k: int) -> BlockList:

@@ -10,28 +10,12 @@ import pytest
 
 from pallas_kernels import block_sparse_attention
 from pallas_kernels.attention import reference, specs
-from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.specs import Spec
 
 
 def visible(spec, dtype=jnp.float32):
     """bool [B,H,T,S], from the mask's expression."""
-    x, options = spec.arrays(dtype), spec.options()
-    ids = options.get("segment_ids")
-    call = Call(
-        q=x["q"],
-        k=x["k"],
-        v=x["v"],
-        mask=spec.mask,
-        lists=options.get("lists"),
-        segment_ids=None if ids is None else (ids, ids),
-        q_offset=options.get("q_offset", 0),
-        kv_length=options.get("kv_length"),
-        scale=1.0,
-        soft_cap=None,
-        need_lse=True,
-    )
-    return np.asarray(reference.visible(call))
+    return np.asarray(reference.visible(spec.call(dtype)))
 
 
 def evaluate(spec, implementation, dtype=jnp.float32, poison=False, mask=None):

@@ -16,7 +16,7 @@ from pallas_kernels.attention import mosaic_gpu_tables as tables
 from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles
-from pallas_kernels.attention.specs import Spec, random_lists
+from pallas_kernels.attention.specs import random_lists
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Causal, Full, Intervals, Mask, Segments, Sink, Stride, Window, per_head
 from pallas_kernels.op import target_platform
@@ -287,26 +287,8 @@ class TestOnDevice:
                 np.testing.assert_array_equal(a, b)
 
 
-def spec_call(spec: Spec) -> Call:
-    x, options = spec.arrays(jnp.bfloat16), spec.options()
-    ids = options.get("segment_ids")
-    return Call(
-        q=x["q"],
-        k=x["k"],
-        v=x["v"],
-        mask=spec.mask,
-        lists=options.get("lists"),
-        segment_ids=None if ids is None else (ids, ids),
-        q_offset=options.get("q_offset", 0),
-        kv_length=options.get("kv_length"),
-        scale=1.0,
-        soft_cap=None,
-        need_lse=True,
-    )
-
-
 DECLINED = frozenset(
-    name for name, spec in SPECS.items() if mosaic_gpu.refusal(spec_call(spec), interpret=True) is not None
+    name for name, spec in SPECS.items() if mosaic_gpu.refusal(spec.call(jnp.bfloat16), interpret=True) is not None
 )
 
 
