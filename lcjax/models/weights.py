@@ -16,12 +16,6 @@ def dotted(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
-def new_parameters(spec: ModelSpec, params: nnx.State) -> list[str]:
-    """The parameters of `spec` that `params` lacks, as dotted paths."""
-    held = {path for path, _ in nnx.to_flat_state(params)}
-    return [dotted(path) for path, _ in nnx.to_flat_state(abstract(spec)[1]) if path not in held]
-
-
 def carry_over(spec: ModelSpec, params: nnx.State, *, key: jax.Array | None = None) -> nnx.State:
     """Parameters of `spec`: those of `params` at the same path as they are, the others freshly drawn in float32.
 

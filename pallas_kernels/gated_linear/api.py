@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.checks import check_values
 from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments, varying_like
 from pallas_kernels.gated_linear.reference import gated_linear_reference, step
-from pallas_kernels.gated_linear.segments import Segments, read_segments
+from pallas_kernels.gated_linear.segments import Segments, blank_padding, read_segments
 from pallas_kernels.gated_linear.xla import gated_linear_xla
 from pallas_kernels.op import dispatch, lazy, platform
 
@@ -113,7 +113,7 @@ def make_problem(q, k, v, log_decay, *, beta, state, segments: Segments | None, 
 def _without_segments(backend: Callable[[Problem], tuple[Array, LinearState]], p: Problem) -> tuple[Array, LinearState]:
     """Runs a backend that knows no segments."""
     o, state = backend(fold_segments(p))
-    return (o if p.segments is None else jnp.where(p.segments.valid[..., None, None], o, 0)), state
+    return blank_padding(o, p.segments), state
 
 
 def _check_decay(log_decay, segments: Segments | None) -> None:

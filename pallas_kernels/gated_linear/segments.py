@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.checks import check_values
 
@@ -16,6 +16,11 @@ class Segments(NamedTuple):
     valid: Bool[Array, "B T"]  # False: padding, the token is skipped
     reset: Bool[Array, "B T"]  # True: the state is emptied before this token
     ids: Int[Array, "B T"]  # non-decreasing; padding continues the segment before it
+
+
+def blank_padding(o: Float[Array, "B T H Dv"], segments: Segments | None) -> Float[Array, "B T H Dv"]:
+    """Outputs with zeros where a packed row is padding."""
+    return o if segments is None else jnp.where(segments.valid[..., None, None], o, 0)
 
 
 def read_segments(segment_ids: Int[Array, "B T"]) -> Segments:

@@ -26,7 +26,7 @@ from pallas_kernels.gated_linear.problem import (
     widen,
     widened_results,
 )
-from pallas_kernels.gated_linear.segments import Segments, gather_segments
+from pallas_kernels.gated_linear.segments import Segments, blank_padding, gather_segments
 
 
 def gated_linear_attention_sharded(
@@ -72,7 +72,7 @@ def gated_linear_attention_sharded(
     entry, last = exchange(transition, added.s, start, axis_name)
     o = add_read(o, reader, entry)
     o, last = widened_results(folded, o, last)
-    return (o if segments is None else jnp.where(segments.valid[..., None, None], o, 0)), last
+    return blank_padding(o, segments), last
 
 
 def own_segments(segment_ids: Int[Array, "B T"], axis_name: str) -> Segments:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gated_linear.api import make_problem, solver
 from pallas_kernels.gated_linear.problem import LinearState, fold_segments, varying_like, widen, widened_results
-from pallas_kernels.gated_linear.segments import read_segments
+from pallas_kernels.gated_linear.segments import blank_padding, read_segments
 from pallas_kernels.gated_linear.sharded import (
     add_read,
     carry,
@@ -79,7 +79,7 @@ def gated_linear_attention_truncated(
     entries, last = _entries(by_block(transition), by_block(added.s), start, axis_name)
     o = add_read(o, reader, jnp.moveaxis(entries, 0, 1).reshape(zeros.shape)).reshape(b, t, *o.shape[2:])
     o, last = widened_results(folded, o, last)
-    return (o if segments is None else jnp.where(segments.valid[..., None, None], o, 0)), last
+    return blank_padding(o, segments), last
 
 
 def _entries(transition, added, start, axis_name: str | None) -> tuple[Array, Array]:
