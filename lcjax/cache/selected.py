@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lcjax.cache.base import Counts, Options, dropped, emptied, known_empty, take_rows
+from lcjax.cache.base import Counts, Options, dropped, known_empty, take_rows
 from lcjax.cache.dense import DenseCache
 from lcjax.cache.few import by_op, few
 from lcjax.cache.paged import PagedCache
@@ -156,7 +156,7 @@ class SelectedCache:
         """Evicted rows have no bounds; a new choice follows."""
         gone = jnp.asarray(drop)[:, None, None, None]
         low, high = jnp.where(gone, NONE, self.low), jnp.where(gone, -NONE, self.high)
-        (count,) = emptied(jnp.asarray(drop)[:, None], self.count)
+        count = jnp.where(jnp.asarray(drop)[:, None], 0, self.count)
         return replace(
             self, inner=self.inner.evict(drop), low=low, high=high, count=count, age=jnp.zeros((), jnp.int32)
         )
