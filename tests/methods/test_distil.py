@@ -147,14 +147,14 @@ def test_a_run_of_stages_learns_to_recall(tmp_path):
     state, found = run(SPEC, teacher[1], (), CrossEntropy(), 1e-2, 60)
     assert found[-1]["loss"] < 0.5 * found[0]["loss"], "the teacher learns the toy"
     spec = Lawcat().model(SPEC)
-    student, found = run(spec, state.params, STUDENT, AttentionTransfer(), 1e-2, 60)
+    student, found = run(spec, state.params, STUDENT, AttentionTransfer(), 1e-2, 160)
     for i in range(3):
-        assert found[-1][f"mse_{i}"] < 0.8 * found[0][f"mse_{i}"]
+        assert found[-1][f"mse_{i}"] < 0.67 * found[0][f"mse_{i}"]
     kept = dict(nnx.to_flat_state(student.params))
     for path, variable in nnx.to_flat_state(state.params):
         np.testing.assert_array_equal(kept[path].get_value(), variable.get_value())
     adapted = adapt_model([Lora(rank=4)], spec)
-    tuned, found = run(adapted, student.params, (r"\.adapter\.",), CrossEntropy(), 1e-2, 40)
+    tuned, found = run(adapted, student.params, (r"\.adapter\.",), CrossEntropy(), 1e-2, 120)
     assert found[-1]["loss"] < 0.8 * found[0]["loss"]
     assert jax.tree.leaves(tuned.opt_state)
     plain, params = merge(adapted, tuned.params)
