@@ -12,6 +12,8 @@ from lcjax.parallel.mesh import AXES, make_mesh
 from lcjax.parallel.reading import part_of_batch
 from lcjax.parallel.startup import Cluster, check_agreement, detect
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # `Device` stands in for those of other machines
+
 
 @pytest.mark.parametrize(
     ("environment", "launcher"),
