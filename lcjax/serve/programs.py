@@ -27,10 +27,10 @@ class Programs:
         self._params, self.sizes = params, sizes
         self._compiled: dict[str, Any] = {}
         self.compile_seconds = 0.0
-        batch, capacity, chunk = sizes["batch"], sizes["capacity"], sizes["chunk"]
+        batch, capacity = sizes["batch"], sizes["capacity"]
 
         def begin(params: Any, *rest: Any) -> DecodeState:
-            caches = init_caches(spec, batch, capacity, sizes["cache"], chunk=chunk)
+            caches = init_caches(spec, batch, capacity, sizes["cache"])
             none = jnp.zeros((batch,), jnp.int32)
             return prefill(graphdef, params, DecodeState(caches, none, none, jnp.zeros((batch,), bool)), *rest)
 

@@ -58,7 +58,7 @@ def test_chunks_and_single_tokens_equal_one_pass(name):
     sizes = ((9, 7), (9, 9), (9, 4), (1, 1), (1, 1), (0, 1))
     totals = np.sum(sizes, axis=0)
     want = np.asarray(forward(graphdef, params, jnp.pad(TOKENS, ((0, 0), (0, 9)))))
-    caches = init_caches(row.spec, batch=2, capacity=64, chunk=9)
+    caches = init_caches(row.spec, batch=2, capacity=64)
     done, compiled = np.zeros(2, int), step._cache_size()
     for counts in sizes:
         width = max(counts)
