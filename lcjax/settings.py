@@ -64,6 +64,7 @@ CONFIGURABLES = {
     "Lora": "lcjax.methods.lora:Lora",
     "Lawcat": "lcjax.methods.linearize:Lawcat",
     "Lolcats": "lcjax.methods.linearize:Lolcats",
+    "LongGen": "lcjax.methods.longgen:LongGen",
     "Positions": "lcjax.methods.positions:Positions",
     "NTK": "lcjax.positions.laws:NTK",
     "ByParts": "lcjax.positions.laws:ByParts",

@@ -88,9 +88,9 @@ def cut_off(model: Loaded, sink: int, window: int) -> Loaded:
     """The same weights with every full attention layer seeing `sink` first and `window` last tokens only."""
 
     def near(mixer: Any) -> Any:
-        return (
-            replace(mixer, window=window, sink=sink) if isinstance(mixer, Attention) and mixer.window is None else mixer
-        )
+        if isinstance(mixer, Attention) and mixer.window is None:
+            return replace(mixer, window=window, sink=sink, pattern=None)
+        return mixer
 
     spec: ModelSpec = replace(model.spec, pattern=tuple(map(near, model.spec.pattern)))
     return model._replace(graphdef=abstract(spec)[0], spec=spec)

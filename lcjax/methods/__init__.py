@@ -2,7 +2,8 @@
 
 from lcjax.methods.base import Method, MethodConflict, adapt_job, adapt_model
 from lcjax.methods.linearize import Lawcat, Lolcats
+from lcjax.methods.longgen import LongGen
 from lcjax.methods.lora import Lora
 from lcjax.methods.positions import Positions
 
-__all__ = ["Lawcat", "Lolcats", "Lora", "Method", "MethodConflict", "Positions", "adapt_job", "adapt_model"]
+__all__ = ["Lawcat", "Lolcats", "LongGen", "Lora", "Method", "MethodConflict", "Positions", "adapt_job", "adapt_model"]

@@ -79,6 +79,8 @@ def test_chunks_and_single_tokens_equal_one_pass(name):
 @every_row
 def test_packed_equals_separate(name):
     row = ROWS[name]
+    if row.counts_in_rows:
+        pytest.skip("strided blocks are those of the row")
     graphdef, params = parameters(row.spec)
     cut = 11
     first, second = TOKENS[:, :cut], TOKENS[:, cut:]
