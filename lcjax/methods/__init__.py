@@ -1,9 +1,22 @@
 """Long-context methods: frozen records that change a model's spec and, where they are trained, the training job."""
 
 from lcjax.methods.base import Method, MethodConflict, adapt_job, adapt_model
+from lcjax.methods.duo import Duo, DuoGates
 from lcjax.methods.linearize import Lawcat, Lolcats
 from lcjax.methods.longgen import LongGen
 from lcjax.methods.lora import Lora
 from lcjax.methods.positions import Positions
 
-__all__ = ["Lawcat", "Lolcats", "LongGen", "Lora", "Method", "MethodConflict", "Positions", "adapt_job", "adapt_model"]
+__all__ = [
+    "Duo",
+    "DuoGates",
+    "Lawcat",
+    "Lolcats",
+    "LongGen",
+    "Lora",
+    "Method",
+    "MethodConflict",
+    "Positions",
+    "adapt_job",
+    "adapt_model",
+]
