@@ -232,10 +232,9 @@ class Recent(Mask):
 
     def rows(self, keys: int) -> tuple[Ints, None]:
         """(expiry per block, no second interval)."""
-        xp = namespace(self.n)
+        xp, limit = namespace(self.n), np.int32(INF // self.block)
         column = xp.arange(-(-keys // self.block), dtype=np.int32)
-        last = xp.minimum(xp.asarray(self.n, np.int32), np.int32(INF // self.block) - column)
-        return (column + last) * np.int32(self.block), None
+        return xp.minimum(xp.asarray(self.n, np.int32), limit - column) * self.block + column * self.block, None
 
 
 @record("block", eq=True)

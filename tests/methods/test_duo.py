@@ -121,14 +121,15 @@ def test_training_moves_gates_only_and_keeps_them_in_range(params):
     step = make_step(abstract(GATED)[0], start.optimizer, optimizer.schedule.build(4), LOSS, StepOptions(), TRAINED)
     state, step = start.state(), jax.jit(step, compiler_options=QUICK)
     before = dict(nnx.to_flat_state(state.params))
-    for _ in range(4):
+    for n in range(4):
         state, metrics = step(state, BATCH)
-    for path, after in nnx.to_flat_state(state.params):
-        if path[-1] == "gates":
+        for path, after in nnx.to_flat_state(state.params):
+            if path[-1] != "gates":
+                np.testing.assert_array_equal(after[...], before[path][...])
+                continue
             assert 0 <= float(after[...].min()) <= float(after[...].max()) <= 1
-            assert float(jnp.abs(after[...] - before[path][...]).max()) > 0
-        else:
-            np.testing.assert_array_equal(after[...], before[path][...])
+            if n == 0:  # open gates differ from the model by the penalty alone
+                assert float(after[...].max()) < 1
     assert {"distance", "gate"} <= metrics.keys()
 
 
