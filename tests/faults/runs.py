@@ -51,7 +51,7 @@ class TinyRun:
         **environment: str,
     ) -> subprocess.Popen:
         """Start training, or `command` in its place; its console goes to `log` next to the output folder."""
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "200", **environment}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0", "COLUMNS": "200", **environment}
         if cache:
             environment |= {
                 "JAX_COMPILATION_CACHE_DIR": str(self.cache),
