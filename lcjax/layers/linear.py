@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lcjax.layers.weight import Weight
+from lcjax.parallel.rules import constrain
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
@@ -44,4 +45,6 @@ class Embed(nnx.Module):
         self.table = weight.param(rngs, param_dtype)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
-        return jnp.take(self.table[...], tokens, axis=0)
+        # Split by features, the table would give every chip a slice of all tokens, and the whole of them to put together.
+        table = constrain(self.table[...], ("vocab", "hidden"))
+        return jnp.take(table, tokens, axis=0)
