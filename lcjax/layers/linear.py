@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lcjax.layers.weight import Weight
-from lcjax.parallel.rules import constrain
+from lcjax.parallel.weights import whole
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
@@ -30,7 +30,7 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[Array, "*batch_and_outputs"]:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = whole(self.kernel[...].astype(x.dtype), self.kernel.axes)
         last = tuple(range(x.ndim - self.inputs, x.ndim))
         y = jax.lax.dot_general(x, kernel, ((last, tuple(range(self.inputs))), ((), ())), precision=precision(x.dtype))
         if self.adapter is not None:
@@ -46,5 +46,4 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
         # Split by features, the table would give every chip a slice of all tokens, and the whole of them to put together.
-        table = constrain(self.table[...], ("vocab", "hidden"))
-        return jnp.take(table, tokens, axis=0)
+        return jnp.take(whole(self.table[...], self.table.axes), tokens, axis=0)

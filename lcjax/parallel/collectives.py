@@ -15,7 +15,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r"s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,15 @@ def _bytes(kind: str, op: _Instruction) -> int:
 
 
 def _group_size(rest: str) -> int:
+    """Of a list of groups, of their shape (`[groups,size]<=...`), or of named mesh axes (`mesh['a'=8,'b'=4] {'b'}`)."""
     groups = _GROUPS.search(rest)
     if groups is None:
         return 1
-    return len(groups[1].split(",")) if groups[1] else int(groups[3])
+    if groups[5] is None:
+        return len(groups[1].split(",")) if groups[1] else int(groups[3])
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", groups[4])}
+    used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[5])  # a part of an axis is 'a':(before)size
+    return math.prod(int(part) if part else sizes[name] for name, part in used)
 
 
 def _shape(type_text: str) -> str:

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lcjax.parallel.layout import current_layout, per_shard
+from lcjax.parallel.rules import partition
+from lcjax.parallel.weights import storage_axes
 from lcjax.parallel.work import checkpoint
 
 
@@ -155,14 +157,18 @@ def chunked(
     layout = current_layout(hidden.shape[0], (), hidden.shape[1])
     if layout is None or not layout.axes("batch", "length"):
         return _scanned(model, w, hidden, targets, weights, chunk_tokens)
-    axes, tokens = layout.axes("batch", "length"), layout.spec("batch", "length")
-    each = max(1, chunk_tokens // math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes))
+    sizes = {axis: jax.sharding.get_abstract_mesh().shape[axis] for axis in layout.axes("batch", "length")}
+    each = max(1, chunk_tokens // math.prod(sizes.values()))
+    stored = partition(("embed", "vocab"), sizes)
 
     def shard(w: Array, hidden: Array, targets: Array, weights: Array) -> LossSums:
-        return jax.lax.psum(_scanned(model, w, hidden, targets, weights, each), axes)
+        for axis in reversed(storage_axes(stored)):
+            w = jax.lax.all_gather(w, axis, axis=0, tiled=True)
+        return jax.lax.psum(_scanned(model, w, hidden, targets, weights, each), (*sizes,))
 
-    specs = (PartitionSpec(), tokens, tokens, tokens)
-    return per_shard(shard, specs, PartitionSpec(), axes)(w, hidden, targets, weights)
+    tokens = layout.spec("batch", "length")
+    in_specs = (stored, tokens, tokens, tokens)
+    return per_shard(shard, in_specs, PartitionSpec(), (*sizes,))(w, hidden, targets, weights)
 
 
 def _scanned(

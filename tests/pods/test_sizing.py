@@ -45,7 +45,7 @@ HloModule jit_step, entry_computation_layout={(f32[8,4]{1,0})->f32[]}
 %body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %w = bf16[4,8]{1,0} get-tuple-element(%p), index=1
   %all-gather.1 = bf16[32,8]{1,0} all-gather(%w), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
-  %rs = bf16[2,8]{1,0} reduce-scatter(%w), channel_id=2, replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%sum
+  %rs = bf16[2,8]{1,0} reduce-scatter(%w), channel_id=2, replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}, to_apply=%sum
   %while.2 = (s32[], f32[2]{0}) while(%u), condition=%inner_condition, body=%inner
   ROOT %r = (s32[], bf16[4,8]{1,0}) tuple(%i, %w)
 }
@@ -81,6 +81,20 @@ def test_collectives_of_a_program_compiled_here():
     compiled = jax.jit(run, in_shardings=rows, out_shardings=rows).lower(jnp.ones((16, 4))).compile()
     gathers = [c for c in collectives(compiled.as_text()) if c.kind == "all-gather"]
     assert [(c.bytes, c.times) for c in gathers] == [(16 * 4 * 4, 6)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("mesh['data'=1,'fsdp'=8,'context'=4] {'fsdp','context'}", 32),
+        ("mesh['a'=8] {'a':(2)4}", 4),
+    ],
+)
+def test_groups_as_compilers_write_them(groups, size):
+    module = f"ENTRY %main (a: f32[8]) -> f32[2] {{\n %r = f32[2] reduce-scatter(%a), replica_groups={groups}, x=1\n}}"
+    assert [c.bytes for c in collectives(module)] == [8 * size]
 
 
 def test_text_without_an_entry_is_refused():
@@ -147,6 +161,7 @@ class Device:
     device_kind: str = "TPU v5p"
 
 
+@pytest.mark.usefixtures("unchecked")  # `Device` stands in for a chip's
 def test_a_report_says_whether_it_fits():
     where = Slice("v5p:1x1x2", (Device((0, 0, 0)), Device((0, 0, 1))))
     assert where.hbm == 95 * GIB
@@ -159,6 +174,7 @@ def test_a_report_says_whether_it_fits():
     assert "does not fit: Ran out of memory" in refused.text()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_two_devices_of_a_chip_share_its_memory():
     assert Slice("v4:1x1x1", (Device((0, 0, 0), "TPU v4"),) * 2).hbm == 16 * GIB
 
