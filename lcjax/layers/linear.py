@@ -45,5 +45,5 @@ class Embed(nnx.Module):
         self.table = weight.param(rngs, param_dtype)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
-        # Split by features, the table would give every chip a slice of all tokens, and the whole of them to put together.
+        # From a table split by features every chip would look up a slice of all tokens, which then are put together.
         return jnp.take(whole(self.table[...], self.table.axes), tokens, axis=0)

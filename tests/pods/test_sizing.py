@@ -45,7 +45,7 @@ HloModule jit_step, entry_computation_layout={(f32[8,4]{1,0})->f32[]}
 %body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %w = bf16[4,8]{1,0} get-tuple-element(%p), index=1
   %all-gather.1 = bf16[32,8]{1,0} all-gather(%w), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
-  %rs = bf16[2,8]{1,0} reduce-scatter(%w), channel_id=2, replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}, to_apply=%sum
+  %rs = bf16[2,8]{1,0} reduce-scatter(%w), channel_id=2, replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%sum
   %while.2 = (s32[], f32[2]{0}) while(%u), condition=%inner_condition, body=%inner
   ROOT %r = (s32[], bf16[4,8]{1,0}) tuple(%i, %w)
 }
