@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+BETWEEN_SLICES = "send between slices"
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "token": 0}
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
@@ -53,6 +54,9 @@ def collectives(hlo: str) -> list[Collective]:
                 shown = "reduce-scatter" if scattered else kind
                 found.append(Collective(shown, _bytes(kind, op), times, op.name, _shape(op.result)))
                 continue
+            if kind == "send" and "megascale" in op.rest:  # through the hosts, over the network
+                largest = max(_size(*array) for array in _arrays(op.result))
+                found.append(Collective(BETWEEN_SLICES, largest, times, op.name, _shape(op.result)))
             trips = _trip_count(op, computations) if op.opcode == "while" else 1
             called = _CALLED.findall(op.rest)
             for branches in _BRANCHES.findall(op.rest):

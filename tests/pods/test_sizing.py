@@ -83,6 +83,15 @@ def test_collectives_of_a_program_compiled_here():
     assert [(c.bytes, c.times) for c in gathers] == [(16 * 4 * 4, 6)]
 
 
+def test_what_goes_between_slices_goes_through_the_hosts():
+    sent = """ENTRY %main (a: bf16[8,4]) -> token[] {
+      ROOT %send = (bf16[8,4]{1,0}, u32[]{:S(2)}, token[]) send(%a, %t), is_host_transfer=true, NAME
+    }"""
+    name = 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+    assert [(c.kind, c.bytes) for c in collectives(sent.replace("NAME", name))] == [("send between slices", 64)]
+    assert collectives(sent.replace("NAME", "x=1")) == []
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [
