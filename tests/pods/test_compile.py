@@ -10,7 +10,12 @@ import pytest
 
 from lcjax import settings
 from lcjax.models.decoder import abstract
+from lcjax.models.spec import ModelSpec
+from lcjax.parallel.mesh import MeshSpec
 from lcjax.parallel.slices import named_slice
+from lcjax.serve import Engine
+from lcjax.serve.job import Generate
+from lcjax.serve.size import size_decoding
 from lcjax.train.size import size_train
 
 RUNS = sorted((Path(__file__).resolve().parents[2] / "configs" / "run" / "pod").glob("*.gin"))
@@ -53,6 +58,20 @@ def test_two_layers_of_a_pod_configuration(run):
     assert {"all-gather", "reduce-scatter"} <= {c.kind for c in layer}
     summed = [c for c in layer if c.kind == "all-reduce"]
     assert max((c.bytes for c in summed), default=0) < 2**20, "weights are gathered and scattered, not summed whole"
+
+
+def test_decoding_of_a_small_model():
+    """Prefill and decoding as `decode.py --compile_for` sizes them: caches are updated in place and lie in parts."""
+    spec = ModelSpec(vocab_size=512, width=256, mlp_width=512, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128)
+    engine = Engine(batch=4, capacity=8192, chunk=256, steps=4)
+    job = Generate(spec, engine=engine, mesh=MeshSpec(data=2, fsdp=1, tensor=2))
+    prefill, decoding = size_decoding(job, named_slice("v5e:2x2"))
+    cache = 2 * 2 * 4 * 8192 * 2 * 128 * 2 // 4  # layers, k and v, rows, slots, heads, bf16; over four chips
+    for sizing in (prefill, decoding):
+        assert sizing.fits, sizing.text()
+        assert cache < sizing.arguments < 1.5 * cache
+        assert sizing.peak < 2 * cache, "no second cache"
+    assert "4 requests of 8,192 tokens on v5e:2x2 (4 chips): data=2 tensor=2" in decoding.name
 
 
 @pytest.mark.slow
