@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import signal
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -121,9 +122,9 @@ def train(run: Run, stop: Preemption) -> int:
             compiled = stop.interruptible("compilation", lambda: compile_step(run))
             progress.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
             steps(run, compiled, stop, progress)
-        if stop.signum is not None and run.step < job.steps:
+        if run.step < job.steps:  # the signal may have reached another process than this one
             progress.say(f"stopped at step {run.step}; the same command goes on from there")
-            return 128 + stop.signum
+            return 128 + (stop.signum or signal.SIGTERM)
         if first:
             plot_loss(run.output / "metrics.jsonl", run.output / "loss.png")
         if job.sample is not None:
