@@ -95,6 +95,15 @@ class AttentionLayer(HeadProjections):
             return attend(self.mixer, q, k, v, context, **options), None
         return self._attend_cached(q, k, v, context, cache, options)
 
+    def rotated(
+        self, x: Float[Array, "B T width"], context: Context
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Queries and keys as they meet in the product, and values; a remap has no such single form."""
+        assert self.mixer.remap is None
+        q, k, v = self.project(x)
+        tables = _tables(self.mixer, context)
+        return (q, k, v) if tables is None else (apply_rope(q, tables.queries[0]), apply_rope(k, tables.keys[0]), v)
+
     def _attend_cached(
         self, q: Array, k: Array, v: Array, context: Context, cache: AttentionCache, options: dict[str, Any]
     ) -> tuple[Array, AttentionCache]:
