@@ -48,6 +48,8 @@ CONFIGURABLES = {
     # models
     "ModelSpec": "lcjax.models.spec:ModelSpec",
     "Attention": "lcjax.models.spec:Attention",
+    "Spans": "lcjax.models.patterns:Spans",
+    "Strided": "lcjax.models.patterns:Strided",
     "GatedLinear": "lcjax.models.recurrent:GatedLinear",
     "Linearized": "lcjax.models.recurrent:Linearized",
     "DeltaNet": "lcjax.models.recurrent:DeltaNet",
@@ -89,7 +91,7 @@ CONFIGURABLES = {
     # decoding
     "generate": "lcjax.serve.job:Generate",
     "Engine": "lcjax.serve.engine:Engine",
-    "Cache": "lcjax.cache.init:CacheLayout",
+    "Cache": "lcjax.cache.room:CacheLayout",
     "Selection": "lcjax.cache.selected:Selection",
     "Sampling": "lcjax.serve.sampling:Sampling",
     # evaluation

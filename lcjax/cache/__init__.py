@@ -2,19 +2,23 @@
 
 from lcjax.cache.base import AttentionCache
 from lcjax.cache.dense import DenseCache
-from lcjax.cache.init import CacheLayout, cache_bytes, init_caches
+from lcjax.cache.groups import GroupedCache
+from lcjax.cache.init import cache_bytes, init_caches
 from lcjax.cache.paged import PagedCache
 from lcjax.cache.recurrent import RecurrentCache, ragged_tail, zero_state
 from lcjax.cache.ring import RingCache
+from lcjax.cache.room import CacheLayout, Room
 from lcjax.cache.selected import SelectedCache, Selection
 
 __all__ = [
     "AttentionCache",
     "CacheLayout",
     "DenseCache",
+    "GroupedCache",
     "PagedCache",
     "RecurrentCache",
     "RingCache",
+    "Room",
     "SelectedCache",
     "Selection",
     "cache_bytes",
