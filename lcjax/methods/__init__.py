@@ -3,6 +3,7 @@
 from lcjax.methods.base import Method, MethodConflict, adapt_job, adapt_model
 from lcjax.methods.linearize import Lawcat, Lolcats
 from lcjax.methods.lora import Lora
+from lcjax.methods.moa import MoA
 from lcjax.methods.positions import Positions
 
-__all__ = ["Lawcat", "Lolcats", "Lora", "Method", "MethodConflict", "Positions", "adapt_job", "adapt_model"]
+__all__ = ["Lawcat", "Lolcats", "Lora", "Method", "MethodConflict", "MoA", "Positions", "adapt_job", "adapt_model"]

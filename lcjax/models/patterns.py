@@ -26,6 +26,11 @@ class Pattern:
         """An empty cache that keeps what the mask can still show, and may forget the rest."""
         raise NotImplementedError
 
+    def at(self, length: int) -> "Pattern":
+        """The pattern for requests of up to `length` tokens, prompt and answer; it does not change on the way."""
+        del length
+        return self
+
 
 def over_groups(masks: Sequence[Mask], num_heads: int) -> Mask:
     """One mask per KV head, for the query heads: head h belongs to KV head h // (num_heads / number of masks)."""

@@ -1,16 +1,30 @@
 """MoA: the influence of deleting attention, the choice of spans, plan files, and decoding under a plan."""
 
+import dataclasses
+import functools
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from lcjax.eval import moa
+from lcjax.eval.answered import Answered, Questions
+from lcjax.methods.moa import MoA, Plan, influence
 from lcjax.methods.moa.influence import block_influence, deletion_effects
-from lcjax.methods.moa.rules import SearchSpace, lost_influence
+from lcjax.methods.moa.plan import under
+from lcjax.methods.moa.rules import Rule, SearchSpace, lost_influence
 from lcjax.methods.moa.solve import Effort, Problem, pareto, solve, undominated
-from lcjax.models.elastic import kept_tokens
+from lcjax.models.decoder import abstract
+from lcjax.models.elastic import Elastic, kept_tokens
+from lcjax.models.patterns import Spans
+from lcjax.models.spec import Attention, ModelSpec
+from lcjax.serve.engine import Engine, Generator, Request
+from lcjax.serve.source import random_model
+from tests.serve.toy import TOKENIZER
 
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -33,8 +47,7 @@ def test_the_effect_of_a_deletion_is_that_of_deleting():
     rows = 7
     weights, slope = causal_weights(draw(rows, rows)), draw(rows, rows, seed=1)
     with jax.enable_x64(True):
-        alone = jnp.arange(rows)[:, None] == 0
-        found = np.asarray(deletion_effects(jnp.asarray(weights), jnp.asarray(slope), alone))
+        found = np.asarray(deletion_effects(jnp.asarray(weights), jnp.asarray(slope)))
     for i, j in itertools.product(range(rows), range(rows)):
         left = weights[i].copy()
         left[j] = 0.0
@@ -61,11 +74,21 @@ def test_block_influence_is_the_sum_of_effects_in_blocks():
     np.testing.assert_allclose(found, want, rtol=2e-4, atol=1e-5)
 
 
+def test_effects_hold_where_one_weight_is_nearly_all():
+    weights = causal_weights(np.diag([0.0, 20.0, 35.0, 0.0]))
+    slope = draw(4, 4, seed=2)
+    with jax.enable_x64(True):
+        want = np.asarray(deletion_effects(jnp.asarray(weights), jnp.asarray(slope)))
+    found = deletion_effects(jnp.asarray(weights, jnp.float32), jnp.asarray(slope, jnp.float32))
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-12)
+
+
 # Rules
 
 
 def test_kept_tokens():
-    for alpha, beta, length in itertools.product((-2048.0, -100.0, 0.0, 777.0), (0.0, 0.125, 0.77, 1.0), (128, 1000, 8192, 9999)):
+    alphas, betas, lengths = (-2048.0, -100.0, 0.0, 777.0), (0.0, 0.125, 0.77, 1.0), (128, 1000, 8192, 9999)
+    for alpha, beta, length in itertools.product(alphas, betas, lengths):
         kept = kept_tokens(alpha, beta, length)
         assert kept % 64 == 0
         assert 128 <= kept <= -(-length // 64) * 64
@@ -143,3 +166,148 @@ def test_the_front_meets_the_bounds_and_holds_what_no_other_choice_beats():
     with pytest.raises(ValueError, match=r"no plan keeps between 0\.01 and 0\.05"):
         pareto(problem._replace(bounds=(0.01, 0.05)))
     assert len(undominated([np.array([0])] * 2, np.array([[1.0, 2.0], [1.0, 2.0]]))) == 1
+
+
+# Models and plans
+
+SPEC = ModelSpec(
+    vocab_size=TOKENIZER.vocab_size, width=24, mlp_width=32, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8,
+    dtype="float32", max_length=256,
+)  # fmt: skip
+SPACE = SearchSpace(profiles=(32,), lengths=(32, 64), density=0.6, fill=0.8, step=16, betas=5, block=4)
+
+
+@functools.cache
+def toy():
+    model = random_model(SPEC, TOKENIZER, seed=3)
+    return model._replace(params=jax.tree.map(lambda x: 3 * x, model.params))  # attention that is far from even
+
+
+def test_a_profile_is_the_influence_of_every_layer():
+    """Against one backward pass through the whole model, with an array added to every layer's heads."""
+    model, block = toy(), 8
+    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, SPEC.vocab_size)
+    answered = jnp.array([[1.0, 1, 1, 0], [1, 0, 0, 0]])
+    whole = nnx.merge(model.graphdef, model.params)
+    found = jax.jit(lambda: influence.profile(whole, tokens, answered, block), compiler_options=QUICK)()
+    positions = jnp.broadcast_to(jnp.arange(24, dtype=jnp.int32), tokens.shape)
+    context = whole.context(positions, 0, None, None)
+
+    def loss(added):
+        x, seen = whole.embedded(tokens), []
+        for layer, extra in zip(whole.layers, added, strict=True):
+            h = layer.mixer_norm(x)
+            seen.append(layer.mixer.rotated(h, context))
+            x = layer.after_mixer(x, layer.mixer.out(layer.mixer.mix(h, context)[0] + extra))
+        logits = jax.nn.log_softmax(whole.logits(whole.norm(x)))
+        nll = -jnp.take_along_axis(logits[:, -5:-1], tokens[:, -4:, None], 2)[..., 0]
+        return jnp.sum((nll * answered).sum(1) / answered.sum(1)), seen
+
+    zeros = [jnp.zeros((2, 24, 6, 8))] * 2
+    gradients, seen = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(zeros)
+    for layer in range(2):
+        each = block_influence(*seen[layer], gradients[layer], scale=8**-0.5, block=block)
+        want = np.asarray(each).mean(0).reshape(2, 3, 3, 3).max(1)
+        assert want.max() > 0
+        np.testing.assert_allclose(found[layer], want, rtol=1e-3, atol=1e-7)
+
+
+def rules(*pairs):
+    return [Rule(float(alpha), float(beta)) for alpha, beta in pairs]
+
+
+MIXED = rules((0, 0.25), (0, 1.0), (-8, 0.75), (12, 0.0))
+
+
+def test_the_loss_under_windows_is_that_of_the_planned_model():
+    model = toy()
+    plan = moa.plan_of(model, MIXED, 4, {})
+    tokens = np.asarray(jax.random.randint(jax.random.key(1), (2, 33), 0, SPEC.vocab_size), np.int32)
+    rows = Answered(tokens[:, 1:], np.ones((2, 5), np.float32))
+    dense, mixed = moa.validate(model, rows, [rules(*[(0, 1.0)] * 4), MIXED], 4)
+    for spec, got in ((SPEC, dense), (under(SPEC, plan, 32), mixed)):
+        whole = nnx.merge(abstract(spec)[0], model.params)
+        logits = jax.nn.log_softmax(whole(jnp.asarray(rows.tokens)))[:, -6:-1]
+        want = -np.take_along_axis(np.asarray(logits), rows.tokens[:, -5:, None], 2).mean()
+        assert got == pytest.approx(want, rel=1e-5)
+    assert abs(dense - mixed) > 1e-4
+
+
+def test_spans_follow_the_length_and_then_stay():
+    pattern = Elastic((0.0, 12.0, 0.0), (0.25, 0.0, 1.0), block=4)
+    assert pattern.at(64) == Spans((4, 4, 0), (12, 8, None))
+    assert pattern.at(16) == Spans((4, 4, 0), (4, 8, None))
+    assert pattern.at(8) == Spans((0, 0, 0), (None, None, None))
+    assert pattern.at(64).at(16) == pattern.at(64)
+    with pytest.raises(ValueError, match="made for 3 KV heads, the model has 2"):
+        dataclasses.replace(SPEC, pattern=(Attention(pattern=pattern),))
+    with pytest.raises(ValueError, match=r"fix it with ModelSpec\.at"):
+        pattern.mask(3, 3)
+    with pytest.raises(ValueError, match="1 alphas and 2 betas"):
+        Elastic((0.0,), (1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("moa") / "plan.json"
+    moa.plan_of(toy(), MIXED, 4, {"why": "a test"}).save(path)
+    return path
+
+
+def test_plan_files(plan_file, tmp_path):
+    plan = Plan.load(plan_file)
+    assert plan == moa.plan_of(toy(), MIXED, 4, {"why": "a test"})
+    assert plan.alphas == ((0.0, 0.0), (-8.0, 12.0))
+    assert MoA().model(SPEC) == SPEC
+    method = MoA(str(plan_file), length=64)
+    assert method.model(SPEC) == MoA(str(plan_file)).model(SPEC).at(64)
+    assert method.model(SPEC).layers[1].pattern == Spans((4, 4), (36, 8))
+    with pytest.raises(ValueError, match=r"made for 'random' with num_kv_heads=2, and 'decoder' has num_kv_heads=3"):
+        method.model(dataclasses.replace(SPEC, num_kv_heads=3))
+    with pytest.raises(ValueError, match=r"layer 0 is Attention\(window=5"):
+        method.model(dataclasses.replace(SPEC, pattern=(Attention(window=5), Attention())))
+    for text, message in (("{}", "'format'"), ('{"format": 2}', "not of format 1"), ("[1]", "integer"), ("x", "Exp")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=f"is no plan of MoA .*{message}"):
+            MoA(str(tmp_path / "bad.json")).model(SPEC)
+    cut = json.loads(plan_file.read_text()) | {"alphas": [[0.0, 0.0]], "betas": [[1.0, 1.0]]}
+    (tmp_path / "cut.json").write_text(json.dumps(cut))
+    with pytest.raises(ValueError, match="rules for 1 of 2 layers"):
+        Plan.load(tmp_path / "cut.json")
+
+
+def test_decoding_under_a_plan_equals_one_pass(plan_file):
+    """Answers of the engine, whose rings turn, against full passes under the spans of the cache's size."""
+    model = toy()
+    planned = model._replace(spec=MoA(str(plan_file)).model(SPEC))
+    generator = Generator(*planned[:4], Engine(capacity=512, chunk=32, steps=4))
+    prompt = tuple(int(i) for i in np.random.default_rng(0).integers(0, 250, 90))
+    (reply,) = generator.generate([Request(prompt, 12)])
+    fixed = planned.spec.at(512)
+    assert fixed.layers[0].pattern == Spans((4, 0), (124, None))
+    rows = np.array([[*prompt, *reply.tokens]], np.int32)
+    logits = nnx.merge(abstract(planned.spec.at(24))[0], model.params)(jnp.asarray(rows))
+    assert np.isfinite(logits).all()
+    want = np.asarray(nnx.merge(abstract(fixed)[0], model.params)(jnp.asarray(rows))).argmax(-1)[0]
+    np.testing.assert_array_equal(reply.tokens, want[len(prompt) - 1 : -1])
+
+
+def test_a_plan_from_texts_to_file(tmp_path):
+    """The whole way on a toy: density within bounds, two rules a layer at most, and a file that decodes."""
+    text = tmp_path / "text.txt"
+    text.write_text("The miller counted nine sacks, and the carter drove them home before the rain. " * 40)
+    questions = Questions(str(text), question="What?", count=2, answer=6, chat=False)
+    job = moa.PlanSpans(questions, SPACE, validation=40, batch=2)
+    tables = job.run(toy(), tmp_path)
+    plan = Plan.load(tmp_path / "plan.json")
+    for length, share in tables["moa_density"].items():
+        rules = zip(sum(plan.alphas, ()), sum(plan.betas, ()), strict=True)
+        keeps = [kept_tokens(*rule, int(length), 4) for rule in rules]
+        assert share == pytest.approx(np.mean(keeps) / int(length))
+        assert 0.48 - 1e-9 <= share <= 0.6 + 1e-9
+    assert all(len({*zip(a, b, strict=True)}) <= 2 for a, b in zip(plan.alphas, plan.betas, strict=True))
+    assert tables["moa_loss"]["40"] == min(plan.about["validation"]["plans"])
+    with pytest.raises(ValueError, match="question alone takes 8 tokens"):
+        list(questions.prompts(toy(), 8))
+    with pytest.raises(ValueError, match="is one of the profiled lengths"):
+        dataclasses.replace(job, validation=32)
