@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from lcjax.models.elastic import Elastic
 from lcjax.models.recurrent import DeltaNet, GatedLinear, Linearized, Mamba2
 from lcjax.models.spec import Attention, Mixer, ModelSpec
 from lcjax.positions import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, YaRN
@@ -64,6 +65,10 @@ ROWS = {
     "full": Row(FULL),
     "window": attention(Attention(window=5), Attention(window=LENGTH)),
     "sink_window": attention(Attention(window=7, sink=2), Attention(window=LENGTH - 3, sink=3)),
+    "elastic": attention(
+        Attention(pattern=Elastic((-2.0, 9.0), (0.25, 0.0), block=3).at(64)),
+        Attention(pattern=Elastic((0.0, float(LENGTH)), (1.0, 0.0), block=4).at(LENGTH)),
+    ),
     "soft_cap": Row(model(Attention(window=5, soft_cap=3.0, scale=0.3))),
     "sink_logits": Row(model(Attention(window=7, sink=2, rope=None, sink_logits=True))),
     "linear_vector": linear(conv_width=4, feature_map="elu", normalise=True),
