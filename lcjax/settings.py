@@ -62,6 +62,8 @@ CONFIGURABLES = {
     "LongRoPE": "lcjax.positions.laws:LongRoPE",
     # methods
     "Lora": "lcjax.methods.lora:Lora",
+    "LongLora": "lcjax.methods.longlora:LongLora",
+    "ShiftedSparse": "lcjax.methods.longlora:ShiftedSparse",
     "Lawcat": "lcjax.methods.linearize:Lawcat",
     "Lolcats": "lcjax.methods.linearize:Lolcats",
     "MoA": "lcjax.methods.moa.plan:MoA",

@@ -2,8 +2,21 @@
 
 from lcjax.methods.base import Method, MethodConflict, adapt_job, adapt_model
 from lcjax.methods.linearize import Lawcat, Lolcats
+from lcjax.methods.longlora import LongLora, ShiftedSparse
 from lcjax.methods.lora import Lora
 from lcjax.methods.moa import MoA
 from lcjax.methods.positions import Positions
 
-__all__ = ["Lawcat", "Lolcats", "Lora", "Method", "MethodConflict", "MoA", "Positions", "adapt_job", "adapt_model"]
+__all__ = [
+    "Lawcat",
+    "Lolcats",
+    "LongLora",
+    "Lora",
+    "Method",
+    "MethodConflict",
+    "MoA",
+    "Positions",
+    "ShiftedSparse",
+    "adapt_job",
+    "adapt_model",
+]

@@ -95,6 +95,8 @@ class Train:
     tokenizer: by default the pretrained model's, or bytes. stages: runs one after the other instead of a single one.
     abort_after: updates in a row that may be skipped for not being finite before the run stops.
     positions: how rows get their rotary positions (None: tokens since the document's start).
+    step_methods: what else is changed about the model in training steps only; they may add no parameters. Saved,
+    sampled and evaluated is the model without them.
     """
 
     model: ModelSpec | Pretrained
@@ -108,6 +110,7 @@ class Train:
     trainable: tuple[str, ...] = ()
     tokenizer: str | None = None
     positions: Sampler | None = None
+    step_methods: tuple[Method, ...] = ()
     loss: Loss = field(default_factory=CrossEntropy)
     options: StepOptions = field(default_factory=StepOptions)
     mesh: MeshSpec = field(default_factory=MeshSpec)
@@ -141,6 +144,11 @@ class Train:
         if not isinstance(self.model, ModelSpec):
             raise ValueError("the job's model is not read yet: call Train.resolve first")
         return self.model
+
+    @property
+    def step_spec(self) -> ModelSpec:
+        """The spec that training steps run, of a resolved job."""
+        return adapt_model(self.step_methods, self.spec)
 
     def runs(self, output: Path) -> Iterator[tuple["Train", Path]]:
         """The job and folder of every stage, in order; of a job without stages, itself."""
@@ -188,6 +196,7 @@ class Train:
             "model": describe(self.model),
             "optimizer": {**describe(self.optimizer), "schedule_steps": self.steps, **trained},
             "loss": self.loss.describe(),
+            "step_methods": describe(self.step_methods),
             "data": {**data, "batch": self.batch, "length": self.length, "stream": stream},
             "tokenizer": tokenizer,
             "about": {"tokenizer": self.tokenizer},

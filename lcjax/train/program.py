@@ -32,7 +32,7 @@ class StepProgram:
 
 def step_program(job: Train, shapes: TrainState, mesh: jax.sharding.Mesh) -> StepProgram:
     """The program of a resolved job whose state has these shapes on this mesh."""
-    graphdef, _ = abstract(job.spec)
+    graphdef, _ = abstract(job.step_spec)
     optimizer, schedule = job.optimizer.build(job.steps), job.optimizer.schedule.build(job.steps)
     step = make_step(graphdef, optimizer, schedule, job.loss, job.options, job.trainable)
 

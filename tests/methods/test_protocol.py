@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from lcjax.methods import Lawcat, Lolcats, Lora, Method, MethodConflict, adapt_job, adapt_model
+from lcjax.methods import Lawcat, Lolcats, LongLora, Lora, Method, MethodConflict, adapt_job, adapt_model
 from lcjax.methods.base import changes
 from lcjax.methods.linearize import STUDENT
 from lcjax.models.decoder import abstract
@@ -18,6 +18,7 @@ SPEC = ModelSpec(
 )  # fmt: skip
 METHODS = {  # name: (identity, a setting that acts)
     "lora": (Lora(rank=0), Lora(rank=2)),
+    "longlora": (LongLora(groups=1, rank=0), LongLora()),
     "lawcat": (Lawcat(layers=()), Lawcat()),
     "lolcats": (Lolcats(layers=()), Lolcats(layers=(1, 2))),
 }
@@ -28,6 +29,8 @@ class Job:
     """The part of a training job that recipes write."""
 
     trainable: tuple[str, ...] = ()
+    length: int = 64
+    step_methods: tuple[Method, ...] = ()
 
 
 @dataclass(frozen=True)
