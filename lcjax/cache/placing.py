@@ -1,4 +1,4 @@
-"""How caches lie on a mesh: requests over data and fsdp, heads over tensor, the slots of a request together."""
+"""How requests and their caches lie on a mesh: requests over data and fsdp, heads over tensor, slots together."""
 
 from typing import Any
 
@@ -13,8 +13,9 @@ AXES = {
     "s": ("batch", "heads", "head_dim", "head_dim"),
     "z": ("batch", "heads", "head_dim"),
     "tails": ("batch", "taps", "heads"),  # of heads and features in one axis
+    "ends": ("slots",),  # the ids that end an answer, whole everywhere
 }
-"""Logical axes by the name of a cache's field; any other array has one number a request."""
+"""Logical axes by the name of a field; any other array has a row a request."""
 
 
 def constrained[T](caches: T) -> T:
@@ -25,7 +26,7 @@ def constrained[T](caches: T) -> T:
 
 
 def placed(shapes: Any, mesh: Mesh) -> Any:
-    """Shapes of caches with their shardings on `mesh`.
+    """Shapes of caches, or of what else a batch of requests has, with their shardings on `mesh`.
 
     Raises ValueError when requests or heads don't split over it.
     """

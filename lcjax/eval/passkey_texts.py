@@ -8,24 +8,30 @@ from random import Random
 import numpy as np
 
 from lcjax.eval.tasks.passkey import Passkey
+from lcjax.eval.words import compound
 
 
 @dataclass(frozen=True)
 class PasskeyTexts:
     """A `lcjax.data` source of `count` questions with `least` to `most` lines of filler each, depths and keys drawn.
 
-    One line of filler is about 25 tokens. The keys come from other draws than the test's.
+    One line of filler is about 25 tokens. The keys come from other draws than the test's. named: further keys, each
+    with a name and at a depth of its own, asked for in another order before the pass key itself: what a model learns
+    to retrieve from a long text grows with them, and the text hardly does.
     """
 
     count: int = 10_000
     least: int = 2
     most: int = 34
+    named: int = 0
     seed: int = 1
     split: str = "train"
 
     def __post_init__(self):
         if not 0 <= self.least <= self.most or self.count < 1:
             raise ValueError(f"PasskeyTexts: count {self.count} must be positive and {self.least} <= {self.most} lines")
+        if self.named < 0:
+            raise ValueError(f"PasskeyTexts.named is {self.named}; it must be positive, or 0 for the pass key alone")
 
     def open(self, data_dir: str | Path) -> "_Questions":
         """The texts, made as they are read; nothing is written to `data_dir`."""
@@ -48,7 +54,15 @@ class _Questions:
         rng = Random(f"{self._source.seed}-{index}")
         lines = rng.randint(self._source.least, self._source.most)
         draft = Passkey(depths=(rng.random(),)).draft(rng, lines, 0)
-        return f"{draft.prompt(chat=False)} {draft.references[0]}."
+        *body, question = draft.body.split("\n")
+        keys: dict[str, int] = {}
+        while len(keys) < self._source.named:
+            keys[compound(rng)] = rng.randrange(10_000, 100_000)
+        for name, key in keys.items():
+            body.insert(rng.randint(1, len(body)), f"The pass key of {name} is {key}. Remember it.")
+        for name in rng.sample([*keys], len(keys)):
+            body += [f"What is the pass key of {name}?", f"The pass key of {name} is {keys[name]}."]
+        return "\n".join([*body, question, f"{draft.answer_prefix} {draft.references[0]}."])
 
     def sizes(self) -> np.ndarray:
         return np.array([len(self[i].encode()) for i in range(len(self))], np.int64)

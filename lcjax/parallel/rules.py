@@ -71,6 +71,11 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition(("batch", "length"), dict(mesh.shape)))
 
 
+def batch_ways(mesh: jax.sharding.Mesh | None) -> int:
+    """How many parts the rows of a batch lie in."""
+    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in RULES["batch"])
+
+
 def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """Pin an activation's layout where a mesh is set (`jax.set_mesh`); dimensions that don't divide stay free."""
     mesh = jax.sharding.get_abstract_mesh()

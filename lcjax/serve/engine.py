@@ -12,6 +12,7 @@ import numpy as np
 
 from lcjax.cache import CacheLayout, cache_bytes
 from lcjax.models.spec import ModelSpec
+from lcjax.parallel.rules import batch_ways
 from lcjax.serve.programs import Programs
 from lcjax.serve.report import Report
 from lcjax.serve.sampling import Sampling, stack
@@ -92,10 +93,29 @@ class _Row:
 class Generator:
     """Answers requests with one model. Programs are compiled once per (batch size, cache size) and kept."""
 
-    def __init__(self, graphdef: Any, params: Any, spec: ModelSpec, tokenizer: Any, engine: Engine | None = None):
-        """`graphdef, params = nnx.split(Decoder(...), nnx.Param)`; `tokenizer` as in `lcjax.data`."""
+    def __init__(
+        self,
+        graphdef: Any,
+        params: Any,
+        spec: ModelSpec,
+        tokenizer: Any,
+        engine: Engine | None = None,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        """`graphdef, params = nnx.split(Decoder(...), nnx.Param)`; `tokenizer` as in `lcjax.data`.
+
+        mesh: the one that `params` lie on. Requests are spread over its data and fsdp axes, heads over tensor; a batch
+        is filled up with empty rows until it splits. Raises ValueError where `Engine.batch` does not split.
+        """
         self._graphdef, self._params, self._spec, self._tokenizer = graphdef, params, spec, tokenizer
         self._engine = engine = engine or Engine()
+        self._mesh, self._ways = mesh, batch_ways(mesh)
+        if engine.batch % self._ways:
+            raise ValueError(
+                f"Engine.batch {engine.batch} does not split over the {self._ways} parts of the mesh axes data and "
+                f"fsdp: use a multiple of {self._ways}, or lower them in favour of tensor"
+            )
         self._programs: dict[tuple[int, int], Programs] = {}
         self.capacity = engine.capacity or spec.max_length
         self.report = Report()
@@ -145,9 +165,9 @@ class Generator:
     def _run(self, rows: list[_Row]) -> Iterator[Piece]:
         batch, capacity = self._size(rows)
         settings = stack([row.request.sampling for row in rows] + [Sampling()] * (batch - len(rows)))
-        settings = settings, self._limits(rows, batch)
         programs = self._programs_for(batch, capacity)
-        chunks = list(self._chunks(rows, batch))
+        settings = programs.place((settings, self._limits(rows, batch)))
+        chunks = [programs.place(chunk) for chunk in self._chunks(rows, batch)]
         programs.prepare(*settings, extend=len(chunks) > 1)
         self.report.compile_seconds += programs.compile_seconds
 
@@ -171,7 +191,8 @@ class Generator:
             if not active.any():
                 return
             began = time.perf_counter()
-            state, tokens = programs.decode(state._replace(active=jnp.asarray(active)), *settings)
+            state = state._replace(active=programs.place(jnp.asarray(active)))
+            state, tokens = programs.decode(state, *settings)
             written = np.asarray(tokens)
             self.report.add_decode(int((written >= 0).sum()), time.perf_counter() - began)
 
@@ -220,7 +241,7 @@ class Generator:
     def _size(self, rows: list[Any]) -> tuple[int, int]:
         """(batch, capacity) of the smallest compiled programs within the slack, else the bucket that fits."""
         needed = max(len(row.ids) + row.request.max_new_tokens for row in rows)
-        batch = min(bucket(len(rows), 1), self._engine.batch)
+        batch = min(bucket(-(-len(rows) // self._ways), 1) * self._ways, self._engine.batch)
         capacity = min(bucket(needed, 512), -(-self.capacity // 256) * 256)
         most = self._engine.slack * batch * capacity
         fits = [(b, c) for b, c in self._programs if b >= len(rows) and c >= needed and b * c <= most]
@@ -229,7 +250,7 @@ class Generator:
     def _programs_for(self, batch: int, capacity: int) -> Programs:
         if (batch, capacity) not in self._programs:
             sizes = self._engine.sizes(batch, capacity)
-            self._programs[batch, capacity] = Programs(self._graphdef, self._params, self._spec, sizes)
+            self._programs[batch, capacity] = Programs(self._graphdef, self._params, self._spec, sizes, self._mesh)
         return self._programs[batch, capacity]
 
 

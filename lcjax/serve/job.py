@@ -1,6 +1,5 @@
 """The job behind `decode.py`: answer prompts with a model."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -65,11 +64,10 @@ class Generate:
         params, mesh = loaded.params, None if self.mesh is None else self.mesh.build()
         if mesh is not None:
             params = jax.device_put(params, shardings(params, mesh))
-        generator = Generator(loaded.graphdef, params, loaded.spec, loaded.tokenizer, self.engine)
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            for piece in generator.stream(requests, completions):
-                if len(prompts) == 1:
-                    show(piece.text + "\n" * piece.done)
-                elif piece.done:
-                    show(f"[{piece.index}] {completions[piece.index].text}\n")
+        generator = Generator(loaded.graphdef, params, loaded.spec, loaded.tokenizer, self.engine, mesh=mesh)
+        for piece in generator.stream(requests, completions):
+            if len(prompts) == 1:
+                show(piece.text + "\n" * piece.done)
+            elif piece.done:
+                show(f"[{piece.index}] {completions[piece.index].text}\n")
         return completions, generator.report

@@ -1,5 +1,6 @@
 """The compiled programs of one batch size and cache size."""
 
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,12 +21,14 @@ class Programs:
     """`begin` reads the first chunk of every prompt into new caches, `extend` a further one, `decode` writes tokens.
 
     Each is compiled once, ahead of its first run; caches are donated from call to call. `extend` and `decode` are
-    compiled when needed: short prompts need no `extend`.
+    compiled when needed: short prompts need no `extend`. On a mesh they take their rows where `place` puts them.
     """
 
-    def __init__(self, graphdef: Any, params: Any, spec: ModelSpec, sizes: dict[str, Any]):
-        """sizes: batch, capacity, chunk, steps, cache (a CacheLayout)."""
-        self._params, self.sizes = params, sizes
+    def __init__(
+        self, graphdef: Any, params: Any, spec: ModelSpec, sizes: dict[str, Any], mesh: jax.sharding.Mesh | None = None
+    ):
+        """sizes: batch, capacity, chunk, steps, cache (a CacheLayout). mesh: the one that `params` lie on."""
+        self._params, self.sizes, self._mesh = params, sizes, mesh
         self._compiled: dict[str, Any] = {}
         self.compile_seconds = 0.0
         batch, capacity, chunk = sizes["batch"], sizes["capacity"], sizes["chunk"]
@@ -58,9 +61,8 @@ class Programs:
         needed = ("begin", "decode", "extend") if extend else ("begin", "decode")
         if missing := [name for name in needed if name not in self._compiled]:
             state, arguments = self.shapes(sampling, limits)
-            mesh = jax.sharding.get_mesh()
-            state = state if mesh.empty else placed(state, mesh)
-            with ThreadPoolExecutor() as pool:  # one is compiled while the next is traced
+            on_mesh = contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+            with on_mesh, ThreadPoolExecutor() as pool:  # one is compiled while the next is traced
                 compiling = {}
                 for name in missing:
                     states = () if name == "begin" else (state,)
@@ -70,12 +72,22 @@ class Programs:
         self.compile_seconds = time.perf_counter() - began
 
     def shapes(self, sampling: SamplingArrays, limits: Limits) -> tuple[DecodeState, dict[str, tuple[Any, ...]]]:
-        """The state's shapes, and what each program takes beside parameters and state."""
+        """The state's shapes, and those of what each program takes beside parameters and state.
+
+        On a mesh with their shardings; ValueError when requests or heads don't split over it.
+        """
         batch, chunk = self.sizes["batch"], self.sizes["chunk"]
         flags = jax.ShapeDtypeStruct((batch, chunk), bool), jax.ShapeDtypeStruct((batch,), bool)
         tokens = (jax.ShapeDtypeStruct((batch, chunk), jnp.int32), *flags, sampling, limits)
         state = jax.eval_shape(self.jitted["begin"], self._params, *tokens)
-        return state, {"begin": tokens, "extend": tokens, "decode": (sampling, limits)}
+        arguments = {"begin": tokens, "extend": tokens, "decode": (sampling, limits)}
+        return (state, arguments) if self._mesh is None else placed((state, arguments), self._mesh)
+
+    def place[T](self, rows: T) -> T:
+        """Arrays of the batch where the programs take them."""
+        if self._mesh is None:
+            return rows
+        return jax.device_put(rows, jax.tree.map(lambda x: x.sharding, placed(rows, self._mesh)))
 
     def begin(
         self, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"], last: Bool[Array, "B"], *settings: Any

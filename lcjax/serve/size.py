@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lcjax.cache.placing import placed
 from lcjax.models.decoder import abstract
 from lcjax.models.spec import ModelSpec
-from lcjax.parallel.rules import batch_sharding, shardings
+from lcjax.parallel.rules import shardings
 from lcjax.parallel.sizing import Sizing, described, size
 from lcjax.parallel.slices import Slice
 from lcjax.serve.job import Generate
@@ -30,14 +29,8 @@ def size_decoding(job: Generate, where: Slice) -> Iterator[Sizing]:
     graphdef, params = abstract(spec, spec.compute_dtype if isinstance(job.model, ModelSpec) else job.model.dtype)
     params = jax.tree.map(_with_sharding, params, shardings(params, mesh))
     sizes = engine.sizes(engine.batch, engine.capacity or spec.max_length)
-    programs = Programs(graphdef, params, spec, sizes)
+    programs = Programs(graphdef, params, spec, sizes, mesh)
     state, arguments = programs.shapes(*_settings(job))
-    state = placed(state, mesh)
-    rows = batch_sharding(mesh)
-    arguments = {
-        name: jax.tree.map(lambda x: _with_sharding(x, _rows(rows, x, engine.batch)), given)
-        for name, given in arguments.items()
-    }
     place = f"{engine.batch} requests of {sizes['capacity']:,} tokens on {described(mesh, where)}"
     for name, does in (("extend", f"prefill of {engine.chunk:,} tokens"), ("decode", f"{engine.steps} tokens")):
         title = f"{spec.name}, {does}, {place}"
@@ -53,9 +46,3 @@ def _settings(job: Generate) -> tuple[Any, Limits]:
 
 def _with_sharding(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _rows(sharding: jax.sharding.NamedSharding, x: Any, batch: int) -> jax.sharding.NamedSharding:
-    """Arrays with a row a request lie as the requests do; others are whole everywhere."""
-    spec = jax.sharding.PartitionSpec(sharding.spec[0]) if x.shape[:1] == (batch,) else jax.sharding.PartitionSpec()
-    return jax.sharding.NamedSharding(sharding.mesh, spec)

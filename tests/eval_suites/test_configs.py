@@ -46,6 +46,14 @@ def test_suites_build(name, tmp_path):
     assert "suite.lengths" in config
 
 
+def test_a_macro_names_the_texts_of_an_extended_model():
+    books = ["FIRST = 'a.txt'", "SECOND = 'b.txt'"]
+    job, _ = settings.load("evaluate", [FOLDER / "extended.gin"], books)
+    assert [task.text for task in job.tasks[:4]] == ["a.txt", "b.txt"] * 2
+    with pytest.raises(settings.SettingsError, match="SECOND"):
+        settings.load("evaluate", [FOLDER / "extended.gin"], books[:1])
+
+
 def test_copy_recall_and_compare_build():
     bindings = ["copy_recall.filler = 'a.txt'", "copy_recall.passages = 'b.txt'"]
     job, _ = settings.load("evaluate", [FOLDER / "copy_recall.gin"], bindings)

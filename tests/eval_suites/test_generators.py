@@ -12,6 +12,7 @@ import pytest
 
 from lcjax.eval.budget import BudgetError, Draft, Fitter, prompt_ids, truncate_text
 from lcjax.eval.haystack import insert_at, load_haystack, split_sentences
+from lcjax.eval.passkey_texts import PasskeyTexts
 from lcjax.eval.tasks import giraffe, helmet, leval, ruler
 from lcjax.eval.tasks import needle_threading as threads
 from lcjax.eval.tasks.babilong import BabiLong
@@ -369,6 +370,22 @@ def test_passkeys_lie_at_their_depths_and_are_said_twice():
         assert len(key) == 5
     with pytest.raises(ValueError, match=r"depths must lie in 0..1, got 2"):
         Passkey(depths=(0.5, 2.0))
+
+
+def test_training_texts_ask_for_every_named_key():
+    text = PasskeyTexts(least=30, most=40, named=12).open("")[3]
+    stated = re.findall(r"^The pass key of (\S+) is (\d+)\. Remember", text, re.MULTILINE)
+    asked = re.findall(r"What is the pass key of (\S+)\?\nThe pass key of (\S+) is (\d+)\.$", text, re.MULTILINE)
+    assert len({name for name, _ in stated}) == 12
+    assert [name for name, _ in stated] != [name for name, _, _ in asked]
+    assert sorted(stated) == sorted((name, key) for _, name, key in asked)
+    assert all(question == name for question, name, _ in asked)
+    answer = re.search(r"What is the pass key\?\nThe pass key is (\d+)\.$", text)
+    assert re.findall(r"^The pass key is (\d+)\. Remember it\. The pass key is (\d+)\.$", text, re.MULTILINE) == [
+        (answer[1], answer[1])
+    ]
+    with pytest.raises(ValueError, match=r"PasskeyTexts\.named is -1"):
+        PasskeyTexts(named=-1)
 
 
 def test_sentences_keep_their_quotes_and_are_never_long():

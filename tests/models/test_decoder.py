@@ -15,6 +15,8 @@ from lcjax.models.stack import runs
 FULL, STREAM = Attention(), Attention(window=7, sink=2)
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is most of these tests
 LINEAR = GatedLinear(conv_width=4, feature_map="elu", normalise=True)
+SCALAR = GatedLinear(decay="scalar", num_heads=2, key_dim=6, value_dim=10)
+PLAIN = GatedLinear(decay="none", feature_map="softmax", output_gate=False, conv_width=2)
 SIZES = {
     "vocab_size": 61,
     "width": 32,
@@ -107,7 +109,7 @@ def test_parameter_and_flop_counts():
 
 def test_linear_counts():
     """A linear layer's products are its kernels; mixing does not grow with the length."""
-    for mixer in (LINEAR, MIXERS["linear_scalar"], MIXERS["linear_plain"]):
+    for mixer in (LINEAR, SCALAR, PLAIN):
         spec = ModelSpec(**SIZES, num_layers=1, pattern=(mixer,))
         _, params = abstract(spec)
         kernels = sum(

@@ -147,6 +147,7 @@ class Device:
     device_kind: str = "TPU v5p"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_report_says_whether_it_fits():
     where = Slice("v5p:1x1x2", (Device((0, 0, 0)), Device((0, 0, 1))))
     assert where.hbm == 95 * GIB
@@ -159,6 +160,7 @@ def test_a_report_says_whether_it_fits():
     assert "does not fit: Ran out of memory" in refused.text()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_two_devices_of_a_chip_share_its_memory():
     assert Slice("v4:1x1x1", (Device((0, 0, 0), "TPU v4"),) * 2).hbm == 16 * GIB
 

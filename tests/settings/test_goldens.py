@@ -1,6 +1,6 @@
 """Shipped runs resolve to the configurations kept in tests/golden/configs: a change of any value shows in review.
 
-Rewrite them with `python tests/settings/test_goldens.py`.
+Rewrite them with `python -m tests.settings.test_goldens`.
 """
 
 import sys
@@ -22,7 +22,7 @@ def golden(run: Path) -> Path:
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.stem)
 def test_a_shipped_run_resolves_to_its_golden_configuration(run):
     _, config = settings.load("train", [run])
-    assert config == golden(run).read_text(), "if the change is meant: python tests/settings/test_goldens.py"
+    assert config == golden(run).read_text(), "if the change is meant: python -m tests.settings.test_goldens"
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.stem)
