@@ -1,6 +1,7 @@
 """Long-context methods: frozen records that change a model's spec and, where they are trained, the training job."""
 
 from lcjax.methods.base import Method, MethodConflict, adapt_job, adapt_model
+from lcjax.methods.blockrank import BlockRank
 from lcjax.methods.linearize import Lawcat, Lolcats
 from lcjax.methods.longlora import LongLora, ShiftedSparse
 from lcjax.methods.lora import Lora
@@ -8,6 +9,7 @@ from lcjax.methods.moa import MoA
 from lcjax.methods.positions import Positions
 
 __all__ = [
+    "BlockRank",
     "Lawcat",
     "Lolcats",
     "LongLora",

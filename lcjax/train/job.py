@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lcjax.checkpoint.manifest import Sections, describe
+from lcjax.data.ranking import RankingData
 from lcjax.data.spec import DataSpec
 from lcjax.methods.base import Method, adapt_job, adapt_model
 from lcjax.models.spec import ModelSpec
@@ -78,7 +79,7 @@ class Stage:
     steps: int | None = None
     optimizer: Optimizer | None = None
     loss: Loss | None = None
-    data: DataSpec | None = None
+    data: DataSpec | RankingData | None = None
     batch: int | None = None
     length: int | None = None
     trainable: tuple[str, ...] | None = None
@@ -100,7 +101,7 @@ class Train:
     """
 
     model: ModelSpec | Pretrained
-    data: DataSpec
+    data: DataSpec | RankingData
     optimizer: Optimizer
     steps: int
     batch: int
