@@ -23,6 +23,7 @@ from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.documents import DocumentBlocks
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.models.weights import dotted
+from lcjax.parallel.work import visible_pairs
 from lcjax.serve.rank import Ranker
 from lcjax.serve.source import random_model
 from lcjax.train.ranking import RankingLoss
@@ -58,6 +59,8 @@ def test_blocks_are_the_explicit_mask():
         blocks = DocumentBlocks(4, documents)
         np.testing.assert_array_equal(blocks.mask(4, 2).to_array(blocks.length, blocks.length), explicit(documents, 4))
     np.testing.assert_array_equal(explicit(0, 4), np.tri(8, dtype=bool))
+    pairs = lambda documents: visible_pairs(DocumentBlocks(8, documents).mask(1, 1), 1, 8 * (documents + 2))
+    assert [pairs(n) for n in (0, 3, 6)] == [(n + 2) * 36 + (2 * n + 1) * 64 for n in (0, 3, 6)]  # linear
 
 
 def test_the_op_on_blocks_is_masked_attention_with_its_gradients():
