@@ -69,6 +69,7 @@ CONFIGURABLES = {
     "Lawcat": "lcjax.methods.linearize:Lawcat",
     "Lolcats": "lcjax.methods.linearize:Lolcats",
     "MoA": "lcjax.methods.moa.plan:MoA",
+    "LongGen": "lcjax.methods.longgen:LongGen",
     "Positions": "lcjax.methods.positions:Positions",
     "NTK": "lcjax.positions.laws:NTK",
     "ByParts": "lcjax.positions.laws:ByParts",

@@ -373,13 +373,6 @@ def per_head(masks: Sequence[Mask], heads: Sequence[int] | None = None) -> Mask:
     return PerHead(tuple(unique), tuple(place[h] for h in heads))
 
 
-def of_heads(mask: Mask, heads: Sequence[int]) -> Mask:
-    """The mask of some of its heads, in their order."""
-    if not isinstance(mask, PerHead):
-        return mask
-    return per_head(mask.masks, [mask.heads[h] for h in heads])
-
-
 def _same(a: Mask, b: Mask) -> bool:
     if a is b:
         return True

@@ -9,6 +9,7 @@ from lcjax.cache.recurrent import RecurrentCache, ragged_tail, zero_state
 from lcjax.cache.ring import RingCache
 from lcjax.cache.room import CacheLayout, Room
 from lcjax.cache.selected import SelectedCache, Selection
+from lcjax.cache.strided import StridedCache, Stripes
 
 __all__ = [
     "AttentionCache",
@@ -21,6 +22,8 @@ __all__ = [
     "Room",
     "SelectedCache",
     "Selection",
+    "StridedCache",
+    "Stripes",
     "cache_bytes",
     "init_caches",
     "ragged_tail",

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lcjax.cache.base import AttentionCache, Counts, Options
-from pallas_kernels.masks import Mask, of_heads
+from pallas_kernels.head_masks import of_heads
+from pallas_kernels.masks import Mask
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +78,10 @@ class GroupedCache:
         if any(lse is None for lse in lses):
             return o, None
         return o, jnp.concatenate(lses, axis=1)[:, order]
+
+    def settled(self) -> "GroupedCache":
+        """Each group settled."""
+        return replace(self, caches=tuple(cache.settled() for cache in self.caches))
 
     def fork(self, rows: Counts) -> "GroupedCache":
         """Each group forked."""

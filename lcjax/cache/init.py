@@ -16,18 +16,15 @@ if TYPE_CHECKING:
 type Cache = AttentionCache | RecurrentCache
 
 
-def init_caches(
-    spec: "ModelSpec", batch: int, capacity: int, layout: CacheLayout | None = None, *, chunk: int = 256
-) -> tuple[Cache, ...]:
+def init_caches(spec: "ModelSpec", batch: int, capacity: int, layout: CacheLayout | None = None) -> tuple[Cache, ...]:
     """Empty caches for `batch` requests of up to `capacity` tokens, one per layer by its mixer.
 
-    `chunk` is the longest append (a prefill chunk). Heads with a window get a ring where that is smaller than
-    `capacity`.
+    Heads with a window get a ring where that is smaller than `capacity`.
     """
-    for name, number in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
+    for name, number in (("batch", batch), ("capacity", capacity)):
         if number < 1:
             raise ValueError(f"init_caches: {name} must be positive, got {number}")
-    room = Room.of(spec, batch, capacity, chunk, layout or CacheLayout())
+    room = Room.of(spec, batch, capacity, layout or CacheLayout())
     return tuple(_init(mixer, spec, room) for mixer in spec.layers)
 
 
@@ -41,10 +38,10 @@ def _init(mixer: Any, spec: "ModelSpec", room: Room) -> Cache:
         return _recurrent(mixer, spec, room)
     if mixer.pattern is not None:
         return mixer.pattern.cache(room)
-    if mixer.window is not None and room.turns(mixer.sink, mixer.window):
-        return room.ring(room.num_kv_heads, mixer.sink, mixer.window)
     if mixer.remap is not None or rotates_at_read(mixer.rope, None):
         return room.dense(room.num_kv_heads)
+    if mixer.window is not None and room.turns(mixer.sink, mixer.window):
+        return room.ring(room.num_kv_heads, mixer.sink, mixer.window)
     return room.full(room.num_kv_heads) if mixer.window is None else room.whole(room.num_kv_heads)
 
 

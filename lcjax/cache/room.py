@@ -10,6 +10,7 @@ from lcjax.cache.dense import DenseCache
 from lcjax.cache.paged import PAGE, PagedCache
 from lcjax.cache.ring import RingCache
 from lcjax.cache.selected import SelectedCache, Selection
+from lcjax.cache.strided import StridedCache, Stripes
 
 if TYPE_CHECKING:
     from lcjax.models.spec import ModelSpec
@@ -41,11 +42,10 @@ class CacheLayout:
 
 @dataclass(frozen=True)
 class Room:
-    """Sizes of a layer's cache: `batch` requests of up to `capacity` tokens, appended at most `chunk` at a time."""
+    """Sizes of a layer's cache: `batch` requests of up to `capacity` tokens."""
 
     batch: int
     capacity: int
-    chunk: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -53,10 +53,10 @@ class Room:
     layout: CacheLayout = CacheLayout()
 
     @classmethod
-    def of(cls, spec: "ModelSpec", batch: int, capacity: int, chunk: int, layout: CacheLayout) -> "Room":
+    def of(cls, spec: "ModelSpec", batch: int, capacity: int, layout: CacheLayout) -> "Room":
         """For the attention layers of a model."""
         heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        return cls(batch, capacity, chunk, *heads, spec.compute_dtype, layout)
+        return cls(batch, capacity, *heads, spec.compute_dtype, layout)
 
     @property
     def dtype(self) -> DTypeLike:
@@ -86,8 +86,12 @@ class Room:
 
     def turns(self, sink: int, window: int) -> bool:
         """Whether a ring of this reach is smaller than all tokens."""
-        return sink + window + self.chunk - 1 < self.capacity
+        return sink + window < self.capacity
 
     def ring(self, heads: int, sink: int, window: int) -> RingCache:
         """The first `sink` and the last `window` tokens of `heads` KV heads."""
-        return RingCache.init(self.batch, window, heads, self.head_dim, self.floats, sink=sink, chunk=self.chunk)
+        return RingCache.init(self.batch, window, heads, self.head_dim, self.floats, sink=sink)
+
+    def strided(self, stripes: Stripes) -> StridedCache:
+        """Local blocks and those that stay."""
+        return StridedCache.init(self.batch, self.capacity, self.head_dim, self.floats, stripes)

@@ -168,7 +168,7 @@ def score(model: Loaded, rows: np.ndarray, chunk: int, last: int | None = None) 
     chunk = min(chunk, count)
     capacity = -(-count // chunk) * chunk
     model = model.at(capacity)
-    caches = init_caches(model.spec, batch, capacity, chunk=chunk)
+    caches = init_caches(model.spec, batch, capacity)
     first = 0 if last is None else count - last
     pieces = []
     console = Console(stderr=True)

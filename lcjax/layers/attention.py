@@ -112,13 +112,13 @@ class AttentionLayer(HeadProjections):
         mask = self.mixer.mask(q.shape[2], k.shape[2])
         if tables is None or rope is None:
             cache = cache.append(k, v, context.valid).prepare(q)
-            return cache.attend(q, mask, return_lse=False, **options)[0], cache
+            return cache.attend(q, mask, return_lse=False, **options)[0], cache.settled()
         queries = tuple(apply_rope(q, t) for t in tables.queries)
         late = rotates_at_read(rope, remap)
         cache = cache.append(k if late else apply_rope(k, tables.keys[0]), v, context.valid)
         if remap is None and not late:
             cache = cache.prepare(queries[0])
-            return cache.attend(queries[0], mask, return_lse=False, **options)[0], cache
+            return cache.attend(queries[0], mask, return_lse=False, **options)[0], cache.settled()
         assert isinstance(cache, SlotCache)
         keys = (cache.k,)
         if late:

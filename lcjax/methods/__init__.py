@@ -3,6 +3,7 @@
 from lcjax.methods.base import Method, MethodConflict, adapt_job, adapt_model
 from lcjax.methods.blockrank import BlockRank
 from lcjax.methods.linearize import Lawcat, Lolcats
+from lcjax.methods.longgen import LongGen
 from lcjax.methods.longlora import LongLora, ShiftedSparse
 from lcjax.methods.lora import Lora
 from lcjax.methods.moa import MoA
@@ -12,6 +13,7 @@ __all__ = [
     "BlockRank",
     "Lawcat",
     "Lolcats",
+    "LongGen",
     "LongLora",
     "Lora",
     "Method",

@@ -3,13 +3,14 @@
 All query heads of a KV head share its pattern, since otherwise no key could be forgotten.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lcjax.cache.base import AttentionCache
 from lcjax.cache.groups import GroupedCache
 from lcjax.cache.room import Room
-from pallas_kernels.masks import Causal, Mask, Recent, Sink, Stride, Window, per_head
+from lcjax.cache.strided import Stripes
+from pallas_kernels.head_masks import over_groups
+from pallas_kernels.masks import Causal, Mask, Sink, Window
 
 
 class Pattern:
@@ -30,13 +31,6 @@ class Pattern:
         """The pattern for requests of up to `length` tokens, prompt and answer; it does not change on the way."""
         del length
         return self
-
-
-def over_groups(masks: Sequence[Mask], num_heads: int) -> Mask:
-    """One mask per KV head, for the query heads: head h belongs to KV head h // (num_heads / number of masks)."""
-    if all(mask == masks[0] for mask in masks):
-        return masks[0]
-    return per_head(masks, [h * len(masks) // num_heads for h in range(num_heads)])
 
 
 @dataclass(frozen=True)
@@ -117,19 +111,22 @@ class Strided(Pattern):
         if self.dense_heads > num_kv_heads:
             raise ValueError(f"Strided.dense_heads is {self.dense_heads}, the model has {num_kv_heads} KV heads")
 
-    def offsets(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-        """(h * step + offset) % every of the KV heads that are not dense."""
+    def stripes(self, num_heads: int, num_kv_heads: int) -> Stripes:
+        """The blocks of the KV heads that are not dense."""
         step = max(1, self.every // num_heads) if self.step is None else self.step
-        return tuple((h * step + self.offset) % self.every for h in range(num_kv_heads - self.dense_heads))
+        offsets = tuple((h * step + self.offset) % self.every for h in range(num_kv_heads - self.dense_heads))
+        return Stripes(self.block, self.local, self.every, self.sink_blocks, offsets)
 
     def mask(self, num_heads: int, num_kv_heads: int) -> Mask:
-        near: Mask = Recent(self.block, self.local)
-        if self.sink_blocks:
-            near = near | Sink(self.sink_blocks * self.block)
-        offsets = self.offsets(num_heads, num_kv_heads)
-        masks: list[Mask] = [Causal() & (near | Stride(self.block, self.every, offset)) for offset in offsets]
+        masks = self.stripes(num_heads, num_kv_heads).masks
         return over_groups([*masks, *(Causal(),) * self.dense_heads], num_heads)
 
     def cache(self, room: Room) -> AttentionCache:
-        """Every token."""
-        return room.whole(room.num_kv_heads)
+        """A ring of local blocks and the blocks that stay; beside it a full cache of the dense heads."""
+        stripes = self.stripes(room.num_heads, room.num_kv_heads)
+        sparse, heads = len(stripes.offsets), range(room.num_kv_heads)
+        if not sparse or stripes.tokens(room.capacity) >= room.capacity:
+            return room.whole(room.num_kv_heads) if sparse else room.full(room.num_kv_heads)
+        caches: list[AttentionCache] = [room.strided(stripes)]
+        caches += [room.full(self.dense_heads)] if self.dense_heads else []
+        return GroupedCache.of(caches, [group for group in (heads[:sparse], heads[sparse:]) if group])

@@ -31,12 +31,12 @@ class Programs:
         self._params, self.sizes, self._mesh = params, sizes, mesh
         self._compiled: dict[str, Any] = {}
         self.compile_seconds = 0.0
-        batch, capacity, chunk = sizes["batch"], sizes["capacity"], sizes["chunk"]
+        batch, capacity = sizes["batch"], sizes["capacity"]
         if (fixed := spec.at(capacity)) != spec:
             graphdef, spec = abstract(fixed)[0], fixed
 
         def begin(params: Any, *rest: Any) -> DecodeState:
-            caches = init_caches(spec, batch, capacity, sizes["cache"], chunk=chunk)
+            caches = init_caches(spec, batch, capacity, sizes["cache"])
             none = jnp.zeros((batch,), jnp.int32)
             return prefill(graphdef, params, DecodeState(caches, none, none, jnp.zeros((batch,), bool)), *rest)
 

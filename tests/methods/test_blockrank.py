@@ -155,9 +155,9 @@ def test_the_pipeline_of_ranking_rows(tmp_path):
     assert (relevant.sum(1) == 1).all()
     for pipeline in (whole, other):
         pipeline.close()
-    long = dataclasses.replace(spec, prompt=dataclasses.replace(PROMPT, size=130))
-    with pytest.raises(DataError, match=r"MatchingNotes.* row 0 of shard 0: ranking: .* a block holds 130"):
-        next(build_pipeline(long, TOKENIZER, batch=2, length=390))
+    long = dataclasses.replace(spec, prompt=dataclasses.replace(PROMPT, size=100))
+    with pytest.raises(DataError, match=r"MatchingNotes.* row 0 of shard 0: ranking: .* a block holds 100"):
+        next(build_pipeline(long, TOKENIZER, batch=2, length=300))
 
     lines = [Candidates(f"q{i}", ("yes",), ("no", "nay")).text() for i in range(3)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")

@@ -174,7 +174,7 @@ def test_a_step_trains_in_groups_and_the_merged_model_is_full_attention():
         (lambda: ShiftedSparse(7, 28).model(SPEC), "group is 7; it must be even"),
         (lambda: ShiftedSparse(8, 32).model(ShiftedSparse(8, 32).model(SPEC)), "layer 0 has the pattern ShiftedGroups"),
         (lambda: NINE.check(4, 4), "made for 3 KV heads, the model has 4"),
-        (lambda: NINE.cache(Room(1, 64, 8, 9, 3, 4, "float32")), "ShiftedGroups is for training"),
+        (lambda: NINE.cache(Room(1, 64, 9, 3, 4, "float32")), "ShiftedGroups is for training"),
     ],
 )
 def test_bad_settings(make, message):

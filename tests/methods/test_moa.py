@@ -288,7 +288,7 @@ def test_plan_files(plan_file, tmp_path):
 
 
 def test_the_engine_fixes_spans_for_the_size_of_its_caches(plan_file):
-    """What programs are made for says which spans; that such spans decode as they prefill is the zoo's `elastic`."""
+    """What programs are made for says which spans; that spans decode as they prefill is the zoo's `spans`."""
     model = toy()
     planned = MoA(str(plan_file)).model(SPEC)
     sizes = Engine(chunk=8).sizes(1, 64)
@@ -297,8 +297,8 @@ def test_the_engine_fixes_spans_for_the_size_of_its_caches(plan_file):
     state, _ = programs.shapes(*settings)
     first, second = (cache.caches for cache in state.caches)
     assert planned.at(64).layers[0].pattern == Spans((4, 0), (12, None))
-    assert [cache.k.shape[1] for cache in first] == [4 + 12 + 7, 64]
-    assert [cache.k.shape[1] for cache in second] == [4 + 36 + 7, 4 + 8 + 7]
+    assert [cache.k.shape[1] for cache in first] == [4 + 12, 64]
+    assert [cache.k.shape[1] for cache in second] == [4 + 36, 4 + 8]
     assert model._replace(spec=planned).at(64).spec == planned.at(64)
     assert model.at(64) is model
 

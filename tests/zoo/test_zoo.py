@@ -58,7 +58,7 @@ def test_chunks_and_single_tokens_equal_one_pass(name):
     sizes = ((9, 7), (9, 9), (9, 4), (1, 1), (1, 1), (0, 1))
     totals = np.sum(sizes, axis=0)
     want = np.asarray(forward(graphdef, params, jnp.pad(TOKENS, ((0, 0), (0, 9)))))
-    caches = init_caches(row.spec, batch=2, capacity=64, chunk=9)
+    caches = init_caches(row.spec, batch=2, capacity=64)
     done, compiled = np.zeros(2, int), step._cache_size()
     for counts in sizes:
         width = max(counts)
@@ -79,6 +79,8 @@ def test_chunks_and_single_tokens_equal_one_pass(name):
 @every_row
 def test_packed_equals_separate(name):
     row = ROWS[name]
+    if row.counts_in_rows:
+        pytest.skip("strided blocks are those of the row")
     graphdef, params = parameters(row.spec)
     cut = 11
     first, second = TOKENS[:, :cut], TOKENS[:, cut:]
