@@ -109,9 +109,8 @@ def measure(model: Loaded, spec: ModelSpec, length: int, args: argparse.Namespac
     probe = CopyRecallProbe(
         args.filler, args.passages, (length,), count=args.count, chunk=min(args.chunk, length), lost=False
     )
-    text = Perplexity(
-        args.filler, lengths=(length,), start=args.start, chunk=min(args.chunk, length), window=length // 8
-    )
+    options: Any = {"start": args.start, "chunk": min(args.chunk, length), "window": length // 8}
+    text = Perplexity(args.filler, lengths=(length,), **options)
     with tempfile.TemporaryDirectory() as folder:
         copied, read = probe.run(variant, Path(folder)), text.run(variant, Path(folder))
     positions = dict(read["perplexity_by_position"])

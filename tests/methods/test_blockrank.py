@@ -264,7 +264,9 @@ def test_the_loss_is_cross_entropy_and_contrast_which_reaches_the_layers_before(
 
     both, sums = gradients(loss, rows)
     alone, _ = gradients(loss, rows | {"loss_weights": jnp.zeros_like(rows["loss_weights"])})
-    plain, _ = gradients(dataclasses.replace(loss, weight=0.0), rows)
+    everything = jnp.where(rows["roles"] == DOCUMENT, RELEVANT, rows["roles"])
+    plain, unopposed = gradients(loss, rows | {"roles": everything})
+    assert float(unopposed.parts["contrast"]) == 0
     assert float(sums.weight) == 4
     assert float(sums.parts["contrast"]) > 0
     changed = set()
