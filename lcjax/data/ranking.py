@@ -75,11 +75,12 @@ class RankingPrompt:
     """How a query and its documents become a row of blocks of `size` tokens, each block padded on its left.
 
     The query stands in the first block, so that documents are read with it in mind, and again in the last, which ends
-    where the numbers of the best documents would follow. Positions: every document begins where the first block ends,
+    where the numbers of the best documents would follow. On a Hopper GPU the kernels want blocks of a multiple of 64
+    tokens. Positions: every document begins where the first block ends,
     so that their order does not matter; the last block counts from `offset`. chat: as a user's message.
     """
 
-    size: int = 160
+    size: int = 192
     offset: int = 16384
     chat: bool = False
 

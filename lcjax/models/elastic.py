@@ -9,6 +9,7 @@ from lcjax.models.patterns import Pattern, Spans
 from pallas_kernels.masks import Mask
 
 BLOCK = 64
+UNKNOWN = "elastic spans depend on the request's length: fix it (ModelSpec.at, or MoA.length in a configuration)"
 
 
 def kept_tokens(alpha: float, beta: float, length: int, block: int = BLOCK) -> int:
@@ -25,8 +26,8 @@ class Elastic(Pattern):
     """KV head h keeps alphas[h] + betas[h] N tokens of a request of N: its first `block`, and the latest.
 
     N is fixed when caches are made (prompt and answer), so that no span moves while a text is written; until then
-    (`at`) there is no mask. The window is exact to the token in prefill too, where the paper's kernel cuts it at blocks
-    of 64: what decoding can still see is then what the prompt's own tokens saw.
+    (`at`) there is neither mask nor cache. The window is exact to the token in prefill too, where the paper's kernel
+    cuts it at blocks of 64: what decoding can still see is then what the prompt's own tokens saw.
     """
 
     alphas: tuple[float, ...]
@@ -50,10 +51,7 @@ class Elastic(Pattern):
         return Spans(tuple(sink for sink, _ in spans), tuple(window for _, window in spans))
 
     def mask(self, num_heads: int, num_kv_heads: int) -> Mask:
-        raise ValueError(
-            "elastic spans depend on the request's length: fix it with ModelSpec.at(length), or MoA.length in a "
-            "configuration"
-        )
+        raise ValueError(UNKNOWN)
 
     def cache(self, room: Room) -> AttentionCache:
-        return self.at(room.capacity).cache(room)
+        raise ValueError(UNKNOWN)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import pallas_kernels as pk
+from lcjax import settings
 from lcjax.cache import init_caches
 from lcjax.data.pipeline import build_pipeline
 from lcjax.data.ranking import DOCUMENT, RELEVANT, SIGNAL, Candidates, RankingData, RankingLines, RankingPrompt
@@ -305,6 +306,10 @@ def test_ranking_from_text_to_tables(tmp_path):
 
 
 def test_settings():
+    job, _ = settings.load("evaluate", ["configs/eval/blockrank.gin"])
+    assert job.tasks[0].prompt == RankingPrompt(size=128, offset=4096)
+    job, _ = settings.load("train", ["configs/run/blockrank_smollm2.gin"])
+    assert job.data.blocks(job.length) == job.step_methods[0].documents == 8
     assert BlockRank().model(SPEC) == SPEC
     spec = BlockRank(16, 4).model(SPEC)
     assert spec.layers == (Attention(pattern=DocumentBlocks(16, 4)),) * 3

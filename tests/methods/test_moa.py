@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lcjax import settings
 from lcjax.eval import moa
 from lcjax.eval.answered import Answered, Questions
 from lcjax.methods.moa import MoA, Plan, influence
@@ -252,7 +253,7 @@ def test_spans_follow_the_length_and_then_stay():
     assert pattern.at(64).at(16) == pattern.at(64)
     with pytest.raises(ValueError, match="made for 3 KV heads, the model has 2"):
         dataclasses.replace(SPEC, pattern=(Attention(pattern=pattern),))
-    with pytest.raises(ValueError, match=r"fix it with ModelSpec\.at"):
+    with pytest.raises(ValueError, match=r"fix it \(ModelSpec\.at"):
         pattern.mask(3, 3)
     with pytest.raises(ValueError, match="1 alphas and 2 betas"):
         Elastic((0.0,), (1.0, 1.0))
@@ -322,3 +323,12 @@ def test_a_plan_from_texts_to_file(tmp_path):
         list(questions.prompts(toy(), 8))
     with pytest.raises(ValueError, match="is one of the profiled lengths"):
         dataclasses.replace(job, validation=32)
+
+
+def test_the_shipped_settings_build(plan_file):
+    job, _ = settings.load("evaluate", ["configs/eval/moa_plan.gin"])
+    assert job.tasks[0].space.lengths == (1024, 2048, 4096, 8192)
+    assert 30 <= len(job.tasks[0].space.rules()) <= 100
+    files = ["configs/decode/smollm2.gin", "configs/decode/moa.gin"]
+    job, _ = settings.load("generate", files, [f"MoA.plan = {str(plan_file)!r}"])
+    assert job.model.methods == (MoA(str(plan_file)),)
