@@ -1,6 +1,5 @@
 """The plan file of MoA (arXiv 2406.14909), and the method that puts a model under it."""
 
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,7 @@ from lcjax.methods.base import Method
 from lcjax.methods.moa.influence import check_full_attention
 from lcjax.models.elastic import Elastic
 from lcjax.models.family import period
-from lcjax.models.spec import Attention, ModelSpec
+from lcjax.models.spec import Attention, ModelSpec, check_positive
 
 FORMAT = 1
 SHAPE = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -73,11 +72,14 @@ class MoA(Method):
     plan: str | None = None
     length: int | None = None
 
+    def __post_init__(self):
+        check_positive(self, "length")
+
     def model(self, spec: ModelSpec) -> ModelSpec:
         """Raises ValueError for a plan of another model, and for layers that are not full attention."""
         if self.plan is None:
             return spec
-        plan = _load(self.plan)
+        plan = Plan.load(self.plan)
         for name, wanted in shape_of(spec).items():
             if plan.model.get(name) != wanted:
                 raise ValueError(
@@ -85,9 +87,6 @@ class MoA(Method):
                     f"{spec.name!r} has {name}={wanted}: make a plan for this model"
                 )
         return under(spec, plan, self.length)
-
-
-_load = functools.lru_cache(maxsize=4)(Plan.load)
 
 
 def under(spec: ModelSpec, plan: Plan, length: int | None = None) -> ModelSpec:
