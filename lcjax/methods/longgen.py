@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from lcjax.methods.base import Method
+from lcjax.methods.base import Method, check_unwritten
 from lcjax.models.family import period
 from lcjax.models.patterns import Pattern, Spans, Strided
-from lcjax.models.spec import Attention, ModelSpec
+from lcjax.models.spec import ModelSpec
 
 LAYERS = ("sandwich", "interleaved")
 
@@ -44,10 +44,7 @@ class LongGen(Method):
     def model(self, spec: ModelSpec) -> ModelSpec:
         full, mixers = self.full_layers(spec.num_layers), list(spec.layers)
         for i in set(range(spec.num_layers)) - full:
-            mixer = mixers[i]
-            if not isinstance(mixer, Attention) or mixer.window is not None or mixer.pattern is not None:
-                raise ValueError(f"LongGen makes layer {i} sparse, which is {mixer} and not full attention")
-            mixers[i] = replace(mixer, pattern=self._pattern(spec))
+            mixers[i] = replace(check_unwritten(self, i, mixers[i]), pattern=self._pattern(spec))
         return replace(spec, pattern=period(tuple(mixers)))
 
     def full_layers(self, num_layers: int) -> set[int]:
