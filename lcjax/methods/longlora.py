@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lcjax.methods.base import Method
+from lcjax.methods.base import Method, check_unwritten
 from lcjax.methods.lora import ATTENTION, Lora
 from lcjax.models.family import period
 from lcjax.models.groups import ShiftedGroups
@@ -33,10 +33,9 @@ class ShiftedSparse(Method):
     def _grouped(self, layer: int, mixer: Mixer, num_kv_heads: int) -> Mixer:
         if not isinstance(mixer, Attention) or mixer.window is not None or self.group is None:
             return mixer
-        if mixer.pattern is not None:
-            raise ValueError(f"ShiftedSparse: layer {layer} has the pattern {type(mixer.pattern).__name__} already")
+        full = check_unwritten(self, layer, mixer)
         shifted = tuple((head + layer) % 2 == 1 for head in range(num_kv_heads))
-        return replace(mixer, pattern=ShiftedGroups(self.group, self.length, shifted))
+        return replace(full, pattern=ShiftedGroups(self.group, self.length, shifted))
 
 
 @dataclass(frozen=True)

@@ -313,7 +313,7 @@ def test_settings():
     assert BlockRank().model(SPEC) == SPEC
     spec = BlockRank(16, 4).model(SPEC)
     assert spec.layers == (Attention(pattern=DocumentBlocks(16, 4)),) * 3
-    with pytest.raises(ValueError, match=r"layer 1 is Attention\(window=5"):
+    with pytest.raises(ValueError, match=r"gives layer 1 a pattern, which is Attention\(window=5"):
         BlockRank(16).model(dataclasses.replace(SPEC, pattern=(Attention(), Attention(window=5))))
     with pytest.raises(ValueError, match="ranks documents in one pass and decodes nothing"):
         init_caches(spec, 1, 64)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from lcjax.methods.base import Method
+from lcjax.methods.base import Method, check_unwritten
 from lcjax.models.documents import DocumentBlocks
-from lcjax.models.spec import Attention, ModelSpec
+from lcjax.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,5 @@ class BlockRank(Method):
         if self.size is None:
             return spec
         blocks = DocumentBlocks(self.size, self.documents)
-        mixers = []
-        for i, mixer in enumerate(spec.pattern):
-            if not isinstance(mixer, Attention) or mixer.window is not None or mixer.pattern is not None:
-                raise ValueError(f"BlockRank: layer {i} is {mixer}; document blocks need full attention in every layer")
-            mixers.append(replace(mixer, pattern=blocks))
-        return replace(spec, pattern=tuple(mixers))
+        full = (check_unwritten(self, layer, mixer) for layer, mixer in enumerate(spec.pattern))
+        return replace(spec, pattern=tuple(replace(mixer, pattern=blocks) for mixer in full))

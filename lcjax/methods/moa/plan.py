@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcjax.methods.base import Method
+from lcjax.methods.base import Method, check_made_for
 from lcjax.methods.moa.influence import check_full_attention
 from lcjax.models.elastic import Elastic
 from lcjax.models.family import period
 from lcjax.models.spec import Attention, ModelSpec, check_positive
 
 FORMAT = 1
-SHAPE = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,6 @@ class Plan:
             raise ValueError(f"{path} is no plan of MoA ({error}): make one with configs/eval/moa_plan.gin") from None
 
 
-def shape_of(spec: ModelSpec) -> dict[str, int]:
-    """The sizes that a plan belongs to."""
-    return {name: getattr(spec, name) for name in SHAPE}
-
-
 @dataclass(frozen=True)
 class MoA(Method):
     """Elastic spans of a plan file in every layer; no training. plan=None is the identity.
@@ -80,12 +74,7 @@ class MoA(Method):
         if self.plan is None:
             return spec
         plan = Plan.load(self.plan)
-        for name, wanted in shape_of(spec).items():
-            if plan.model.get(name) != wanted:
-                raise ValueError(
-                    f"MoA.plan {self.plan!r} was made for {plan.source!r} with {name}={plan.model.get(name)}, and "
-                    f"{spec.name!r} has {name}={wanted}: make a plan for this model"
-                )
+        check_made_for(f"MoA.plan {self.plan!r}", plan, spec)
         return under(spec, plan, self.length)
 
 
