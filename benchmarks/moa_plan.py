@@ -74,7 +74,7 @@ def make_plan(model: Loaded, args: argparse.Namespace) -> Plan:
     """A plan of half density for SmolLM2."""
     folder = args.output.parent if args.output else Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    PlanSpans(space=SMOLLM2, validation=VALIDATION).run(model, folder)
+    PlanSpans(space=SMOLLM2, validation=VALIDATION, cuts=2).run(model, folder)
     return Plan.load(folder / "plan.json")
 
 
