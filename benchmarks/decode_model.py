@@ -75,20 +75,39 @@ def _model(args: argparse.Namespace) -> Loaded:
 
 
 class Run:
-    """Programs for one batch and context, and the arguments they take."""
+    """Programs for one batch and context, and the arguments they take; the prompt is read in chunks (None: one)."""
 
-    def __init__(self, model: Loaded, batch: int, context: int, room: int, steps: int):
+    def __init__(
+        self,
+        model: Loaded,
+        batch: int,
+        context: int,
+        room: int,
+        steps: int,
+        *,
+        layout: CacheLayout | None = None,
+        chunk: int | None = None,
+    ):
+        chunk = chunk or context
+        if context % chunk:
+            raise ValueError(f"a context of {context} tokens is no multiple of chunks of {chunk}")
         capacity = -(-(context + room) // 256) * 256
-        sizes = {"batch": batch, "capacity": capacity, "chunk": context, "steps": steps, "cache": CacheLayout()}
-        self.programs = Programs(model.graphdef, model.params, model.spec, sizes)
+        sizes = {"batch": batch, "capacity": capacity, "chunk": chunk, "steps": steps}
+        self.programs = Programs(model.graphdef, model.params, model.spec, sizes | {"cache": layout or CacheLayout()})
         self.settings = stack([Sampling()] * batch), Limits(jnp.full(batch, 2**30, jnp.int32), jnp.array([-1]))
-        self.programs.prepare(*self.settings, extend=False)
+        self.programs.prepare(*self.settings, extend=context > chunk)
         tokens = jax.random.randint(jax.random.key(batch), (batch, context), 0, model.spec.vocab_size)
-        self.prompt = tokens, jnp.ones((batch, context), bool), jnp.ones(batch, bool)
+        self.chunks = [
+            (tokens[:, at : at + chunk], jnp.ones((batch, chunk), bool), jnp.full(batch, at + chunk == context))
+            for at in range(0, context, chunk)
+        ]
 
     def begin(self) -> DecodeState:
         """A filled cache and the first token."""
-        return self.programs.begin(*self.prompt, *self.settings)
+        state = self.programs.begin(*self.chunks[0], *self.settings)
+        for chunk in self.chunks[1:]:
+            state = self.programs.extend(state, *chunk, *self.settings)
+        return state
 
 
 def gate(model: Loaded) -> None:

@@ -157,7 +157,7 @@ def _read(model: Model, rows: np.ndarray, answer: int) -> np.ndarray:
     graphdef, _ = abstract(model.spec)
     body = rows[:, : -answer - 1]
     capacity = -(-rows.shape[1] // CHUNK) * CHUNK + CHUNK
-    caches = init_caches(model.spec, len(rows), capacity, chunk=CHUNK)
+    caches = init_caches(model.spec, len(rows), capacity)
     # Lengths as device arrays from the start: the first chunk then runs the program of the others.
     caches = jax.tree.map(jnp.asarray, caches)
     for begin in range(0, body.shape[1], CHUNK):

@@ -51,9 +51,10 @@ def spec(layers: int, length: int, pattern: str) -> ModelSpec:
     )
 
 
-def rows(batch: int, length: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """One batch of random tokens, each row one document."""
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (batch, length + 1))
+def rows(vocabulary: int, args: argparse.Namespace, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """One batch of random tokens, each row one document; segment ids say so where `args.packed` does."""
+    batch, length = args.batch, args.length
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, length + 1))
     columns = {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
@@ -62,7 +63,8 @@ def rows(batch: int, length: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Arra
         "loss_weights": np.ones((batch, length)),
     }
     sharding = batch_sharding(mesh)
-    return {name: jax.device_put(columns[name].astype(dtype), sharding) for name, dtype in BATCH_DTYPES.items()}
+    placed = {name: jax.device_put(columns[name].astype(dtype), sharding) for name, dtype in BATCH_DTYPES.items()}
+    return placed if args.packed else placed | {"segment_ids": None}
 
 
 def measure(model: ModelSpec, args: argparse.Namespace, devices: int) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def measure(model: ModelSpec, args: argparse.Namespace, devices: int) -> dict[st
     options = StepOptions(remat=args.remat, scan=args.scan, exchange=args.exchange)
     loss = CrossEntropy(implementation=args.loss, chunk_tokens=8192)
     step = make_step(abstract(model)[0], start.optimizer, optimizer.schedule.build(100), loss, options)
-    batch = rows(args.batch, args.length, mesh)
+    batch = rows(model.vocab_size, args, mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(start.state, out_shardings=states.shardings(shapes))()
         began = time.perf_counter()
@@ -127,6 +129,7 @@ def main() -> None:
     parser.add_argument("--scan", action="store_true", help="scan over equal layers, as pod runs do")
     parser.add_argument("--loss", choices=("auto", "chunked", "tokamax"), default="chunked")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--unpacked", dest="packed", action="store_false", help="rows without segment ids")
     parser.add_argument("--out", default=str(common.RESULTS / "train_step.json"))
     args = parser.parse_args()
     found = []

@@ -215,6 +215,30 @@ class Stride(Mask):
 
 
 @record("block", eq=True)
+class Recent(Mask):
+    """The last `n` blocks of `block` keys, the query's own included: i // block - j // block < n."""
+
+    kind: ClassVar[str] = "columns"
+
+    block: int
+    n: Number
+
+    def __post_init__(self):
+        _check_count("Recent(block)", self.block, 1)
+        _check_count("Recent(n)", self.n, 1)
+
+    def evaluate(self, i, j, context):
+        return i // self.block - j // self.block < self.n
+
+    def rows(self, keys: int) -> tuple[Ints, None]:
+        """(expiry per block, no second interval)."""
+        xp = namespace(self.n)
+        column = xp.arange(-(-keys // self.block), dtype=np.int32)
+        last = xp.minimum(xp.asarray(self.n, np.int32), np.int32(INF // self.block) - column)
+        return (column + last) * np.int32(self.block), None
+
+
+@record("block", eq=True)
 class Intervals(Mask):
     """Block J of `block` keys is read by queries i < expiry[J], and by second[J,0] <= i < second[J,1].
 
@@ -340,12 +364,12 @@ def per_head(masks: Sequence[Mask], heads: Sequence[int] | None = None) -> Mask:
     if bad := [h for h in heads if not 0 <= h < len(masks)]:
         raise ValueError(f"per_head: heads names mask {bad[0]}, there are {len(masks)}")
     unique: list[Mask] = []
-    place = []
-    for mask in masks:
-        known = next((n for n, other in enumerate(unique) if _same(mask, other)), None)
-        place.append(len(unique) if known is None else known)
+    place: dict[int, int] = {}
+    for h in dict.fromkeys(heads):
+        known = next((n for n, other in enumerate(unique) if _same(masks[h], other)), None)
+        place[h] = len(unique) if known is None else known
         if known is None:
-            unique.append(mask)
+            unique.append(masks[h])
     return PerHead(tuple(unique), tuple(place[h] for h in heads))
 
 

@@ -114,13 +114,18 @@ class Plan:
         if columns.second is not None:
             lives |= columns.second[..., 1] > xp.maximum(columns.second[..., 0], least)
         lives &= xp.arange(tiles) >= sink_tiles[:, None]
+        gaps, window = _has_gaps(xp, columns, lives), self.window
+        if gaps and self.causal and columns.second is None and xp is np:
+            # Short-lived columns among ones that stay would be visited dead: they join the window's run.
+            band = _band(columns.end, first_key, keys)
+            lives &= columns.end - first_key > band[:, None]
+            window = np.maximum(window, band)
         rank = xp.concatenate([xp.zeros_like(sink_tiles)[:, None], xp.cumsum(lives, 1, dtype=np.int32)], 1)
         order = xp.argsort(~lives, axis=1, stable=True).astype(np.int32)
         packed = xp.where(xp.arange(tiles) < rank[:, -1:], order, np.int32(tiles))
         blocks = max(1, -(-rows // block_q))
         first = _first_live(xp, self.causal, columns, lives, rank[:, :-1], blocks, block_q, first_key)
-        gaps = _has_gaps(xp, columns, lives)
-        return RowRuns(self.causal, block_q, block_k, keys, sink_tiles, self.window, packed, rank, first, gaps)
+        return RowRuns(self.causal, block_q, block_k, keys, sink_tiles, window, packed, rank, first, gaps)
 
     def tree_flatten(self):
         static = self.pattern_of_head if isinstance(self.pattern_of_head, tuple) else None
@@ -163,11 +168,11 @@ class RowRuns:
     block_k: int
     keys: int
     sink_tiles: Int[Ints, " P"]
-    window: Int[Ints, " P"]
+    window: Int[Ints, " P"]  # of the mask, or as long as its short-lived columns live
     packed: Int[Ints, "P n"] | None  # long-lived tiles beyond the sink, ascending, packed left
     rank: Int[Ints, "P m"] | None  # m = n + 1: how many of them lie before tile n
     first: Int[Ints, "P R"] | None  # first entry of `packed` alive in positions [R block_q, (R+1) block_q)
-    gaps: bool  # a run of `packed` may hold dead tiles: ask `Columns`
+    gaps: bool  # some visits may be to dead tiles: ask `Columns`
 
     def run(self, pattern: Any, row: Any, last_row: Any) -> tuple[Any, Any, Any, Any, Any]:
         """(sink count, first packed entry, packed count, first window tile, window count) for `row`..`last_row`."""
@@ -265,6 +270,12 @@ def _replace(xp, table, n, row):
         return table.at[n].set(row)
     table[n] = row
     return table
+
+
+def _band(end: Ints, first: Ints, keys: int) -> np.ndarray:
+    """[P] how long the columns live that end before `keys`; 0 where all do."""
+    stays = end >= keys
+    return (np.where(stays, 0, np.maximum(end - first, 0)).max(1) * stays.any(1)).astype(np.int32)
 
 
 def _has_gaps(xp, columns, lives) -> bool:

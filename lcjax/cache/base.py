@@ -54,7 +54,10 @@ class AttentionCache(Protocol):
         ...
 
     def append(self, k: Array, v: Array, valid: Array | None = None) -> "AttentionCache":
-        """k, v `[B,T,K,D]` follow the tokens held. `valid[B,T]` marks real tokens; padding is on the right."""
+        """k, v `[B,T,K,D]` follow the tokens held. `valid[B,T]` marks real tokens; padding is on the right.
+
+        The queries of these tokens attend next: what they need and the cache forgets is kept until it is `settled`.
+        """
         ...
 
     def prepare(self, q: Array) -> "AttentionCache":
@@ -66,6 +69,10 @@ class AttentionCache(Protocol):
 
         Rows of padding hold finite values without meaning.
         """
+        ...
+
+    def settled(self) -> "AttentionCache":
+        """Without what only the queries of the last append needed: what is carried from pass to pass."""
         ...
 
     def fork(self, rows: Counts) -> "AttentionCache":

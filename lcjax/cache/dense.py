@@ -95,6 +95,10 @@ class DenseCache:
         """Nothing."""
         return self
 
+    def settled(self) -> "DenseCache":
+        """Itself."""
+        return self
+
     def held(self, tokens: int) -> pk.KVCache:
         """What the decode op reads after an append of `tokens`."""
         length = jnp.minimum(jnp.asarray(self.start) + tokens, self.capacity)

@@ -163,6 +163,10 @@ class PagedCache:
         """Nothing."""
         return self
 
+    def settled(self) -> "PagedCache":
+        """Itself."""
+        return self
+
     def held(self, tokens: int) -> pk.KVCache:
         """What the decode op reads after an append of `tokens`."""
         length = jnp.minimum(jnp.asarray(self.start) + tokens, self.capacity)

@@ -10,6 +10,8 @@ from lcjax.parallel.rules import constrain, partition
 AXES = {
     "k": ("batch", "slots", "kv_heads", "head_dim"),
     "v": ("batch", "slots", "kv_heads", "head_dim"),
+    "pages_k": ("batch", "kv_heads", "pages", "slots", "head_dim"),
+    "pages_v": ("batch", "kv_heads", "pages", "slots", "head_dim"),
     "s": ("batch", "heads", "head_dim", "head_dim"),
     "z": ("batch", "heads", "head_dim"),
     "tails": ("batch", "taps", "heads"),  # of heads and features in one axis

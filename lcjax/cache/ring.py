@@ -1,13 +1,13 @@
 """The cache of a layer with attention sinks and a window: its memory does not grow with the text.
 
-The first `sink` tokens keep their slots; every later token j goes to slot sink + (j - sink) mod R of a ring with
-R = window + chunk - 1, so that a chunk of `chunk` tokens can be written before its first query looks back over a
-whole window. What a slot holds follows from `length` alone, and the window mask hides what has expired: the result
-equals the dense cache under the same mask.
+The first `sink` tokens keep their slots; every later token j goes to slot sink + (j - sink) mod window. What a slot
+holds follows from `length` alone. The queries of a chunk look back beyond what the ring holds after it was written:
+until the cache is settled, it keeps its slots as they were, and the chunk. The result equals the dense cache under the
+same mask, for chunks of any length.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from lcjax.cache.base import (
     write_slots,
 )
 from lcjax.cache.direct import attend_direct
-from lcjax.cache.few import by_kernel, few
+from lcjax.cache.few import by_kernel
 from lcjax.cache.visible import visible
 from pallas_kernels import KVCache, merge_attention
 from pallas_kernels.masks import Causal, Mask, Sink, Window
@@ -36,6 +36,15 @@ from pallas_kernels.plan import Plan
 
 UNBOUNDED = 2**31 - 1
 PLAN_BLOCK = 128
+
+
+class Chunk(NamedTuple):
+    """The tokens of the last append, and the slots before it."""
+
+    k: Float[Array, "B T K D"]
+    v: Float[Array, "B T K Dv"]
+    k_before: Array
+    v_before: Array
 
 
 @jax.tree_util.register_dataclass
@@ -47,21 +56,19 @@ class RingCache:
     v: Any  # [B,S,K,Dv]
     length: Any  # int32 [B]
     start: Any  # int32 [B]
+    chunk: Chunk | None
     sink: int = field(metadata={"static": True})
-    window: int = field(metadata={"static": True})
 
     @classmethod
     def init(
-        cls, batch: int, window: int, num_kv_heads: int, head_dim: int, dtype: Any, *, sink: int = 0, chunk: int = 1
+        cls, batch: int, window: int, num_kv_heads: int, head_dim: int, dtype: Any, *, sink: int = 0
     ) -> "RingCache":
-        """An empty ring that takes at most `chunk` tokens an append."""
-        if window < 1 or sink < 0 or chunk < 1:
-            raise ValueError(
-                f"ring cache: window {window} and chunk {chunk} must be positive and sink {sink} not negative"
-            )
-        shape = (batch, sink + window + chunk - 1, num_kv_heads, head_dim)
+        """An empty ring."""
+        if window < 1 or sink < 0:
+            raise ValueError(f"ring cache: window {window} must be positive and sink {sink} not negative")
+        shape = (batch, sink + window, num_kv_heads, head_dim)
         empty = no_tokens(batch)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty, sink, window)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty, None, sink)
 
     @property
     def capacity(self) -> int:
@@ -70,56 +77,52 @@ class RingCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values: 2 B (sink + window + chunk - 1) K D times the width of the dtype."""
+        """Bytes of keys and values: 2 B (sink + window) K D times the width of the dtype."""
         return self.k.nbytes + self.v.nbytes
 
     @property
-    def ring(self) -> int:
+    def window(self) -> int:
         """Slots behind the sinks."""
         return self.k.shape[1] - self.sink
-
-    def with_keys(self, k: Float[Array, "B S K E"]) -> "RingCache":
-        """The same tokens with other keys in the slots."""
-        return replace(self, k=k)
 
     def append(
         self, k: Float[Array, "B T K D"], v: Float[Array, "B T K Dv"], valid: Bool[Array, "B T"] | None = None
     ) -> "RingCache":
-        """Write the new tokens; each takes the place of the token R before it."""
+        """Write the new tokens; each takes the place of the token `window` before it."""
         batch, tokens = k.shape[:2]
-        if tokens > self.ring - self.window + 1:
-            raise ValueError(
-                f"ring cache: an append of {tokens} tokens is longer than its chunk of {self.ring - self.window + 1}; "
-                "prefill in smaller chunks or make the cache with a larger chunk"
-            )
         count = appended(tokens, valid, batch)
         k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
-        if known_empty(self.length):  # slots are positions until the ring turns
+        length = jnp.asarray(self.length)
+        end = length + jnp.asarray(count)
+        chunk = Chunk(k, v, self.k, self.v)
+        if known_empty(self.length) and tokens <= self.k.shape[1]:  # slots are positions until the ring turns
             k, v = write_first(self.k, k), write_first(self.v, v)
-            return replace(self, k=k, v=v, length=self.length + jnp.asarray(count), start=self.length)
-        position = jnp.asarray(self.length)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-        slot = jnp.where(position < self.sink, position, self.sink + (position - self.sink) % self.ring)
-        return replace(
-            self,
-            k=write_slots(self.k, k, slot, valid),
-            v=write_slots(self.v, v, slot, valid),
-            length=self.length + count,
-            start=self.length,
-        )
+            return replace(self, k=k, v=v, length=end, start=self.length, chunk=chunk)
+        position = length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+        slot = jnp.where(position < self.sink, position, self.sink + (position - self.sink) % self.window)
+        if tokens > self.window:
+            stays = (position < self.sink) | (position >= end[:, None] - self.window)
+            valid = stays if valid is None else stays & valid
+        k, v = write_slots(self.k, k, slot, valid), write_slots(self.v, v, slot, valid)
+        return replace(self, k=k, v=v, length=end, start=self.length, chunk=chunk)
 
     def prepare(self, q: Array) -> "RingCache":
         """Nothing."""
         return self
 
+    def settled(self) -> "RingCache":
+        """Without the last chunk."""
+        return replace(self, chunk=None)
+
     def fork(self, rows: Counts) -> "RingCache":
         """Copies of the rows."""
         k, v, length, start = take_rows(rows, self.k, self.v, self.length, self.start)
-        return replace(self, k=k, v=v, length=length, start=start)
+        return replace(self, k=k, v=v, length=length, start=start, chunk=None)
 
     def evict(self, drop: Bool[Array, "B"]) -> "RingCache":
         """The slots stay as they are; by the length, none of them holds a token."""
         length, start = emptied(drop, self.length, self.start)
-        return replace(self, length=length, start=start)
+        return replace(self, length=length, start=start, chunk=None)
 
     def positions(self) -> Int[Array, "B S"]:
         """The absolute position of the token in each slot; -1 where none has been written."""
@@ -127,43 +130,51 @@ class RingCache:
         fixed = jnp.arange(self.sink, dtype=jnp.int32)
         fixed = jnp.where(fixed < length, fixed, -1)
         last = length - self.sink - 1  # index, counted behind the sinks, of the newest token
-        place = jnp.arange(self.ring, dtype=jnp.int32)
-        index = last - (last - place) % self.ring
+        place = jnp.arange(self.window, dtype=jnp.int32)
+        index = last - (last - place) % self.window
         turning = jnp.where((index >= 0) & (last >= 0), self.sink + index, -1)
         return jnp.concatenate([fixed, turning], axis=1)
 
     def attend(
         self, q: Float[Array, "B T H D"], mask: Mask, **options: Unpack[Options]
     ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"] | None]:
-        """As `DenseCache.attend`, for a causal mask of this ring's sinks and window."""
+        """One token reads the ring, a chunk also what the ring forgot for it. The mask is this ring's own."""
         tokens, heads = q.shape[1:3]
         plan = mask.plan(heads, tokens, self.sink + self.window, PLAN_BLOCK, PLAN_BLOCK)
         self._check(plan)
-        if known_empty(self.start):
-            return through_op(q, self.k[:, :tokens], self.v[:, :tokens], mask, **options)
-        if few(tokens):
-            held = KVCache(self.k, self.v, jnp.asarray(self.start) + tokens, ring=self.sink)
-            if (done := by_kernel(q, held, mask, **options)) is not None:
-                return done
-            rows = jnp.asarray(self.start)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-            return attend_direct(q, self.k, self.v, visible(plan, rows, self.positions()), **options)
-        return self._attend_chunk(q, **options)
+        if self.chunk is not None and known_empty(self.start):
+            return through_op(q, self.chunk.k, self.chunk.v, mask, **options)
+        if tokens > 1:
+            return self._attend_chunk(q, **options)
+        held = KVCache(self.k, self.v, jnp.asarray(self.start) + tokens, ring=self.sink)
+        if (done := by_kernel(q, held, mask, **options)) is not None:
+            return done
+        rows = jnp.asarray(self.start)[:, None]
+        return attend_direct(q, self.k, self.v, visible(plan, rows, self.positions()), **options)
 
     def _attend_chunk(self, q: Array, **options: Unpack[Options]) -> tuple[Array, Array | None]:
-        """Sinks and unrolled ring are disjoint key sets: two calls and a merge."""
-        first = jnp.maximum(self.length - self.ring, self.sink)  # oldest token in the ring
-        place = (first[:, None] - self.sink + jnp.arange(self.ring, dtype=jnp.int32)) % self.ring
-        order = (self.sink + place)[:, :, None, None]
-        k, v = (jnp.take_along_axis(x, order, axis=1) for x in (self.k, self.v))
-        held = jnp.maximum(self.length - first, 0)
-        near_mask = Causal() & Window(self.window)
+        """Sinks and what lies behind them are disjoint key sets: two calls and a merge."""
+        if self.chunk is None:
+            raise ValueError(f"ring cache: {q.shape[1]} tokens attend to a settled cache: attend after an append")
+        start, length, tokens = jnp.asarray(self.start), jnp.asarray(self.length), q.shape[1]
+        first = jnp.maximum(start - self.window, self.sink)  # the oldest token that the ring held
+        place = (first[:, None] - self.sink + jnp.arange(self.window, dtype=jnp.int32)) % self.window
+        slot = (start - first)[:, None] + jnp.arange(tokens, dtype=jnp.int32)  # negative: a sink
+
+        def joined(before: Array, new: Array) -> Array:
+            old = jnp.take_along_axis(before, (self.sink + place)[:, :, None, None], axis=1)
+            return write_slots(jnp.pad(old, ((0, 0), (0, tokens), (0, 0), (0, 0))), new, slot, slot >= 0)
+
+        k, v = joined(self.chunk.k_before, self.chunk.k), joined(self.chunk.v_before, self.chunk.v)
+        near_mask, places = Causal() & Window(self.window), {"q_offset": start - first, "kv_length": length - first}
+        places["kv_length"] = jnp.maximum(places["kv_length"], 0)
         if self.sink == 0:
-            return through_op(q, k, v, near_mask, q_offset=self.start - first, kv_length=held, **options)
+            return through_op(q, k, v, near_mask, **places, **options)
         options.pop("return_lse", None)
-        near = with_lse(q, k, v, near_mask, q_offset=self.start - first, kv_length=held, **options)
+        near = with_lse(q, k, v, near_mask, **places, **options)
         options.pop("sink_logits", None)  # they are in the first part
-        k, v, held = self.k[:, : self.sink], self.v[:, : self.sink], jnp.minimum(self.length, self.sink)
-        far = with_lse(q, k, v, Causal() & Sink(self.sink), q_offset=self.start, kv_length=held, **options)
+        k, v, held = self.k[:, : self.sink], self.v[:, : self.sink], jnp.minimum(length, self.sink)
+        far = with_lse(q, k, v, Causal() & Sink(self.sink), q_offset=start, kv_length=held, **options)
         return merge_attention(near, far)
 
     def _check(self, plan: Plan) -> None:

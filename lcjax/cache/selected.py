@@ -147,6 +147,10 @@ class SelectedCache:
         lists = BlockList(self.chosen[:, :, None], self.count[:, :, None], block_q=8, block_k=self.selection.block)
         return by_op(q, self.inner.held(tokens), self.selection.mask, lists=lists, **options)
 
+    def settled(self) -> "SelectedCache":
+        """Itself."""
+        return self
+
     def fork(self, rows: Counts) -> "SelectedCache":
         """The inner cache forked, bounds and choice copied."""
         low, high, chosen, count = take_rows(rows, self.low, self.high, self.chosen, self.count)

@@ -14,6 +14,20 @@ _SEARCH = 4096
 _BORDERS = (re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=\S)(?=\s)"))
 
 
+class Scored(str):
+    """A text of which only the characters from `begin` on are trained on; what is before them is read."""
+
+    begin: int
+
+    def __new__(cls, text: str, begin: int) -> "Scored":
+        """Raises ValueError when the text has no such place."""
+        if not 0 <= begin <= len(text):
+            raise ValueError(f"Scored: begin is {begin}, the text has {len(text)} characters")
+        made = super().__new__(cls, text)
+        made.begin = begin
+        return made
+
+
 def cuts(text: str, size: int = PART) -> list[int]:
     """Where a text is cut into parts of at most `size` characters, from 0 to its length."""
     borders = [0]
@@ -29,12 +43,15 @@ class Document:
     """One text as ids, part by part; a place in it is `(part, offset)`.
 
     Parts are tokenised apart, and `first` and `last` stand around the whole. A text of at most `PART` characters is
-    one part.
+    one part. Ids that are not trained on (`Scored`) are given as their complement, ~id, which is negative.
     """
 
     def __init__(self, text: str, encode: Callable[[str], Sequence[int]], first: list[int], last: list[int]):
-        borders = cuts(text)
+        begin = text.begin if isinstance(text, Scored) else 0
+        tail = [begin + place for place in cuts(text[begin:])]
+        borders = [*(cuts(text[:begin])[:-1] if begin else []), *tail]
         self._texts = [text[low:high] for low, high in itertools.pairwise(borders)]
+        self._read = len(borders) - len(tail)  # parts that are not trained on
         self._encode = encode
         self._first, self._last = first, last
         self._ids: dict[int, np.ndarray] = {}
@@ -44,7 +61,8 @@ class Document:
             ids = list(self._encode(self._texts[part]))
             first = self._first if part == 0 else []
             last = self._last if part == len(self._texts) - 1 else []
-            self._ids[part] = np.asarray([*first, *ids, *last], np.int32)
+            found = np.asarray([*first, *ids, *last], np.int32)
+            self._ids[part] = ~found if part < self._read else found
         return self._ids[part]
 
     def ids(self, part: int, offset: int, count: int) -> np.ndarray:

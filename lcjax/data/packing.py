@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 Row = list[np.ndarray]
-"""The pieces of one row; a piece of n + 1 ids makes n (input, target) pairs."""
+"""The pieces of one row; a piece of n + 1 ids makes n (input, target) pairs. An id that is not trained on is stored as
+its complement, ~id."""
 
 FIELDS = ("inputs", "targets", "positions", "segment_ids", "loss_weights")
 
@@ -42,17 +43,20 @@ def render(row: Row, length: int, pad_id: int) -> dict[str, np.ndarray]:
 
     Returns:
       `inputs`, `targets`, `positions` (from 0 in every piece), `segment_ids` (1, 2, ...; 0 is padding), all int32[T],
-      and `loss_weights` float32[T], 1 on every pair and 0 on padding.
+      and `loss_weights` float32[T], 1 on every pair whose target is trained on and 0 elsewhere.
     """
-    out = {name: np.zeros(length, np.int32) for name in FIELDS[:-1]}
+    out: dict[str, np.ndarray] = {name: np.zeros(length, np.int32) for name in FIELDS[:-1]}
+    weights = np.zeros(length, np.float32)
     out["inputs"].fill(pad_id)
     out["targets"].fill(pad_id)
     at = 0
     for number, piece in enumerate(row, 1):
         end = at + pairs(piece)
-        out["inputs"][at:end] = piece[:-1]
-        out["targets"][at:end] = piece[1:]
+        ids = np.where(piece < 0, ~piece, piece)
+        out["inputs"][at:end] = ids[:-1]
+        out["targets"][at:end] = ids[1:]
+        weights[at:end] = piece[1:] >= 0
         out["positions"][at:end] = np.arange(end - at)
         out["segment_ids"][at:end] = number
         at = end
-    return out | {"loss_weights": (out["segment_ids"] > 0).astype(np.float32)}
+    return out | {"loss_weights": weights}

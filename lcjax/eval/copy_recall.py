@@ -88,9 +88,9 @@ def cut_off(model: Loaded, sink: int, window: int) -> Loaded:
     """The same weights with every full attention layer seeing `sink` first and `window` last tokens only."""
 
     def near(mixer: Any) -> Any:
-        return (
-            replace(mixer, window=window, sink=sink) if isinstance(mixer, Attention) and mixer.window is None else mixer
-        )
+        if isinstance(mixer, Attention) and mixer.window is None:
+            return replace(mixer, window=window, sink=sink, pattern=None)
+        return mixer
 
     spec: ModelSpec = replace(model.spec, pattern=tuple(map(near, model.spec.pattern)))
     return model._replace(graphdef=abstract(spec)[0], spec=spec)
@@ -104,7 +104,9 @@ def score_tail(model: Loaded, rows: np.ndarray, tail: int, chunk: int, longest: 
     inputs = rows[:, :-1].astype(np.int32)
     batch, count = inputs.shape
     first = -count % chunk
-    caches = init_caches(model.spec, batch, -(-longest // chunk) * chunk, chunk=chunk)
+    capacity = -(-longest // chunk) * chunk
+    model = model.at(capacity)
+    caches = init_caches(model.spec, batch, capacity)
     read, finish = _programs(model.graphdef, tail)
     # The first chunk is the short one, so that the last chunk is whole and holds the tail.
     pieces = [inputs[:, : chunk - first]] if first else []

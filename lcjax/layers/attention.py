@@ -95,20 +95,30 @@ class AttentionLayer(HeadProjections):
             return attend(self.mixer, q, k, v, context, **options), None
         return self._attend_cached(q, k, v, context, cache, options)
 
+    def rotated(
+        self, x: Float[Array, "B T width"], context: Context
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Queries and keys as they meet in the product, and values; a remap has no such single form."""
+        assert self.mixer.remap is None
+        q, k, v = self.project(x)
+        tables = _tables(self.mixer, context)
+        return (q, k, v) if tables is None else (apply_rope(q, tables.queries[0]), apply_rope(k, tables.keys[0]), v)
+
     def _attend_cached(
         self, q: Array, k: Array, v: Array, context: Context, cache: AttentionCache, options: dict[str, Any]
     ) -> tuple[Array, AttentionCache]:
         """Append the tokens and attend over all that the cache holds, which is keys before or after rotation."""
         rope, remap, tables = self.mixer.rope, self.mixer.remap, _tables(self.mixer, context)
+        mask = self.mixer.mask(q.shape[2], k.shape[2])
         if tables is None or rope is None:
             cache = cache.append(k, v, context.valid).prepare(q)
-            return cache.attend(q, self.mixer.mask(), return_lse=False, **options)[0], cache
+            return cache.attend(q, mask, return_lse=False, **options)[0], cache.settled()
         queries = tuple(apply_rope(q, t) for t in tables.queries)
         late = rotates_at_read(rope, remap)
         cache = cache.append(k if late else apply_rope(k, tables.keys[0]), v, context.valid)
         if remap is None and not late:
             cache = cache.prepare(queries[0])
-            return cache.attend(queries[0], self.mixer.mask(), return_lse=False, **options)[0], cache
+            return cache.attend(queries[0], mask, return_lse=False, **options)[0], cache.settled()
         assert isinstance(cache, SlotCache)
         keys = (cache.k,)
         if late:
@@ -117,7 +127,7 @@ class AttentionLayer(HeadProjections):
             keys = tuple(apply_rope(cache.k, t) for t in found)
         if remap is not None:
             return remap.attend_cached(queries, keys, cache, **options), cache
-        return cache.with_keys(keys[0]).attend(queries[0], self.mixer.mask(), return_lse=False, **options)[0], cache
+        return cache.with_keys(keys[0]).attend(queries[0], mask, return_lse=False, **options)[0], cache
 
 
 def attend(
@@ -130,13 +140,14 @@ def attend(
 ) -> Float[Array, "B T H D"]:
     """Self-attention over the tokens of the pass, rotated and masked as the record says; `options` are the op's."""
     options |= {"segment_ids": context.segment_ids}
+    mask = mixer.mask(q.shape[2], k.shape[2])
     tables = _tables(mixer, context)
     if tables is None:
-        return cast(Array, ops.attention(q, k, v, mixer.mask(), **options))
+        return cast(Array, ops.attention(q, k, v, mask, **options))
     queries, keys = (tuple(apply_rope(x, t) for t in each) for x, each in ((q, tables.queries), (k, tables.keys)))
     if mixer.remap is not None:
         return mixer.remap.attend(queries, keys, v, **options)
-    return cast(Array, ops.attention(queries[0], keys[0], v, mixer.mask(), **options))
+    return cast(Array, ops.attention(queries[0], keys[0], v, mask, **options))
 
 
 def _tables(mixer: Attention, context: Context) -> Tables | None:

@@ -9,17 +9,20 @@ from jaxtyping import Array, Float
 
 from lcjax.layers.attention import AttentionLayer, Context
 from lcjax.layers.delta_net import DeltaNetLayer
+from lcjax.layers.gated_heads import GatedHeadsLayer
 from lcjax.layers.gated_linear import GatedLinearLayer
 from lcjax.layers.linearized import LinearizedLayer
 from lcjax.layers.mamba2 import Mamba2Layer
 from lcjax.layers.mlp import MLP
 from lcjax.layers.norm import RMSNorm
+from lcjax.models.gated_heads import GatedHeads
 from lcjax.models.recurrent import DeltaNet, GatedLinear, Linearized, Mamba2
 from lcjax.models.spec import Attention, Mixer, ModelSpec
 from lcjax.parallel.adjoint import adjoint
 
 LAYERS: dict[type[Mixer], Any] = {
     Attention: AttentionLayer,
+    GatedHeads: GatedHeadsLayer,
     GatedLinear: GatedLinearLayer,
     Linearized: LinearizedLayer,
     DeltaNet: DeltaNetLayer,

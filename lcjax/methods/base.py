@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from lcjax.models.spec import ModelSpec
+from lcjax.models.spec import Attention, Mixer, ModelSpec
 
 if TYPE_CHECKING:
     from lcjax.train.job import Train
@@ -70,6 +70,39 @@ def changes(before: Any, after: Any, name: str = "") -> list[str]:
     else:
         return [] if before == after else [name]
     return [found for key, old, new in pairs for found in changes(old, new, f"{name}.{key}".lstrip("."))]
+
+
+def check_unwritten(method: Method, layer: int, mixer: Mixer) -> Attention:
+    """The layer, if it is full attention that a method may give a pattern. Raises ValueError, or where it has a pattern
+    already MethodConflict."""
+    name = type(method).__name__
+    if not isinstance(mixer, Attention) or mixer.window is not None:
+        raise ValueError(f"{name} gives layer {layer} a pattern, which is {mixer} and not full attention")
+    if mixer.pattern is not None:
+        raise MethodConflict(
+            f"{name} and a method before it, or the model, both write layers.{layer}.pattern, which is "
+            f"{mixer.pattern}: keep one of them, or let them act on different layers"
+        )
+    return mixer
+
+
+def sizes_of(spec: ModelSpec) -> dict[str, int]:
+    """The sizes of a model that a plan for its heads belongs to."""
+    names = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    return {name: getattr(spec, name) for name in names}
+
+
+def check_made_for(setting: str, plan: Any, spec: ModelSpec) -> None:
+    """Raise ValueError for a plan of another model; it holds the sizes `model` and the name `source` of its own.
+
+    setting: the plan as a configuration names it.
+    """
+    for name, wanted in sizes_of(spec).items():
+        if plan.model.get(name) != wanted:
+            raise ValueError(
+                f"{setting} was made for {plan.source!r} with {name}={plan.model.get(name)}, and {spec.name!r} has "
+                f"{name}={wanted}: make a plan for this model"
+            )
 
 
 def _names(record: Any) -> Iterable[str]:

@@ -146,9 +146,10 @@ def period[M: Mixer](layers: tuple[M, ...]) -> tuple[M, ...]:
 
 
 def attention_layers(spec: ModelSpec) -> tuple[Attention, ...]:
-    """The layers, if all are softmax attention without learned sinks or sink tokens; else a ValueError."""
+    """The layers, if all are softmax attention without learned sinks, sink tokens or patterns; else a ValueError."""
     for i, mixer in enumerate(spec.layers):
-        if not isinstance(mixer, Attention) or mixer.sink or mixer.sink_logits:
+        plain = type(mixer) is Attention and mixer.pattern is None
+        if not plain or mixer.sink or mixer.sink_logits:
             raise ValueError(f"layer {i} is {mixer}, which no HF family can express")
     return tuple(mixer for mixer in spec.layers if isinstance(mixer, Attention))
 

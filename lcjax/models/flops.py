@@ -7,6 +7,7 @@ import jax
 from lcjax.models.decoder import abstract
 from lcjax.models.recurrent import Linearized, RecurrentMixer
 from lcjax.models.spec import Attention, Mixer, ModelSpec
+from lcjax.parallel.work import visible_pairs
 
 CONVENTION = (
     "2 FLOPs a multiply-add of matrix products and convolutions; causal attention counts the keys that a query sees; "
@@ -27,8 +28,10 @@ def flops_per_token(spec: ModelSpec, length: int, *, training: bool) -> float:
     return forward * (3 if training else 1)
 
 
-def visible_keys(mixer: Attention, length: int) -> float:
-    """Mean number of keys that a query of a document of `length` tokens sees, its own included."""
+def visible_keys(mixer: Attention, num_kv_heads: int, length: int) -> float:
+    """Mean number of keys that a query of a document of `length` tokens sees, its own included, over the heads."""
+    if mixer.pattern is not None:
+        return visible_pairs(mixer.mask(num_kv_heads, num_kv_heads), num_kv_heads, length) / (num_kv_heads * length)
     if mixer.window is None or mixer.window + mixer.sink >= length:
         return (length + 1) / 2
     reach = mixer.window + mixer.sink
@@ -49,7 +52,7 @@ def _multiplied_weights(spec: ModelSpec) -> int:
 def _mixing(spec: ModelSpec, mixer: Mixer, length: int) -> float:
     """FLOPs a token of one layer spends between tokens, forward: scores and values, or writing and reading a state."""
     if isinstance(mixer, Attention):
-        return 4.0 * spec.num_heads * spec.head_dim * visible_keys(mixer, length)
+        return 4.0 * spec.num_heads * spec.head_dim * visible_keys(mixer, spec.num_kv_heads, length)
     assert isinstance(mixer, RecurrentMixer)
     memory = mixer.memory(spec)
     window = Attention(window=mixer.window) if isinstance(mixer, Linearized) and mixer.window else None

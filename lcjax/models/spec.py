@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lcjax.models.patterns import Pattern
 from lcjax.positions.dpe import DPE
 from lcjax.positions.laws import Rope
 from lcjax.positions.remap import Remap
+from lcjax.positions.tables import rotates_at_read
 from lcjax.positions.xpos import XPos
 from pallas_kernels import masks
 
@@ -39,11 +41,12 @@ class Mixer:
 class Attention(Mixer):
     """Causal softmax attention: full, or the last `window` tokens (own included), plus the first `sink` tokens.
 
-    Of packed documents, each sees its own sinks.
+    Of packed documents, each sees its own sinks. `pattern`, in place of a window, may give each KV head its own reach.
     """
 
     window: int | None = None
     sink: int = 0
+    pattern: Pattern | None = None
     rope: Rope | None = PLAIN_ROPE
     remap: Remap | None = None  # which rotation a pair of tokens gets; None: the same for all
     scale: float | None = None  # None: head_dim ** -0.5
@@ -56,15 +59,26 @@ class Attention(Mixer):
             raise ValueError(
                 f"Attention.sink must be >= 0 and needs a window; got sink={self.sink}, window={self.window}"
             )
-
-        if self.remap is not None and (self.window is not None or self.rope is None or isinstance(self.rope, XPos)):
+        if self.pattern is not None and self.window is not None:
+            raise ValueError(
+                f"Attention has the window {self.window} and the pattern {type(self.pattern).__name__}: keep one"
+            )
+        if self.pattern is not None and rotates_at_read(self.rope, None):
+            raise ValueError(
+                f"Attention.pattern {type(self.pattern).__name__} keeps rotated keys, and those of "
+                f"{type(self.rope).__name__} turn with the length: use a law of fixed frequencies"
+            )
+        full = self.window is None and self.pattern is None
+        if self.remap is not None and (not full or self.rope is None or isinstance(self.rope, XPos)):
             raise ValueError(
                 f"Attention.remap {type(self.remap).__name__} needs full attention with rotary positions; got "
-                f"window={self.window}, rope={self.rope}"
+                f"window={self.window}, pattern={self.pattern}, rope={self.rope}"
             )
 
-    def mask(self) -> masks.Mask:
+    def mask(self, num_heads: int, num_kv_heads: int) -> masks.Mask:
         """The layer's pattern in the kernels' mask algebra (segments are passed beside it)."""
+        if self.pattern is not None:
+            return self.pattern.mask(num_heads, num_kv_heads)
         if self.window is None:
             return masks.Causal()
         if self.sink:
@@ -137,13 +151,15 @@ class ModelSpec:
         if not 1 <= len(self.pattern) <= self.num_layers:
             raise ValueError(f"ModelSpec.pattern has {len(self.pattern)} mixers for {self.num_layers} layers")
         for mixer in self.pattern:
+            if isinstance(mixer, Attention) and mixer.pattern is not None:
+                mixer.pattern.check(self.num_heads, self.num_kv_heads)
             if isinstance(mixer, Attention) and mixer.rope is not None:
                 pairs = len(mixer.rope.frequencies(self.head_dim)[0])
                 if isinstance(mixer.remap, DPE) and mixer.remap.pairs != pairs:
                     raise ValueError(f"ModelSpec: DPE.pairs is {mixer.remap.pairs}, the head has {pairs} rotary pairs")
 
     def with_positions(self, rope: Rope, remap: Remap | None = None, max_length: int | None = None) -> "ModelSpec":
-        """The same model with this law in every full-attention layer that has rotary positions."""
+        """The same model with this law in every layer that has rotary positions and no window of its own."""
 
         def changed(mixer: Mixer) -> Mixer:
             if isinstance(mixer, Attention) and mixer.rope is not None and mixer.window is None:
@@ -151,6 +167,16 @@ class ModelSpec:
             return mixer
 
         return replace(self, pattern=tuple(map(changed, self.pattern)), max_length=max_length or self.max_length)
+
+    def at(self, length: int) -> "ModelSpec":
+        """The model for requests of up to `length` tokens: patterns that follow the length get their numbers."""
+
+        def fixed(mixer: Mixer) -> Mixer:
+            if not isinstance(mixer, Attention) or mixer.pattern is None:
+                return mixer
+            return replace(mixer, pattern=mixer.pattern.at(length))
+
+        return replace(self, pattern=tuple(map(fixed, self.pattern)))
 
     @property
     def laws(self) -> tuple[tuple[Rope, Remap | None], ...]:

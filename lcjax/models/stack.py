@@ -45,11 +45,11 @@ def runs(kinds: list[Any]) -> list[tuple[int, int, int]]:
 def fold(
     kinds: list[Any],
     states: list[Any],
-    body: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]],
-    x: jax.Array,
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
+    x: Any,
     scan: bool,
-) -> tuple[jax.Array, list[Any]]:
-    """Pass x through layers, `body(kind, state, x) -> (x, out)` each; also the outs, one a layer.
+) -> tuple[Any, list[Any]]:
+    """Pass x, arrays, through layers, `body(kind, state, x) -> (x, out)` each; also the outs, one a layer.
 
     With `scan`, equal periods of kinds share one traced body over stacked states.
     """
@@ -68,7 +68,7 @@ def fold(
     return x, outs
 
 
-def _in_turn(bodies: list[Any], states: list[Any], x: jax.Array) -> tuple[jax.Array, list[Any]]:
+def _in_turn(bodies: list[Any], states: list[Any], x: Any) -> tuple[Any, list[Any]]:
     outs = []
     for body, state in zip(bodies, states, strict=True):
         x, out = body(state, x)

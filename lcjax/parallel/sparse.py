@@ -3,7 +3,7 @@
 Runs inside `shard_map`, shard r holding positions [r C, (r+1) C). The keys of a shard's queries fall into two disjoint
 sets, attended separately and merged by their log-sum-exp:
 
-* near: its own keys and a halo of the positions just before them, as long as the longest window;
+* near: its own keys and a halo of the positions just before them, as long as the longest window or band of blocks;
 * far: earlier blocks that stay visible (sinks, strided columns), of which every shard gathers those that some shard
   reads, in ascending order.
 
@@ -63,7 +63,7 @@ def plan_exchange(mask: Mask, heads: int, shard: int, shards: int, packed: bool)
     if not isinstance(plan.pattern_of_head, tuple) or (plan.sink >= length).any():
         return None
     unit = math.lcm(plan.block_k, math.gcd(shard, ALIGN))
-    reach = max(int(plan.window.max()) - 1, 0)
+    reach = max(int(plan.window.max()) - 1, _longest_life(plan, length), 0)
     if reach >= length:
         return None
     halo = min(-(-reach // unit) * unit, (shards - 1) * shard)
@@ -74,6 +74,14 @@ def plan_exchange(mask: Mask, heads: int, shard: int, shards: int, packed: bool)
         plan = plan.without_sinks()
     exchange = Exchange(plan, shard, shards, halo, _far_blocks(plan, shard, shards, halo), sinks)
     return exchange if exchange.received < length - shard else None
+
+
+def _longest_life(plan: Plan, length: int) -> int:
+    """Tokens after whose first a block is still read, of blocks that expire within the sequence; 0 with intervals."""
+    if plan.expiry is None or plan.second is not None:
+        return 0
+    first = np.arange(plan.expiry.shape[1]) * plan.block_k
+    return int(np.where(plan.expiry < length, plan.expiry - first, 0).max(initial=0))
 
 
 def _far_blocks(plan: Plan, shard: int, shards: int, halo: int) -> np.ndarray:

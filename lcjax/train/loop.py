@@ -215,7 +215,7 @@ class Reporter:
         if jax.process_index() == 0:
             self._log = MetricsLog(run.output, resumed_at=run.step, tensorboard=job.reports.tensorboard)
         peak = peak_flops(jax.devices()[0])
-        flops = flops_per_token(job.spec, job.length, training=True)
+        flops = flops_per_token(job.step_spec, job.length, training=True)
         self._utilisation_per_rate = flops / (peak * jax.device_count()) if peak else None
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
         self._losses: list[jax.Array] = []  # of the steps since the last report, whose mean it tells
@@ -292,7 +292,7 @@ def describe(run: Run, progress: Progress) -> None:
     """What is about to run, in a few lines."""
     job = run.job
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
-    flops = flops_per_token(job.spec, job.length, training=True)
+    flops = flops_per_token(job.step_spec, job.length, training=True)
     devices = jax.devices()
     axes = " ".join(f"{axis}={degree}" for axis, degree in run.mesh.shape.items() if degree > 1)
     progress.say(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -45,6 +46,24 @@ class WarmupStableDecay:
         fall = optax.linear_schedule(self.peak, self.peak * self.final, max(self.decay, 1))
         phases = [rise, optax.constant_schedule(self.peak), fall]
         return optax.join_schedules(phases, [self.warmup, steps - self.decay])
+
+
+@dataclass(frozen=True)
+class Trapezoid:
+    """Over `ramp` updates up to `peak` and over the last `ramp` down again, never below `peak * floor`."""
+
+    peak: float
+    ramp: int
+    floor: float = 0.1
+
+    def build(self, steps: int) -> optax.Schedule:
+        _check_phases("Trapezoid", steps, rise=self.ramp, fall=self.ramp)
+
+        def rate(step: Any) -> Any:
+            ends = jnp.minimum((step + 1) / max(self.ramp, 1), (steps - step) / max(self.ramp, 1))
+            return self.peak * jnp.clip(ends, self.floor, 1.0)
+
+        return rate
 
 
 def _check_phases(name: str, steps: int, **phases: int) -> None:
@@ -94,3 +113,24 @@ class AdamW:
             return leaf.ndim > 1 and not any(re.search(pattern, name) for pattern in self.no_decay)
 
         return jax.tree_util.tree_map_with_path(one, params)
+
+
+@dataclass(frozen=True)
+class Clamped:
+    """Another optimiser, after whose every update the parameters are cut to `least`..`most`."""
+
+    optimizer: Optimizer
+    least: float = 0.0
+    most: float = 1.0
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner optimiser's."""
+        return self.optimizer.schedule
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        def cut(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            return jax.tree.map(lambda u, p: jnp.clip(p + u, self.least, self.most) - p, updates, params), state
+
+        inside = optax.GradientTransformation(lambda params: optax.EmptyState(), cut)
+        return optax.chain(self.optimizer.build(steps), inside)

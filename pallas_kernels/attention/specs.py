@@ -10,7 +10,19 @@ import numpy as np
 
 from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
-from pallas_kernels.masks import Blocks, Causal, Full, Intervals, Mask, Segments, Sink, Stride, Window, per_head
+from pallas_kernels.masks import (
+    Blocks,
+    Causal,
+    Full,
+    Intervals,
+    Mask,
+    Recent,
+    Segments,
+    Sink,
+    Stride,
+    Window,
+    per_head,
+)
 from pallas_kernels.plan import INF
 
 
@@ -105,6 +117,7 @@ _DOCUMENTS = Intervals(
     np.asarray([INF, 48, 48, 80, 80, 112, 112, 130, 130], np.int32),
     np.asarray([[0, 0]] + [[112, 130]] * 6 + [[0, 0]] * 2, np.int32),
 )
+_STRIPES = [Causal() & (Window(65) | Recent(64, 2) | Stride(64, 5, n)) for n in (1, 3)]
 _HEADS = [Causal(), Causal() & Window(40), Causal() & (Sink(3) | Stride(16, 3, 1)), Causal() & Window(0)]
 
 TESTED = (
@@ -114,6 +127,7 @@ TESTED = (
     Spec("sink_window", Causal() & (Sink(5) | Window(33)), length=200, heads=3),
     Spec("window_not_causal", Window(40)),
     Spec("stride", Causal() & (Sink(4) | Window(20) | Stride(16, 3, 1)), length=200),
+    Spec("stripes", per_head(_STRIPES), length=500, kv_heads=2),
     Spec("groups", Causal() & _GROUPS),
     Spec("documents", Causal() & _DOCUMENTS),
     Spec("per_head", per_head(_HEADS), heads=4, kv_heads=2),

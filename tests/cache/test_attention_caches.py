@@ -8,9 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcjax.cache import DenseCache, PagedCache, RingCache, SelectedCache, Selection
+from lcjax.cache import (
+    DenseCache,
+    GroupedCache,
+    PagedCache,
+    RingCache,
+    SelectedCache,
+    Selection,
+    StridedCache,
+    Stripes,
+)
 from lcjax.cache.encoding import decode, encode
 from pallas_kernels import block_sparse_attention
+from pallas_kernels.head_masks import over_groups
 from pallas_kernels.masks import Causal, Intervals, Sink, Window, per_head
 
 B, T, H, K, D = 2, 48, 4, 2, 8
@@ -24,7 +34,7 @@ def dense(dtype=jnp.float32):
 
 
 def ring(dtype=jnp.float32):
-    return RingCache.init(B, WINDOW, K, D, dtype, sink=SINK, chunk=CHUNK)
+    return RingCache.init(B, WINDOW, K, D, dtype, sink=SINK)
 
 
 def paged(dtype=jnp.float32):
@@ -40,6 +50,19 @@ def selected(dtype=jnp.float32):
     return SelectedCache.around(inner, EVERYTHING, K)
 
 
+STRIPES = Stripes(block=4, local=2, every=5, sink_blocks=1, offsets=(0, 3))
+
+
+def strided(dtype=jnp.float32):
+    return StridedCache.init(B, T, D, dtype, STRIPES)
+
+
+def grouped(dtype=jnp.float32):
+    """KV head 0 in a ring, head 1 with everything, in int8."""
+    ring = RingCache.init(B, WINDOW, 1, D, jnp.float32, sink=SINK)
+    return GroupedCache.of([DenseCache.init(B, T, 1, D, dtype), ring], [(1,), (0,)])
+
+
 CACHES = {
     "dense": (dense, Causal()),
     "dense int8": (partial(dense, jnp.int8), Causal()),
@@ -47,6 +70,8 @@ CACHES = {
     "paged": (paged, Causal()),
     "paged int8": (partial(paged, jnp.int8), Causal()),
     "selected": (selected, Causal()),
+    "strided": (strided, over_groups(STRIPES.masks, H)),
+    "grouped": (grouped, over_groups([WINDOWED, Causal()], H)),
 }
 MASKS = {
     "windowed": WINDOWED,
@@ -109,7 +134,7 @@ def test_masks(qkv, name, mask):
     check(got, expected(name, qkv, MASKS[mask]))
 
 
-@pytest.mark.parametrize("name", ["dense", "ring", "paged int8"])
+@pytest.mark.parametrize("name", ["dense", "ring", "paged int8", "strided", "grouped"])
 def test_soft_cap_and_sink_logits(qkv, name):
     init, mask = CACHES[name]
     options = {"soft_cap": 2.0, "sink_logits": jnp.array([0.5, -1.0, 2.0, 0.0])}
@@ -254,7 +279,10 @@ def test_what_no_token_was_written_to_is_never_read(qkv, init):
 def test_bytes_are_the_formula():
     assert DenseCache.init(B, 100, K, D, jnp.bfloat16).bytes == 2 * B * 100 * K * D * 2
     assert DenseCache.init(B, 100, K, D, jnp.int8).bytes == 2 * B * 100 * K * (D + 4)
-    assert ring().bytes == 2 * B * (SINK + WINDOW + CHUNK - 1) * K * D * 4
+    assert ring().bytes == 2 * B * (SINK + WINDOW) * K * D * 4
+    assert grouped().bytes == 2 * B * (SINK + WINDOW + T) * D * 4
+    # of 12 blocks of 4 tokens: 0, 5 and 10, and 0, 2 and 7; and a ring of two
+    assert strided().bytes == 2 * B * K * (2 + 3) * 4 * D * 4
     pages = PagedCache.init(B, 100, K, D, jnp.bfloat16, page=16, pool=9)
     assert pages.bytes == 2 * 9 * K * 16 * D * 2 + 4 * B * 7
     assert PagedCache.init(B, 100, K, D, jnp.int8, page=16).bytes == 2 * 14 * K * 16 * (D + 4) + 4 * B * 7
@@ -271,10 +299,7 @@ def test_writing_past_the_end_is_an_error(qkv, name):
 
 
 def test_ring_refuses_what_it_cannot_hold(qkv):
-    cache = ring()
-    with pytest.raises(ValueError, match="an append of 17 tokens is longer than its chunk of 16"):
-        cache.append(*(x[:, :17] for x in qkv[1:]))
-    cache = cache.append(*(x[:, :4] for x in qkv[1:]))
+    cache = ring().append(*(x[:, :4] for x in qkv[1:]))
     with pytest.raises(ValueError, match="the mask's window is 11 and the ring's 10"):
         cache.attend(qkv[0][:, :4], Causal() & (Sink(SINK) | Window(11)))
     with pytest.raises(ValueError, match="use a dense cache"):

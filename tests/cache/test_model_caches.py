@@ -6,7 +6,7 @@ from lcjax.cache import DenseCache, RecurrentCache, RingCache, cache_bytes, init
 from lcjax.models.recurrent import GatedLinear
 from lcjax.models.spec import Attention, ModelSpec
 
-B, CHUNK = 2, 12
+B = 2
 
 
 def spec_of(*pattern):
@@ -18,11 +18,11 @@ def spec_of(*pattern):
 
 def test_one_cache_per_mixer():
     spec = spec_of(Attention(), Attention(window=9, sink=2))
-    dense, ring = init_caches(spec, B, 64, chunk=CHUNK)
+    dense, ring = init_caches(spec, B, 64)
     assert (type(dense), type(ring)) == (DenseCache, RingCache)
     assert cache_bytes((dense, ring)) == dense.bytes + ring.bytes
-    assert ring.bytes == 2 * B * (2 + 9 + CHUNK - 1) * spec.num_kv_heads * spec.head_dim * 4
-    assert all(isinstance(cache, DenseCache) for cache in init_caches(spec, B, 16, chunk=CHUNK))
+    assert ring.bytes == 2 * B * (2 + 9) * spec.num_kv_heads * spec.head_dim * 4
+    assert all(isinstance(cache, DenseCache) for cache in init_caches(spec, B, 11))
     linear = init_caches(spec_of(GatedLinear()), B, 64)
     assert all(isinstance(cache, RecurrentCache) for cache in linear)
     assert linear[0].bytes == B * 6 * 8 * 8 * 4

@@ -103,7 +103,7 @@ def test_parameter_and_flop_counts():
     assert flops_per_token(spec, 100, training=False) == 2 * products + attention
     assert flops_per_token(spec, 100, training=True) == 3 * (2 * products + attention)
     for mixer in (STREAM, Attention(window=5), Attention(window=300)):
-        assert visible_keys(mixer, 50) == pytest.approx(float(jnp.sum(mixer.mask().to_array(50, 50))) / 50)
+        assert visible_keys(mixer, 2, 50) == pytest.approx(float(jnp.sum(mixer.mask(4, 2).to_array(50, 50))) / 50)
 
 
 def test_linear_counts():

@@ -11,7 +11,7 @@ import pallas_kernels as pk
 from lcjax.parallel import ops
 from lcjax.parallel.layout import attention_exchange
 from lcjax.parallel.mesh import make_mesh
-from pallas_kernels.masks import Causal, Intervals, Sink, Stride, Window, per_head
+from pallas_kernels.masks import Causal, Intervals, Recent, Sink, Stride, Window, per_head
 
 LENGTH = 64
 # Documents of odd lengths, one of them over several shards, and padding behind the last.
@@ -24,7 +24,7 @@ MASKS = {
     "window": Causal() & Window(7),
     "sink and window": Causal() & (Sink(5) | Window(11)),
     "long window": Causal() & (Sink(3) | Window(39)),
-    "sink and strided blocks": Causal() & (Sink(4) | Window(9) | Stride(block=4, every=3, offset=1)),
+    "sink and strided blocks": Causal() & (Sink(4) | Recent(4, 3) | Stride(block=4, every=3, offset=1)),
     "expiring blocks": Causal() & (Window(6) | Intervals(8, EXPIRY, SECOND)),
     "per head": per_head(
         [Causal() & (Sink(2) | Window(5)), Causal() & (Window(12) | Stride(block=4, every=4))], (0, 1, 1, 0)

@@ -127,7 +127,7 @@ def test_decoding_equals_prefill_across_every_border(law, remap):
     graphdef, params = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)), nnx.Param)
     step = jax.jit(lambda p, c, t, valid: nnx.merge(graphdef, p).hidden(t, caches=c, valid=valid))
     want = hidden(spec, TOKENS)
-    caches = init_caches(spec, 2, 80, chunk=15)
+    caches = init_caches(spec, 2, 80)
     at = np.zeros(2, int)
     sizes = [(15, 15), (15, 9), *([(1, 1)] * 14), (15, 15), *([(1, 1)] * 16)]
     for counts in sizes:

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from lcjax.models.patterns import Spans, Strided
 from lcjax.models.recurrent import DeltaNet, GatedLinear, Linearized, Mamba2
 from lcjax.models.spec import Attention, Mixer, ModelSpec
 from lcjax.positions import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, YaRN
@@ -32,6 +33,11 @@ class Row:
     def follows_length(self) -> bool:
         """Frequencies depend on how many tokens the batch has reached: a chunk and the whole differ by design."""
         return any(isinstance(m, Attention) and m.rope and m.rope.follows_length for m in self.spec.pattern)
+
+    @property
+    def counts_in_rows(self) -> bool:
+        """What a token sees depends on its place in the row: a document behind another one differs by design."""
+        return any(isinstance(m, Attention) and isinstance(m.pattern, Strided) for m in self.spec.pattern)
 
 
 def model(*pattern: Mixer, **fields: object) -> ModelSpec:
@@ -64,6 +70,8 @@ ROWS = {
     "full": Row(FULL),
     "window": attention(Attention(window=5), Attention(window=LENGTH)),
     "sink_window": attention(Attention(window=7, sink=2), Attention(window=LENGTH - 3, sink=3)),
+    "spans": attention(Attention(pattern=Spans((2, 0), (7, None))), Attention(pattern=Spans((3, 0), (LENGTH, None)))),
+    "strided": attention(Attention(pattern=Strided(2, 2, 5, step=2)), Attention(pattern=Strided(2, 1, 1))),
     "soft_cap": Row(model(Attention(window=5, soft_cap=3.0, scale=0.3))),
     "sink_logits": Row(model(Attention(window=7, sink=2, rope=None, sink_logits=True))),
     "linear_vector": linear(conv_width=4, feature_map="elu", normalise=True),
