@@ -36,8 +36,8 @@ _ENVIRONMENT = {
 
 
 @functools.cache
-def devices(topology: str) -> tuple[jax.Device, ...]:
-    """The devices of a TPU slice such as 'v5e:4x4' (or a key of GENERATIONS), for compiling only.
+def devices(topology: str, slices: int = 1) -> tuple[jax.Device, ...]:
+    """The devices of a TPU slice such as 'v5e:4x4' (or a key of GENERATIONS), or of several, for compiling only.
 
     Raises:
       RuntimeError: libtpu is missing or does not know the slice.
@@ -46,7 +46,8 @@ def devices(topology: str) -> tuple[jax.Device, ...]:
         os.environ.setdefault(name, value)
     name = GENERATIONS.get(topology, topology)
     try:
-        return tuple(topologies.get_topology_desc(topology_name=name, platform="tpu").devices)
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu", num_slices=slices)
+        return tuple(found.devices)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"no compiler for TPU slice {name!r}: {error}. Install libtpu (the `dev` extra) and name a slice such as"

@@ -13,8 +13,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from lcjax.data import packing
-from lcjax.data.shards import Batch, ShardIterator, ShardRows, Stream, seed_of
+from lcjax.data.ranked_rows import RankedRows
+from lcjax.data.ranking import RankingData
+from lcjax.data.shards import Batch, ShardRows, Stream, seed_of
 from lcjax.data.sources import Corpus, DataError
 from lcjax.data.spec import DataSpec, Mixture
 from lcjax.data.tokenizers.base import Tokenizer
@@ -60,7 +61,7 @@ def _subsets(mixture: Mixture, data_dir: str) -> tuple[list[tuple[_Subset, float
 class _Batches(grain.IterDataset):
     """Batches of this process's shards, shard-major, the same number of rows from each."""
 
-    def __init__(self, shards: Sequence[ShardRows], rows_per_shard: int):
+    def __init__(self, shards: Sequence[ShardRows | RankedRows], rows_per_shard: int):
         super().__init__()
         self.shards = shards
         self.rows_per_shard = rows_per_shard
@@ -74,12 +75,12 @@ class _BatchIterator(grain.DatasetIterator):
 
     def __init__(self, batches: _Batches):
         super().__init__()
-        self._shards = {shard.shard: ShardIterator(shard) for shard in batches.shards}
+        self._shards = {shard.shard: iter(shard) for shard in batches.shards}
         self._count = batches.rows_per_shard
 
     def __next__(self) -> Batch:
         rows = [next(shard) for shard in self._shards.values() for _ in range(self._count)]
-        return {name: np.stack([row[name] for row in rows]) for name in packing.FIELDS}
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def get_state(self) -> dict[str, Any]:
         return {str(number): shard.get_state() for number, shard in self._shards.items()}
@@ -152,7 +153,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def build_pipeline(
-    spec: DataSpec,
+    spec: DataSpec | RankingData,
     tokenizer: Tokenizer,
     *,
     batch: int,
@@ -176,11 +177,21 @@ def build_pipeline(
       DataError: numbers that do not fit each other, or a corpus that cannot be read.
     """
     _check(spec, tokenizer, batch, length, process_index, process_count, vocab_size)
+    local = spec.shards // process_count
+    numbers = range(process_index * local, (process_index + 1) * local)
+    if isinstance(spec, RankingData):
+        shards, fingerprint = _ranked(spec, tokenizer, length, numbers)
+    else:
+        shards, fingerprint = _packed(spec, tokenizer, length, numbers)
+    return Pipeline(_Batches(shards, batch // spec.shards), spec.prefetch, fingerprint)
+
+
+def _packed(spec: DataSpec, tokenizer: Tokenizer, length: int, numbers: range) -> tuple[list[ShardRows], str]:
+    """Shards of packed text, and a hash of everything that decides their rows."""
     mixture = spec.mixture if isinstance(spec.mixture, Mixture) else Mixture((spec.mixture,))
     subsets, corpora = _subsets(mixture, spec.data_dir)
-    local = spec.shards // process_count
     shards = []
-    for shard in range(process_index * local, (process_index + 1) * local):
+    for shard in numbers:
         streams = []
         for number, (subset, share, name) in enumerate(subsets):
             documents = grain.MapDataset.source(subset)
@@ -189,9 +200,20 @@ def build_pipeline(
             documents = documents.repeat()[shard :: spec.shards]
             streams.append(Stream(documents, len(subset), share, name))
         shards.append(ShardRows(streams, spec, tokenizer, length, shard))
-    return Pipeline(
-        _Batches(shards, batch // spec.shards), spec.prefetch, _fingerprint(spec, mixture, tokenizer, length, corpora)
-    )
+    return shards, _fingerprint(spec, mixture, tokenizer, length, corpora)
+
+
+def _ranked(spec: RankingData, tokenizer: Tokenizer, length: int, numbers: range) -> tuple[list[RankedRows], str]:
+    """Shards of ranking rows, and a hash of everything that decides them."""
+    corpus = spec.source.open(spec.data_dir)
+    documents = grain.MapDataset.source(_Subset(corpus, None))
+    if spec.shuffle:
+        documents = documents.shuffle(seed=seed_of(spec.seed, "documents"))
+    documents = documents.repeat()
+    shards = [RankedRows(documents[n :: spec.shards], spec, tokenizer, length, n) for n in numbers]
+    fields = [repr(spec.prompt), spec.shards, spec.seed, spec.shuffle]
+    content = [fields, corpus.fingerprint, tokenizer.fingerprint, length]
+    return shards, hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _fingerprint(spec: DataSpec, mixture: Mixture, tokenizer: Tokenizer, length: int, corpora: list[str]) -> str:
@@ -203,7 +225,7 @@ def _fingerprint(spec: DataSpec, mixture: Mixture, tokenizer: Tokenizer, length:
 
 
 def _check(
-    spec: DataSpec,
+    spec: DataSpec | RankingData,
     tokenizer: Tokenizer,
     batch: int,
     length: int,

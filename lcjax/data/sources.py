@@ -118,7 +118,7 @@ def _without_split(source: LocalSource) -> dict[str, object]:
     return {"kind": source.kind} | {k: v for k, v in vars(source).items() if k != "split"}
 
 
-def _matches(patterns: Sequence[str], what: str) -> list[Path]:
+def matches(patterns: Sequence[str], what: str) -> list[Path]:
     """Files of paths or glob patterns, sorted within a pattern, each once; every pattern must match."""
     found: dict[Path, None] = {}
     if isinstance(patterns, str) or not patterns:
@@ -205,7 +205,7 @@ class TextFiles(LocalSource):
 
     def files(self) -> list[Path]:
         """The files in the order of the patterns."""
-        return _matches(self.paths, "TextFiles")
+        return matches(self.paths, "TextFiles")
 
     def read(self, path: Path) -> Iterator[Document]:
         """The file, whole."""
@@ -222,16 +222,16 @@ class JsonLines(LocalSource):
 
     def files(self) -> list[Path]:
         """The files in the order of the patterns."""
-        return _matches(self.paths, "JsonLines")
+        return matches(self.paths, "JsonLines")
 
     def origins(self, path: Path) -> Iterator[str]:
         """One a line that is not empty."""
-        for number, _ in _lines(path):
+        for number, _ in lines(path):
             yield f"{path.name}:{number}"
 
     def read(self, path: Path) -> Iterator[Document]:
         """One document a line that is not empty."""
-        for number, line in _lines(path):
+        for number, line in lines(path):
             name = f"{path.name}:{number}"
             yield Document(name, name, self._text(path, number, line))
 
@@ -249,7 +249,7 @@ class JsonLines(LocalSource):
         return record[self.field]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not empty."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

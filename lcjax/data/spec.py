@@ -1,6 +1,7 @@
 """What to read and how to make rows of it: frozen records, checked before anything is opened."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lcjax.data.sources import DataError, Source
 
@@ -74,6 +75,8 @@ class DataSpec:
     """Batches made ahead in a thread; 0 makes them on demand."""
     data_dir: str = "runs/data"
     """Where prepared corpora are kept."""
+    extra: ClassVar[tuple[str, ...]] = ()
+    """Integer arrays of a batch beside the usual ones."""
 
     def __post_init__(self) -> None:
         for name, least in (("shards", 1), ("window", 1), ("prefetch", 0), ("seed", 0)):

@@ -104,7 +104,9 @@ def score_tail(model: Loaded, rows: np.ndarray, tail: int, chunk: int, longest: 
     inputs = rows[:, :-1].astype(np.int32)
     batch, count = inputs.shape
     first = -count % chunk
-    caches = init_caches(model.spec, batch, -(-longest // chunk) * chunk)
+    capacity = -(-longest // chunk) * chunk
+    model = model.at(capacity)
+    caches = init_caches(model.spec, batch, capacity)
     read, finish = _programs(model.graphdef, tail)
     # The first chunk is the short one, so that the last chunk is whole and holds the tail.
     pieces = [inputs[:, : chunk - first]] if first else []

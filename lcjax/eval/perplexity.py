@@ -166,7 +166,9 @@ def score(model: Loaded, rows: np.ndarray, chunk: int, last: int | None = None) 
     """
     batch, count = rows.shape[0], rows.shape[1] - 1
     chunk = min(chunk, count)
-    caches = init_caches(model.spec, batch, -(-count // chunk) * chunk)
+    capacity = -(-count // chunk) * chunk
+    model = model.at(capacity)
+    caches = init_caches(model.spec, batch, capacity)
     first = 0 if last is None else count - last
     pieces = []
     console = Console(stderr=True)

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lcjax.layers.weight import Weight
+from lcjax.parallel.weights import whole
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
@@ -29,7 +30,7 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[Array, "*batch_and_outputs"]:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = whole(self.kernel[...].astype(x.dtype), self.kernel.axes)
         last = tuple(range(x.ndim - self.inputs, x.ndim))
         y = jax.lax.dot_general(x, kernel, ((last, tuple(range(self.inputs))), ((), ())), precision=precision(x.dtype))
         if self.adapter is not None:
@@ -44,4 +45,5 @@ class Embed(nnx.Module):
         self.table = weight.param(rngs, param_dtype)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
-        return jnp.take(self.table[...], tokens, axis=0)
+        # From a table split by features every chip would look up a slice of all tokens, which then are put together.
+        return jnp.take(whole(self.table[...], self.table.axes), tokens, axis=0)

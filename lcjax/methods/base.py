@@ -86,6 +86,25 @@ def check_unwritten(method: Method, layer: int, mixer: Mixer) -> Attention:
     return mixer
 
 
+def sizes_of(spec: ModelSpec) -> dict[str, int]:
+    """The sizes of a model that a plan for its heads belongs to."""
+    names = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    return {name: getattr(spec, name) for name in names}
+
+
+def check_made_for(setting: str, plan: Any, spec: ModelSpec) -> None:
+    """Raise ValueError for a plan of another model; it holds the sizes `model` and the name `source` of its own.
+
+    setting: the plan as a configuration names it.
+    """
+    for name, wanted in sizes_of(spec).items():
+        if plan.model.get(name) != wanted:
+            raise ValueError(
+                f"{setting} was made for {plan.source!r} with {name}={plan.model.get(name)}, and {spec.name!r} has "
+                f"{name}={wanted}: make a plan for this model"
+            )
+
+
 def _names(record: Any) -> Iterable[str]:
     names = [field.name for field in fields(record)]
     return [("layers" if name == "pattern" else name) for name in names] if isinstance(record, ModelSpec) else names

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcjax.methods.base import Method, check_unwritten
+from lcjax.methods.base import Method, check_made_for, check_unwritten, sizes_of
 from lcjax.models.family import period
 from lcjax.models.gated_heads import GatedHeads
 from lcjax.models.patterns import Spans
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lcjax.train.job import Train
 
 FORMAT = 1
-SHAPE = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 TRAINED = (r"mixer\.gates$",)
 
 
@@ -72,7 +71,7 @@ class Gates:
     def made(cls, spec: ModelSpec, gates: Mapping[int, Any]) -> "Gates":
         """For a model: arrays `[K]` by layer."""
         numbers = {layer: tuple(float(gate) for gate in mine) for layer, mine in gates.items()}
-        return cls(numbers, {name: getattr(spec, name) for name in SHAPE}, spec.name)
+        return cls(numbers, sizes_of(spec), spec.name)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -129,12 +128,7 @@ class Duo(Method):
     def model(self, spec: ModelSpec) -> ModelSpec:
         """Raises ValueError for a plan of another model, and for layers that are not full attention."""
         plan = _load(self.plan)
-        for name in SHAPE:
-            if plan.model.get(name) != getattr(spec, name):
-                raise ValueError(
-                    f"Duo.plan {self.plan!r} was made for {plan.source!r} with {name}={plan.model.get(name)}, and "
-                    f"{spec.name!r} has {name}={getattr(spec, name)}: learn gates for this model"
-                )
+        check_made_for(f"Duo.plan {self.plan!r}", plan, spec)
         mixers = list(spec.layers)
         for layer, keeps in plan.retrieval(self.sparsity).items():
             mixer = check_unwritten(self, layer, mixers[layer])

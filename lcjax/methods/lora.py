@@ -51,7 +51,7 @@ def merge(spec: ModelSpec, params: nnx.State) -> tuple[ModelSpec, nnx.State]:
     """The model without adapters that computes the same: (spec, params), each kernel replaced by its merged one."""
     if spec.adapters is None:
         return spec, params
-    model: Decoder = nnx.merge(abstract(spec)[0], params)
+    model: Decoder = nnx.merge(abstract(spec)[0], params, copy=True)  # the given kernels stay as they are
     for _, module in nnx.iter_graph(model):
         if isinstance(adapter := getattr(module, "adapter", None), Adapter):
             module.kernel[...] = adapter.merged(module.kernel[...])

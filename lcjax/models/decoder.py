@@ -122,9 +122,11 @@ class Decoder(nnx.Module):
         """The matrix that `logits` multiplies by, in the parameters' dtype (a transposed view of a tied table)."""
         return self.embed.table[...].T if self.head is None else self.head.kernel[...]
 
-    def logits(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch V"]:
-        """float32 logits of final states, soft-capped where the spec says so."""
-        w = self.unembedding().astype(x.dtype)
+    def logits(
+        self, x: Float[Array, "*batch width"], unembedding: Float[Array, "width V"] | None = None
+    ) -> Float[Array, "*batch V"]:
+        """float32 logits of final states, soft-capped where the spec says so; a caller may hold the unembedding."""
+        w = (self.unembedding() if unembedding is None else unembedding).astype(x.dtype)
         y = jnp.matmul(x, w, precision=precision(x.dtype), preferred_element_type=jnp.float32)
         cap = self.spec.logit_soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)

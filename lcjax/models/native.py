@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcjax.checkpoint.manifest import describe, rebuild
-from lcjax.models import gated_heads, patterns, recurrent
+from lcjax.models import elastic, gated_heads, patterns, recurrent
 from lcjax.models import spec as specs
 from lcjax.models.family import Family
 from lcjax.models.spec import ModelSpec
@@ -14,7 +14,7 @@ from lcjax.positions import by_factor, dpe, giraffe, laws, mrope, remap, xpos
 MODEL_TYPE = "lcjax"
 RECORDS = {
     kind.__name__: kind
-    for module in (specs, patterns, gated_heads, recurrent, laws, by_factor, dpe, giraffe, mrope, remap, xpos)
+    for module in (specs, patterns, elastic, gated_heads, recurrent, laws, by_factor, dpe, giraffe, mrope, remap, xpos)
     for kind in vars(module).values()
     if isinstance(kind, type) and kind.__module__ == module.__name__
 }

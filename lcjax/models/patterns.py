@@ -27,6 +27,11 @@ class Pattern:
         """An empty cache that keeps what the mask can still show, and may forget the rest."""
         raise NotImplementedError
 
+    def at(self, length: int) -> "Pattern":
+        """The pattern for requests of up to `length` tokens, prompt and answer; it does not change on the way."""
+        del length
+        return self
+
 
 @dataclass(frozen=True)
 class Spans(Pattern):

@@ -168,6 +168,16 @@ class ModelSpec:
 
         return replace(self, pattern=tuple(map(changed, self.pattern)), max_length=max_length or self.max_length)
 
+    def at(self, length: int) -> "ModelSpec":
+        """The model for requests of up to `length` tokens: patterns that follow the length get their numbers."""
+
+        def fixed(mixer: Mixer) -> Mixer:
+            if not isinstance(mixer, Attention) or mixer.pattern is None:
+                return mixer
+            return replace(mixer, pattern=mixer.pattern.at(length))
+
+        return replace(self, pattern=tuple(map(fixed, self.pattern)))
+
     @property
     def laws(self) -> tuple[tuple[Rope, Remap | None], ...]:
         """The different pairs of rotary law and remap, in the order of their first layers."""

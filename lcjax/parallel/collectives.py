@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+BETWEEN_SLICES = "send between slices"
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "token": 0}
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
@@ -15,7 +16,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r"s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def collectives(hlo: str) -> list[Collective]:
                 shown = "reduce-scatter" if scattered else kind
                 found.append(Collective(shown, _bytes(kind, op), times, op.name, _shape(op.result)))
                 continue
+            if kind == "send" and "megascale" in op.rest:  # through the hosts, over the network
+                largest = max(_size(*array) for array in _arrays(op.result))
+                found.append(Collective(BETWEEN_SLICES, largest, times, op.name, _shape(op.result)))
             trips = _trip_count(op, computations) if op.opcode == "while" else 1
             called = _CALLED.findall(op.rest)
             for branches in _BRANCHES.findall(op.rest):
@@ -122,10 +126,15 @@ def _bytes(kind: str, op: _Instruction) -> int:
 
 
 def _group_size(rest: str) -> int:
+    """Of a list of groups, of their shape (`[groups,size]<=...`), or of named mesh axes (`mesh['a'=8,'b'=4] {'b'}`)."""
     groups = _GROUPS.search(rest)
     if groups is None:
         return 1
-    return len(groups[1].split(",")) if groups[1] else int(groups[3])
+    if groups[5] is None:
+        return len(groups[1].split(",")) if groups[1] else int(groups[3])
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", groups[4])}
+    used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[5])  # a part of an axis is 'a':(before)size
+    return math.prod(int(part) if part else sizes[name] for name, part in used)
 
 
 def _shape(type_text: str) -> str:

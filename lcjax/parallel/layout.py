@@ -43,6 +43,11 @@ class Layout:
         names = {"batch": self.batch or None, "length": self.length, "heads": self.heads}
         return PartitionSpec(*(names.get(axis) for axis in axes))
 
+    def axes(self, *axes: str) -> tuple[str, ...]:
+        """The mesh axes that these axes of an array lie over."""
+        names = {"batch": self.batch, "length": (self.length,), "heads": (self.heads,)}
+        return tuple(name for axis in axes for name in names[axis] if name is not None)
+
 
 def current_layout(batch: int, heads: tuple[int, ...], length: int | None) -> Layout | None:
     """The layout of arrays of these sizes on the mesh that is set; None without a mesh, or inside a `shard_map`.
@@ -73,6 +78,11 @@ def current_layout(batch: int, heads: tuple[int, ...], length: int | None) -> La
     return Layout(rows, "tensor" if tensor > 1 else None, "context", shards)
 
 
-def per_shard(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` of one shard, over the mesh that is set. Kernels carry no replication types, so none are checked."""
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+def per_shard(
+    function: Callable[..., Any], in_specs: Any, out_specs: Any, axes: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    """`function` of one shard, over the mesh that is set. Kernels carry no replication types, so none are checked.
+
+    axes: the mesh axes that the function sees; the compiler splits its arrays over the others (none given: over none).
+    """
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lcjax.cache import CacheLayout, cache_bytes
 from lcjax.models.spec import ModelSpec
@@ -175,7 +176,7 @@ class Generator:
         state = programs.begin(*chunks[0], *settings)
         for chunk in chunks[1:]:
             state = programs.extend(state, *chunk, *settings)
-        written = np.asarray(state.token)[:, None]
+        written = on_host(state.token)[:, None]
         self.report.add_prefill(sum(len(row.ids) for row in rows), time.perf_counter() - began)
         self.report.cache_bytes = max(self.report.cache_bytes, cache_bytes(state.caches))
         yield from self._decode(rows, programs, settings, state, written)
@@ -193,7 +194,7 @@ class Generator:
             began = time.perf_counter()
             state = state._replace(active=programs.place(jnp.asarray(active)))
             state, tokens = programs.decode(state, *settings)
-            written = np.asarray(tokens)
+            written = on_host(tokens)
             self.report.add_decode(int((written >= 0).sum()), time.perf_counter() - began)
 
     def _take(self, rows: list[_Row], written: np.ndarray) -> Iterator[Piece]:
@@ -252,6 +253,11 @@ class Generator:
             sizes = self._engine.sizes(batch, capacity)
             self._programs[batch, capacity] = Programs(self._graphdef, self._params, self._spec, sizes, self._mesh)
         return self._programs[batch, capacity]
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """The whole array, on every process."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 def bucket(number: int, least: int) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from lcjax.cache import init_caches
 from lcjax.cache.placing import placed
+from lcjax.models.decoder import abstract
 from lcjax.models.spec import ModelSpec
 from lcjax.serve.sampling import SamplingArrays
 from lcjax.serve.steps import DecodeState, Limits, decode, prefill
@@ -31,6 +32,8 @@ class Programs:
         self._compiled: dict[str, Any] = {}
         self.compile_seconds = 0.0
         batch, capacity = sizes["batch"], sizes["capacity"]
+        if (fixed := spec.at(capacity)) != spec:
+            graphdef, spec = abstract(fixed)[0], fixed
 
         def begin(params: Any, *rest: Any) -> DecodeState:
             caches = init_caches(spec, batch, capacity, sizes["cache"])

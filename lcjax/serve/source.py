@@ -27,6 +27,11 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     source: str
 
+    def at(self, length: int) -> "Loaded":
+        """The model for requests of up to `length` tokens; see `ModelSpec.at`."""
+        spec = self.spec.at(length)
+        return self if spec == self.spec else self._replace(graphdef=abstract(spec)[0], spec=spec)
+
 
 @dataclass(frozen=True)
 class Pretrained:

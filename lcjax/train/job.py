@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lcjax.checkpoint.manifest import Sections, describe
+from lcjax.data.ranking import RankingData
 from lcjax.data.spec import DataSpec
 from lcjax.methods.base import Method, adapt_job, adapt_model
 from lcjax.models.spec import ModelSpec
@@ -78,7 +79,7 @@ class Stage:
     steps: int | None = None
     optimizer: Optimizer | None = None
     loss: Loss | None = None
-    data: DataSpec | None = None
+    data: DataSpec | RankingData | None = None
     batch: int | None = None
     length: int | None = None
     trainable: tuple[str, ...] | None = None
@@ -95,10 +96,12 @@ class Train:
     tokenizer: by default the pretrained model's, or bytes. stages: runs one after the other instead of a single one.
     abort_after: updates in a row that may be skipped for not being finite before the run stops.
     positions: how rows get their rotary positions (None: tokens since the document's start).
+    step_methods: what else is changed about the model in training steps only; they may add no parameters. Saved,
+    sampled and evaluated is the model without them.
     """
 
     model: ModelSpec | Pretrained
-    data: DataSpec
+    data: DataSpec | RankingData
     optimizer: Optimizer
     steps: int
     batch: int
@@ -108,6 +111,7 @@ class Train:
     trainable: tuple[str, ...] = ()
     tokenizer: str | None = None
     positions: Sampler | None = None
+    step_methods: tuple[Method, ...] = ()
     loss: Loss = field(default_factory=CrossEntropy)
     options: StepOptions = field(default_factory=StepOptions)
     mesh: MeshSpec = field(default_factory=MeshSpec)
@@ -141,6 +145,11 @@ class Train:
         if not isinstance(self.model, ModelSpec):
             raise ValueError("the job's model is not read yet: call Train.resolve first")
         return self.model
+
+    @property
+    def step_spec(self) -> ModelSpec:
+        """The spec that training steps run, of a resolved job."""
+        return adapt_model(self.step_methods, self.spec)
 
     def runs(self, output: Path) -> Iterator[tuple["Train", Path]]:
         """The job and folder of every stage, in order; of a job without stages, itself."""
@@ -188,6 +197,7 @@ class Train:
             "model": describe(self.model),
             "optimizer": {**describe(self.optimizer), "schedule_steps": self.steps, **trained},
             "loss": self.loss.describe(),
+            "step_methods": describe(self.step_methods),
             "data": {**data, "batch": self.batch, "length": self.length, "stream": stream},
             "tokenizer": tokenizer,
             "about": {"tokenizer": self.tokenizer},

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import signal
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from lcjax.models.flops import CONVENTION, flops_per_token
 from lcjax.observe.hardware import peak_flops, peak_memory_bytes
 from lcjax.observe.metrics import MetricsLog, plot_loss
 from lcjax.parallel.reading import Part, part_of_batch
-from lcjax.parallel.rules import batch_sharding
+from lcjax.parallel.rules import batch_sharding, batch_ways
 from lcjax.parallel.startup import check_agreement, gather
 from lcjax.serve import engine as serving
 from lcjax.train import state as states
@@ -121,13 +122,13 @@ def train(run: Run, stop: Preemption) -> int:
             compiled = stop.interruptible("compilation", lambda: compile_step(run))
             progress.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
             steps(run, compiled, stop, progress)
-        if stop.signum is not None and run.step < job.steps:
+        if run.step < job.steps:  # the signal may have reached another process than this one
             progress.say(f"stopped at step {run.step}; the same command goes on from there")
-            return 128 + stop.signum
+            return 128 + (stop.signum or signal.SIGTERM)
         if first:
             plot_loss(run.output / "metrics.jsonl", run.output / "loss.png")
-            if job.sample is not None:
-                stop.interruptible("decoding", lambda: sample(run, progress))
+        if job.sample is not None:
+            stop.interruptible("decoding", lambda: sample(run, progress))
         progress.say(f"done: {run.step} steps in {run.output}")
     return 0
 
@@ -178,13 +179,10 @@ def next_rows(run: Run) -> dict[str, np.ndarray]:
 
 def place(run: Run, rows: dict[str, np.ndarray]) -> Batch:
     """This process's rows as its part of the global arrays `[B,T]`."""
-    sharding = batch_sharding(run.mesh)
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding, np.asarray(rows[name], dtype)[:, run.part.columns], (run.job.batch, run.job.length)
-        )
-        for name, dtype in dtypes(run.job).items()
-    }
+    sharding, shape = batch_sharding(run.mesh), (run.job.batch, run.job.length)
+    own = {name: np.asarray(rows[name], dtype)[:, run.part.columns] for name, dtype in dtypes(run.job).items()}
+    with jax.transfer_guard("allow"):  # reading is a transfer that is meant
+        return {name: jax.make_array_from_process_local_data(sharding, x, shape) for name, x in own.items()}
 
 
 def raised(run: Run, flag: bool) -> jax.Array:
@@ -195,7 +193,8 @@ def raised(run: Run, flag: bool) -> jax.Array:
     """
     sharding = flags_sharding(run.mesh)
     local = np.full(len(sharding.addressable_devices), flag, np.int32)
-    return jax.make_array_from_process_local_data(sharding, local, (run.mesh.size,))
+    with jax.transfer_guard("allow"):
+        return jax.make_array_from_process_local_data(sharding, local, (run.mesh.size,))
 
 
 def save(run: Run) -> None:
@@ -216,7 +215,7 @@ class Reporter:
         if jax.process_index() == 0:
             self._log = MetricsLog(run.output, resumed_at=run.step, tensorboard=job.reports.tensorboard)
         peak = peak_flops(jax.devices()[0])
-        flops = flops_per_token(job.spec, job.length, training=True)
+        flops = flops_per_token(job.step_spec, job.length, training=True)
         self._utilisation_per_rate = flops / (peak * jax.device_count()) if peak else None
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
         self._losses: list[jax.Array] = []  # of the steps since the last report, whose mean it tells
@@ -293,7 +292,7 @@ def describe(run: Run, progress: Progress) -> None:
     """What is about to run, in a few lines."""
     job = run.job
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
-    flops = flops_per_token(job.spec, job.length, training=True)
+    flops = flops_per_token(job.step_spec, job.length, training=True)
     devices = jax.devices()
     axes = " ".join(f"{axis}={degree}" for axis, degree in run.mesh.shape.items() if degree > 1)
     progress.say(
@@ -309,11 +308,13 @@ def describe(run: Run, progress: Progress) -> None:
 
 
 def sample(run: Run, progress: Progress) -> None:
-    """Decode the job's prompts with the trained parameters."""
+    """Decode the job's prompts with the trained parameters, where they lie: every process takes part."""
     wanted = run.job.sample
     assert wanted is not None
     graphdef, _ = abstract(run.job.spec)
-    generator = serving.Generator(graphdef, run.state.params, run.job.spec, run.tokenizer)
+    ways = batch_ways(run.mesh)
+    engine = serving.Engine(batch=-(-len(wanted.prompts) // ways) * ways)
+    generator = serving.Generator(graphdef, run.state.params, run.job.spec, run.tokenizer, engine, mesh=run.mesh)
     requests = [serving.Request(prompt, wanted.max_new_tokens, sampling=wanted.sampling) for prompt in wanted.prompts]
     for request, answer in zip(requests, generator.generate(requests), strict=True):
         progress.say(f"--- {request.prompt}{answer.text}")

@@ -1,6 +1,7 @@
 """What training minimises: the protocol, and the next-token loss whose T x V logits never exist at once."""
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -8,8 +9,12 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from lcjax.parallel.layout import current_layout, per_shard
+from lcjax.parallel.rules import partition
+from lcjax.parallel.weights import storage_axes
 from lcjax.parallel.work import checkpoint
 
 
@@ -19,7 +24,9 @@ class Unembedding(Protocol):
 
     spec: Any
 
-    def logits(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch V"]: ...
+    def logits(
+        self, x: Float[Array, "*batch width"], unembedding: Float[Array, "width V"] | None = None
+    ) -> Float[Array, "*batch V"]: ...
 
     def unembedding(self) -> Float[Array, "width V"]: ...
 
@@ -142,26 +149,50 @@ def chunked(
     weights: Float[Array, "B T"],
     chunk_tokens: int,
 ) -> LossSums:
-    """Scan over slices of T; logits are recomputed in the backward pass, one slice at a time."""
+    """Scan over slices of T; logits are recomputed in the backward pass, one slice at a time.
+
+    Over a mesh every shard of the tokens scans its own: the unembedding is put together once, and so is its gradient.
+    """
+    w = model.unembedding()
+    layout = current_layout(hidden.shape[0], (), hidden.shape[1])
+    if layout is None or not layout.axes("batch", "length"):
+        return _scanned(model, w, hidden, targets, weights, chunk_tokens)
+    sizes = {axis: jax.sharding.get_abstract_mesh().shape[axis] for axis in layout.axes("batch", "length")}
+    each = max(1, chunk_tokens // math.prod(sizes.values()))
+    stored = partition(("embed", "vocab"), sizes)
+
+    def shard(w: Array, hidden: Array, targets: Array, weights: Array) -> LossSums:
+        for axis in reversed(storage_axes(stored)):
+            w = jax.lax.all_gather(w, axis, axis=0, tiled=True)
+        return jax.lax.psum(_scanned(model, w, hidden, targets, weights, each), (*sizes,))
+
+    tokens = layout.spec("batch", "length")
+    in_specs = (stored, tokens, tokens, tokens)
+    return per_shard(shard, in_specs, PartitionSpec(), (*sizes,))(w, hidden, targets, weights)
+
+
+def _scanned(
+    model: Unembedding,
+    w: Float[Array, "width V"],
+    hidden: Float[Array, "B T width"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk_tokens: int,
+) -> LossSums:
+    """`chunked` on one shard."""
     batch, length, _ = hidden.shape
-    # Slices are cut inside each shard of the length, so that a context-parallel mesh keeps all its devices busy.
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.shape.get("context", 1)
-    shards = shards if length % shards == 0 else 1
-    per_shard = length // shards
-    count = max(1, min(per_shard, -(-batch * length // chunk_tokens)))
-    size = -(-per_shard // count)
+    count = max(1, min(length, -(-batch * length // chunk_tokens)))
+    size = -(-length // count)
 
     def slices(x: Array) -> Array:
-        x = x.reshape(batch, shards, per_shard, *x.shape[2:])
-        pad = [(0, 0), (0, 0), (0, count * size - per_shard)] + [(0, 0)] * (x.ndim - 3)
-        x = jnp.pad(x, pad).reshape(batch, shards, count, size, *x.shape[3:])
-        return jnp.moveaxis(x, 2, 0)  # [count, B, shards, size, ...]
+        pad = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)  # [count, B, size, ...]
 
     @checkpoint
-    def one(h: Float[Array, "B P C width"], target: Int[Array, "B P C"], weight: Float[Array, "B P C"]) -> LossSums:
+    def one(h: Float[Array, "B C width"], target: Int[Array, "B C"], weight: Float[Array, "B C"]) -> LossSums:
         real = weight > 0
-        logits = model.logits(jnp.where(real[..., None], h, 0))  # f32 [B,P,C,V]
+        logits = model.logits(jnp.where(real[..., None], h, 0), w)  # f32 [B,C,V]
         log_z = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return LossSums(

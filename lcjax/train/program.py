@@ -32,7 +32,7 @@ class StepProgram:
 
 def step_program(job: Train, shapes: TrainState, mesh: jax.sharding.Mesh) -> StepProgram:
     """The program of a resolved job whose state has these shapes on this mesh."""
-    graphdef, _ = abstract(job.spec)
+    graphdef, _ = abstract(job.step_spec)
     optimizer, schedule = job.optimizer.build(job.steps), job.optimizer.schedule.build(job.steps)
     step = make_step(graphdef, optimizer, schedule, job.loss, job.options, job.trainable)
 
@@ -61,4 +61,5 @@ def batch_shapes(job: Train, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtyp
 
 def dtypes(job: Train) -> dict[str, Any]:
     """Of the arrays of a batch: sampled positions are fractions."""
-    return BATCH_DTYPES if job.positions is None else BATCH_DTYPES | {"positions": np.float32}
+    found = BATCH_DTYPES | dict.fromkeys(job.data.extra, np.int32)
+    return found if job.positions is None else found | {"positions": np.float32}

@@ -31,5 +31,5 @@ def step_work(job: Train, shapes: TrainState, mesh: Mesh) -> Work:
     """FLOPs of one step, counted in its jaxpr and by the formula."""
     program = step_program(job, shapes, mesh)
     counted = [count_flops(program.function, *program.shapes, recomputed=again) for again in (False, True)]
-    formula = flops_per_token(job.spec, job.length, training=True) * job.batch * job.length
+    formula = flops_per_token(job.step_spec, job.length, training=True) * job.batch * job.length
     return Work(*counted, formula)

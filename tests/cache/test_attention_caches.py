@@ -96,7 +96,7 @@ def expected(name, qkv, mask, **options):
     return block_sparse_attention(q, *stored, mask, return_lse=True, implementation="reference", **options)
 
 
-@partial(jax.jit, static_argnames=("soft_cap",), compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnames=("soft_cap",))
 def step(cache, mask, q, k, v, valid=None, sink_logits=None, soft_cap=None):
     cache = cache.append(k, v, valid).prepare(q)
     return cache, *cache.attend(q, mask, soft_cap=soft_cap, sink_logits=sink_logits)

@@ -1,7 +1,9 @@
 """Training runs as processes of their own, to be killed at will."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +15,8 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "faults" / "tiny.gin"
-PATIENCE = 120  # seconds for a step of a test that takes a few; the machine may be busy
+PATIENCE = 240  # seconds for a step of a test that takes a few; the machine may be busy
+QUICK = "--xla_backend_optimization_level=0"  # compiling is most of these runs
 
 
 def write_corpus(folder: Path) -> Path:
@@ -30,6 +33,7 @@ class TinyRun:
 
     def __init__(self, folder: Path, name: str, *bindings: str):
         self.output = folder / name
+        self.started: list[subprocess.Popen] = []
         self.cache = folder / "compiled"
         self.bindings = (
             f"TextFiles.paths = ('{folder / 'corpus' / '*.txt'}',)",
@@ -51,7 +55,7 @@ class TinyRun:
         **environment: str,
     ) -> subprocess.Popen:
         """Start training, or `command` in its place; its console goes to `log` next to the output folder."""
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "200", **environment}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "COLUMNS": "200", **environment}
         if cache:
             environment |= {
                 "JAX_COMPILATION_CACHE_DIR": str(self.cache),
@@ -60,7 +64,16 @@ class TinyRun:
             }
         with open(self.log, "ab") as log:
             command = command or self.command(*bindings, flags=flags)
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            where = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
+            self.started.append(subprocess.Popen(command, start_new_session=True, **where))
+        return self.started[-1]
+
+    def close(self) -> None:
+        """Leave no process behind, nor what it started itself, whatever failed."""
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def finish(self, *bindings: str, status: int = 0, **options) -> str:
         """Train to the end; returns what this process printed."""

@@ -40,13 +40,6 @@ def make_case(t=65, kind="vector", *, shape=(2, 2, 8, 5), dtype=np.float64, mean
     return Case((q, k, v, g, beta, state), cotangents, {"normalise": bool(normalise), "segment_ids": segment_ids})
 
 
-def jit(f, **options):
-    """Compiles fast: these programs run once, on a few numbers."""
-    return jax.jit(
-        f, **options, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    )
-
-
 def forward(case: Case, implementation: str):
     def run(inputs):
         q, k, v, g, beta, state = inputs
@@ -54,7 +47,7 @@ def forward(case: Case, implementation: str):
             q, k, v, g, beta=beta, initial_state=state, implementation=implementation, **case.options
         )
 
-    return jit(run)(case.inputs)
+    return jax.jit(run)(case.inputs)
 
 
 def with_gradients(case: Case, implementation: str):
@@ -70,7 +63,7 @@ def with_gradients(case: Case, implementation: str):
         out, vjp = jax.vjp(call, inputs)
         return out, vjp(jax.tree.map(lambda c, o: c.astype(o.dtype), cotangents, out))[0]
 
-    return jit(run)(case.inputs, case.cotangents)
+    return jax.jit(run)(case.inputs, case.cotangents)
 
 
 def assert_close(found, expected, tolerance: float) -> None:

@@ -6,7 +6,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import LinearState, Unsupported, aot, gated_linear_attention, op, recurrent_step, testing
 from pallas_kernels.gated_linear import mosaic_gpu_parts, xla
-from tests.kernels.linear_cases import Case, assert_close, assert_near, forward, jit, make_case, packed, with_gradients
+from tests.kernels.linear_cases import Case, assert_close, assert_near, forward, make_case, packed, with_gradients
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 130]
 
@@ -260,7 +260,7 @@ class TestRecurrentStep:
 class TestDeltaRule:
     def test_zero_strength_writes_nothing(self):
         q, k, v, g, beta, _ = make_case(20, "scalar", delta=True, dtype=np.float32).inputs
-        o, _ = jit(gated_linear_attention)(q, k, v, g, beta=0 * beta)
+        o, _ = jax.jit(gated_linear_attention)(q, k, v, g, beta=0 * beta)
         assert_close(o, np.zeros_like(o), 0)
 
     def test_a_repeated_key_overwrites(self):
@@ -273,8 +273,8 @@ class TestDeltaRule:
     def test_orthonormal_keys_add(self):
         key = np.eye(8, dtype=np.float32)[None, :, None]
         q, _, v, *_ = make_case(8, "none", shape=(1, 1, 8, 5), dtype=np.float32).inputs
-        found = jit(gated_linear_attention)(q, key, v, beta=jnp.ones((1, 8, 1)))
-        assert_close(found, jit(gated_linear_attention)(q, key, v), 1e-5)
+        found = jax.jit(gated_linear_attention)(q, key, v, beta=jnp.ones((1, 8, 1)))
+        assert_close(found, jax.jit(gated_linear_attention)(q, key, v), 1e-5)
 
     def test_identical_keys_stay_stable(self):
         q, k, v, _, beta, _ = make_case(128, "none", delta=True, dtype=np.float32).inputs

@@ -14,7 +14,7 @@ from pallas_kernels import (
     gated_linear_attention_truncated,
 )
 from pallas_kernels.gated_linear import sharded
-from tests.kernels.linear_cases import assert_close, jit, make_case
+from tests.kernels.linear_cases import assert_close, make_case
 
 LENGTH = 32
 IDS = jnp.asarray([[1] * 3 + [2] * 15 + [5] * 9 + [0] * 5, [3] * 24 + [-1] * 3 + [4] * 5])  # segments cross shards of 4
@@ -42,7 +42,7 @@ def with_gradients(case, shards: int | None):
         out, vjp = jax.vjp(lambda *x: one(*x, ids), *inputs)
         return out, vjp(cotangents)
 
-    return jit(run)(case.inputs, case.cotangents)
+    return jax.jit(run)(case.inputs, case.cotangents)
 
 
 def check(*shards, ids=None, **options):
@@ -112,7 +112,7 @@ class TestConvolution:
             out, vjp = jax.vjp(lambda *x: f(*x, ids), x, w, bias, tail)
             return out, vjp((y_bar, tail))
 
-        assert_close(jit(run, static_argnums=0)(in_shards), jit(run, static_argnums=0)(one), 1e-10)
+        assert_close(jax.jit(run, static_argnums=0)(in_shards), jax.jit(run, static_argnums=0)(one), 1e-10)
 
     def test_refuses_shards_shorter_than_the_halo(self):
         mesh, along = jax.sharding.Mesh(jax.devices(), ("context",)), P(None, "context")
@@ -149,7 +149,7 @@ class TestTruncatedGradient:
             out, vjp = jax.vjp(lambda *x: f(*x), *inputs)
             return out, vjp(cotangents)
 
-        return jit(run)(case.inputs, case.cotangents)
+        return jax.jit(run)(case.inputs, case.cotangents)
 
     @pytest.mark.parametrize(("shards", "delta"), [(None, True), (2, False)])
     def test_is_that_of_restarted_blocks(self, shards, delta):

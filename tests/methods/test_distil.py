@@ -22,7 +22,6 @@ from lcjax.train.state import Start, divide
 from lcjax.train.step import StepOptions, make_step
 from lcjax.train.transfer import AttentionTransfer
 
-QUICK = {"xla_backend_optimization_level": 0}
 SPEC = ModelSpec(
     vocab_size=32, width=32, mlp_width=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
     dtype="float32",
@@ -73,11 +72,10 @@ def test_transfer_is_the_error_against_a_separate_teacher(teacher):
             x, _ = other(x, context)
         return total
 
-    loss, gradient = jax.jit(jax.value_and_grad(expected), compiler_options=QUICK)(trained)
+    loss, gradient = jax.jit(jax.value_and_grad(expected))(trained)
     transfer = jax.jit(
         lambda trained, how: AttentionTransfer().gradients(graphdef, trained, frozen, data, how),
         static_argnums=1,
-        compiler_options=QUICK,
     )
     for scan in (False, True):
         got = transfer(trained, StepOptions(scan=scan))
@@ -101,7 +99,7 @@ def test_adapters_start_at_the_model_and_merge_into_it(teacher, dora):
     params = carry_over(spec, teacher[1], key=jax.random.key(5))
     graphdef, _ = abstract(spec)
     tokens = batch()["inputs"]
-    forward = jax.jit(lambda g, p: nnx.merge(g, p)(tokens), static_argnums=0, compiler_options=QUICK)
+    forward = jax.jit(lambda g, p: nnx.merge(g, p)(tokens), static_argnums=0)
     np.testing.assert_allclose(forward(graphdef, params), forward(*teacher), atol=1e-6)  # DoRA divides norms
     trained, frozen = divide(params, (r"\.adapter\.",))
     names = {path[-1] for path, _ in nnx.to_flat_state(trained)}
@@ -128,7 +126,7 @@ def test_a_run_of_stages_learns_to_recall(tmp_path):
         step = make_step(
             abstract(spec)[0], optimizer.build(steps), optimizer.schedule.build(steps), loss, StepOptions(), trainable
         )
-        step, metrics = jax.jit(step, compiler_options=QUICK), []
+        step, metrics = jax.jit(step), []
         for i in range(steps):
             rows = slice(i % 4 * 16, i % 4 * 16 + 16)
             length = tokens.shape[1] - 1

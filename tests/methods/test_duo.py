@@ -28,7 +28,6 @@ from lcjax.train.optimizers import AdamW, Clamped, Trapezoid
 from lcjax.train.state import Start, divide
 from lcjax.train.step import StepOptions, make_step
 
-QUICK = {"xla_backend_optimization_level": 0}
 SPEC = ModelSpec(
     vocab_size=61, width=24, mlp_width=32, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=4, dtype="float32",
 )  # fmt: skip
@@ -61,19 +60,19 @@ def with_gates(params, value):
     return tree.unflatten(leaves), frozen
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def streams(graphdef, params):
     return two_streams(nnx.merge(graphdef, params), BATCH, StepOptions())
 
 
-@partial(jax.jit, static_argnums=(0, 3), compiler_options=QUICK)
+@partial(jax.jit, static_argnums=(0, 3))
 def graded(graphdef, trained, frozen, how):
     return LOSS.gradients(graphdef, trained, frozen, BATCH, how)
 
 
 def hidden(spec, params):
     graphdef = abstract(spec)[0]
-    run = jax.jit(lambda params: nnx.merge(graphdef, params).hidden(BATCH["inputs"])[0], compiler_options=QUICK)
+    run = jax.jit(lambda params: nnx.merge(graphdef, params).hidden(BATCH["inputs"])[0])
     return run(params)
 
 
@@ -119,7 +118,7 @@ def test_training_moves_gates_only_and_keeps_them_in_range(params):
     optimizer = Clamped(AdamW(Trapezoid(0.05, 1), weight_decay=0.0, clip_norm=None))
     start = Start(GATED, optimizer.build(4), 0, TRAINED, params)
     step = make_step(abstract(GATED)[0], start.optimizer, optimizer.schedule.build(4), LOSS, StepOptions(), TRAINED)
-    state, step = start.state(), jax.jit(step, compiler_options=QUICK)
+    state, step = start.state(), jax.jit(step)
     before = dict(nnx.to_flat_state(state.params))
     for n in range(4):
         state, metrics = step(state, BATCH)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +80,7 @@ def reach(spec, query=40):
     model = Decoder(spec, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def gradient(params, x):
         def state(x):
             decoder = nnx.merge(graphdef, params)

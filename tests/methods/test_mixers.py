@@ -18,7 +18,6 @@ from lcjax.models.recurrent import DeltaNet, Linearized, Mamba2
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.positions.rotary import apply_rope
 
-QUICK = {"xla_backend_optimization_level": 0}
 SIZES = {"vocab_size": 61, "width": 32, "mlp_width": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 MIXERS = {
     "lawcat": Linearized(),
@@ -40,7 +39,7 @@ def model(name):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     params = tree.unflatten([x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)])
-    forward = jax.jit(lambda params, *args, **kw: nnx.merge(graphdef, params)(*args, **kw), compiler_options=QUICK)
+    forward = jax.jit(lambda params, *args, **kw: nnx.merge(graphdef, params)(*args, **kw))
     return spec, graphdef, params, forward
 
 
@@ -51,7 +50,7 @@ def test_split_anywhere_equals_one_pass(name):
     ids = jax.random.randint(jax.random.key(2), (2, 22), 0, 61)
     expected = forward(params, ids)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(params, ids, caches, valid):
         decoder = nnx.merge(graphdef, params)
         hidden, caches = decoder.hidden(ids, caches=caches, valid=valid)
@@ -90,7 +89,7 @@ def inputs(length=20, seed=4):
 
 def mixed(student, x, context):
     """The layer's outputs per head, compiled as one program."""
-    return jax.jit(lambda x: student.mix(x, context)[0], compiler_options=QUICK)(x)
+    return jax.jit(lambda x: student.mix(x, context)[0])(x)
 
 
 def weights_of(student, x, context):

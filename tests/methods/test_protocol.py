@@ -5,7 +5,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from lcjax.methods import DuoGates, Lawcat, Lolcats, LongGen, Lora, Method, MethodConflict, adapt_job, adapt_model
+from lcjax.methods import (
+    DuoGates,
+    Lawcat,
+    Lolcats,
+    LongGen,
+    LongLora,
+    Lora,
+    Method,
+    MethodConflict,
+    adapt_job,
+    adapt_model,
+)
 from lcjax.methods.base import changes
 from lcjax.methods.linearize import STUDENT
 from lcjax.models.decoder import abstract
@@ -18,6 +29,7 @@ SPEC = ModelSpec(
 )  # fmt: skip
 METHODS = {  # name: (identity, a setting that acts)
     "lora": (Lora(rank=0), Lora(rank=2)),
+    "longlora": (LongLora(groups=1, rank=0), LongLora()),
     "lawcat": (Lawcat(layers=()), Lawcat()),
     "lolcats": (Lolcats(layers=()), Lolcats(layers=(1, 2))),
     "duo_gates": (DuoGates(layers=()), DuoGates(layers=(0, 2))),
@@ -29,6 +41,8 @@ class Job:
     """The part of a training job that recipes write."""
 
     trainable: tuple[str, ...] = ()
+    length: int = 64
+    step_methods: tuple[Method, ...] = ()
 
 
 @dataclass(frozen=True)

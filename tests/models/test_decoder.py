@@ -13,7 +13,6 @@ from lcjax.models.spec import Attention, ModelSpec
 from lcjax.models.stack import runs
 
 FULL, STREAM = Attention(), Attention(window=7, sink=2)
-QUICK = {"xla_backend_optimization_level": 0}  # compile time is most of these tests
 LINEAR = GatedLinear(conv_width=4, feature_map="elu", normalise=True)
 SCALAR = GatedLinear(decay="scalar", num_heads=2, key_dim=6, value_dim=10)
 PLAIN = GatedLinear(decay="none", feature_map="softmax", output_gate=False, conv_width=2)
@@ -52,7 +51,7 @@ def test_scan_and_remat_change_nothing(hybrid):
 
     def gradient(**options):
         loss = lambda p: jnp.sum(nnx.merge(graphdef, p)(tokens(), **options) ** 2)
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+        return jax.jit(jax.grad(loss))(params)
 
     plain = forward(params, tokens())
     assert plain.shape == (2, 20, 61)

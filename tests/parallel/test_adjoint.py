@@ -29,7 +29,7 @@ def gradients(mode: Adjoint) -> nnx.State:
         return jnp.square(nnx.merge(graphdef, params)(tokens)).mean()
 
     with through_recurrences(mode):
-        return jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})(params)
+        return jax.jit(jax.grad(loss))(params)
 
 
 def mixer(grads: nnx.State, layer: int) -> np.ndarray:

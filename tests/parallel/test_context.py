@@ -13,7 +13,6 @@ from lcjax.parallel.layout import attention_exchange
 from lcjax.parallel.mesh import make_mesh
 from pallas_kernels.masks import Causal, Intervals, Recent, Sink, Stride, Window, per_head
 
-QUICK = {"xla_backend_optimization_level": 0}  # compile time is most of these tests
 LENGTH = 64
 # Documents of odd lengths, one of them over several shards, and padding behind the last.
 SEGMENTS = np.repeat([[1, 2, 3, 4, 0]], [5, 30, 9, 13, 7], axis=1).astype(np.int32)
@@ -46,7 +45,7 @@ def assert_equal_gradients(function, oracle, arguments, mesh):
             weights = [rows(90 + n, *x.shape) for n, x in enumerate(jax.tree.leaves(out))]
             return sum(jnp.vdot(w, x) for w, x in zip(weights, jax.tree.leaves(out), strict=True)), out
 
-        return jax.jit(jax.grad(scalar, argnums=tuple(range(len(arguments))), has_aux=True), compiler_options=QUICK)
+        return jax.jit(jax.grad(scalar, argnums=tuple(range(len(arguments))), has_aux=True))
 
     expected = graded(oracle)(*arguments)
     with jax.set_mesh(mesh):

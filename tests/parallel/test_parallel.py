@@ -25,8 +25,6 @@ SPEC = ModelSpec(
     dtype="float32",
 )
 
-QUICK = {"xla_backend_optimization_level": 0}  # compile time is most of these tests
-
 
 @pytest.mark.parametrize("degrees", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "context": 4}])
 def test_sharded_equals_single(degrees):
@@ -36,14 +34,14 @@ def test_sharded_equals_single(degrees):
     def loss(params, tokens):
         return jnp.mean(nnx.merge(graphdef, params)(tokens) ** 2)
 
-    step = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
+    step = jax.jit(jax.value_and_grad(loss))
     expected, gradient = step(params, tokens)
     mesh = make_mesh(**degrees)
     places = shardings(params, mesh)
     sharded = jax.device_put(params, places)
     with jax.set_mesh(mesh):
         spread = jax.device_put(tokens, batch_sharding(mesh))
-        step = jax.jit(jax.value_and_grad(loss), in_shardings=(places, batch_sharding(mesh)), compiler_options=QUICK)
+        step = jax.jit(jax.value_and_grad(loss), in_shardings=(places, batch_sharding(mesh)))
         got, got_gradient = step(sharded, spread)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got_gradient, gradient)

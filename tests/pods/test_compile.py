@@ -1,5 +1,6 @@
 """Every shipped pod configuration compiles for the slice that it names, fits it, and moves no more than it must."""
 
+import dataclasses
 import math
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,16 +10,18 @@ import pytest
 
 from lcjax import settings
 from lcjax.models.decoder import abstract
+from lcjax.models.spec import ModelSpec
+from lcjax.parallel.mesh import MeshSpec
 from lcjax.parallel.slices import named_slice
+from lcjax.serve import Engine
+from lcjax.serve.job import Generate
+from lcjax.serve.size import size_decoding
 from lcjax.train.size import size_train
 
 RUNS = sorted((Path(__file__).resolve().parents[2] / "configs" / "run" / "pod").glob("*.gin"))
-QUICK = ("linear_8b_128k", "llama3_8b_128k")
+QUICK = [run for run in RUNS if run.stem in ("llama3_8b_128k", "linear_8b_128k")]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, the compiler for TPUs"),
-]
+pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, the compiler for TPUs")
 
 
 def necessary(job) -> int:
@@ -32,13 +35,8 @@ def necessary(job) -> int:
     return max(weight, queries, keys)
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "run",
-    [pytest.param(run, marks=[] if run.stem in QUICK else pytest.mark.slow, id=run.stem) for run in RUNS],
-)
-def test_a_pod_configuration_fits_its_slice(run):
-    job, _ = settings.load("train", [run])
+def sized(job):
+    """The report of a job that fits its slice and sends nothing larger than necessary, weights neither twice."""
     sizing = size_train(job, named_slice(job.mesh.slice))
     print(sizing.text())
     assert sizing.fits, sizing.text()
@@ -46,4 +44,39 @@ def test_a_pod_configuration_fits_its_slice(run):
     assert abs(sizing.work.error) < 0.05
     largest = max(sizing.traffic, key=lambda c: c.bytes)
     assert largest.bytes <= necessary(job), largest
-    assert {"all-gather", "reduce-scatter"} & {c.kind for c in sizing.traffic}
+    assert {"all-gather", "reduce-scatter"} <= {c.kind for c in sizing.traffic}
+    return sizing
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("run", QUICK, ids=lambda run: run.stem)
+def test_two_layers_of_a_pod_configuration(run):
+    """Layers are scanned, so two of them move what all do; each layer has its own optimiser, whose code takes time."""
+    job, _ = settings.load("train", [run])
+    two = sized(dataclasses.replace(job, model=dataclasses.replace(job.model, num_layers=2)))
+    layer = [c for c in two.traffic if c.times == 2]
+    assert {"all-gather", "reduce-scatter"} <= {c.kind for c in layer}
+    summed = [c for c in layer if c.kind == "all-reduce"]
+    assert max((c.bytes for c in summed), default=0) < 2**20, "weights are gathered and scattered, not summed whole"
+
+
+def test_decoding_of_a_small_model():
+    """Prefill and decoding as `decode.py --compile_for` sizes them: caches are updated in place and lie in parts."""
+    spec = ModelSpec(vocab_size=512, width=256, mlp_width=512, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128)
+    engine = Engine(batch=4, capacity=8192, chunk=256, steps=4)
+    job = Generate(spec, engine=engine, mesh=MeshSpec(data=2, fsdp=1, tensor=2))
+    prefill, decoding = size_decoding(job, named_slice("v5e:2x2"))
+    cache = 2 * 2 * 4 * 8192 * 2 * 128 * 2 // 4  # layers, k and v, rows, slots, heads, bf16; over four chips
+    for sizing in (prefill, decoding):
+        assert sizing.fits, sizing.text()
+        assert cache < sizing.arguments < 1.5 * cache
+        assert sizing.peak < 2 * cache, "no second cache"
+    assert "4 requests of 8,192 tokens on v5e:2x2 (4 chips): data=2 tensor=2" in decoding.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.stem)
+def test_a_pod_configuration_fits_its_slice(run):
+    job, _ = settings.load("train", [run])
+    sized(job)

@@ -83,6 +83,29 @@ def test_collectives_of_a_program_compiled_here():
     assert [(c.bytes, c.times) for c in gathers] == [(16 * 4 * 4, 6)]
 
 
+def test_what_goes_between_slices_goes_through_the_hosts():
+    sent = """ENTRY %main (a: bf16[8,4]) -> token[] {
+      ROOT %send = (bf16[8,4]{1,0}, u32[]{:S(2)}, token[]) send(%a, %t), is_host_transfer=true, NAME
+    }"""
+    name = 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+    assert [(c.kind, c.bytes) for c in collectives(sent.replace("NAME", name))] == [("send between slices", 64)]
+    assert collectives(sent.replace("NAME", "x=1")) == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("mesh['data'=1,'fsdp'=8,'context'=4] {'fsdp','context'}", 32),
+        ("mesh['a'=8] {'a':(2)4}", 4),
+    ],
+)
+def test_groups_as_compilers_write_them(groups, size):
+    module = f"ENTRY %main (a: f32[8]) -> f32[2] {{\n %r = f32[2] reduce-scatter(%a), replica_groups={groups}, x=1\n}}"
+    assert [c.bytes for c in collectives(module)] == [8 * size]
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("nothing")
@@ -147,7 +170,7 @@ class Device:
     device_kind: str = "TPU v5p"
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked")  # `Device` stands in for a chip's
 def test_a_report_says_whether_it_fits():
     where = Slice("v5p:1x1x2", (Device((0, 0, 0)), Device((0, 0, 1))))
     assert where.hbm == 95 * GIB

@@ -6,10 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
+from lcjax.parallel.collectives import collectives
+from lcjax.parallel.mesh import make_mesh
+from lcjax.parallel.rules import batch_sharding, partition
 from lcjax.train.losses import CrossEntropy, chunked
 
 B, T, W, V = 3, 37, 8, 50
+SPREAD = ((4, 40, W), (W, 64), (4, 40), (4, 40))  # hidden, kernel, targets, weights that split over eight devices
 
 
 class Head:
@@ -21,8 +26,8 @@ class Head:
     def unembedding(self):
         return self.kernel
 
-    def logits(self, x):
-        y = (x @ self.kernel).astype(jnp.float32)
+    def logits(self, x, unembedding=None):
+        y = (x @ (self.kernel if unembedding is None else unembedding)).astype(jnp.float32)
         return (
             y if self.spec.logit_soft_cap is None else self.spec.logit_soft_cap * jnp.tanh(y / self.spec.logit_soft_cap)
         )
@@ -60,6 +65,25 @@ def test_chunked_equals_plain(arrays, chunk, cap):
     expected, expected_grads = jax.value_and_grad(plain, (0, 1))(hidden, kernel, targets, weights, cap, 0.1)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads)
+
+
+@pytest.mark.parametrize("degrees", [{"fsdp": 2, "context": 4}, {"data": 2, "fsdp": 1, "context": 2, "tensor": 2}])
+def test_shards_of_the_tokens_put_the_unembedding_together_once(arrays, degrees):
+    """The kernel lies in parts over every axis; one gather and one sum of its gradient, both outside the loop."""
+    hidden, kernel, targets, weights = (jnp.asarray(np.resize(x, s)) for x, s in zip(arrays, SPREAD, strict=True))
+    loss = jax.value_and_grad(lambda h, k: chunked(Head(k), h, targets, weights, 16).nll, (0, 1))
+    expected, expected_grads = loss(hidden, kernel)
+    mesh = make_mesh(**degrees)
+    rows, parts = batch_sharding(mesh), NamedSharding(mesh, partition(("embed", "vocab"), dict(mesh.shape)))
+    with jax.set_mesh(mesh):
+        step = jax.jit(loss, in_shardings=(rows, parts), out_shardings=(None, (rows, parts)))
+        compiled = step.lower(hidden, kernel).compile()
+        value, grads = compiled(jax.device_put(hidden, rows), jax.device_put(kernel, parts))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads)
+    whole = [c for c in collectives(compiled.as_text()) if c.bytes >= kernel.nbytes // mesh.shape["tensor"]]
+    assert len(whole) >= 2
+    assert {c.times for c in whole} == {1}, whole
 
 
 def test_a_token_of_weight_zero_may_hold_nan(arrays):

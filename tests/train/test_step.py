@@ -28,8 +28,8 @@ class Toy(nnx.Module):
     def hidden(self, tokens, **options):
         return self.embed[...][tokens] @ self.mix[...] * self.scale[...], None
 
-    def logits(self, x):
-        return x @ self.embed[...].T
+    def logits(self, x, unembedding=None):
+        return x @ (self.embed[...].T if unembedding is None else unembedding)
 
     def unembedding(self):
         return self.embed[...].T
