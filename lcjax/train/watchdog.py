@@ -51,15 +51,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._patience is not None
+        self._write()  # at once: a process that stops dead soon has told where it was
         while not self._left.wait(min(self._patience / 4, 10.0)):
-            line = last_line(sys._current_frames().get(self._watched))
-            draft = self._note.with_suffix(".part")
-            draft.write_text(json.dumps({"step": self._step, "line": line, "time": time.time()}))
-            draft.rename(self._note)
+            self._write()
             if time.monotonic() - self._beaten > self._patience:
                 print(self.report(), file=sys.stderr, flush=True)
                 self._end(STATUS)
                 return
+
+    def _write(self) -> None:
+        line = last_line(sys._current_frames().get(self._watched))
+        draft = self._note.with_suffix(".part")
+        draft.write_text(json.dumps({"step": self._step, "line": line, "time": time.time()}))
+        draft.rename(self._note)
 
     def report(self) -> str:
         """What hangs, and the last line of every process that left a note."""

@@ -132,6 +132,6 @@ def test_processes_with_different_configurations_all_stop(many):
 def test_a_sample_is_decoded_by_all_processes_where_the_parameters_lie(many):
     run = many("sampled")
     sample = ("train.sample = @Sample()", "Sample.prompts = ('Document',)", "Sample.max_new_tokens = 4")
-    processes = run.start_all(2, "train.steps = 2", *sample)
+    processes = run.start_all(2, "train.steps = 8", *sample)
     assert [process.wait(PATIENCE) for process in processes] == [0, 0], run.log.read_text()
     assert run.log.read_text().count("--- Document") == 1, "process 0 tells"
