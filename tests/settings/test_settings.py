@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lcjax import settings
+from lcjax.configurables import CONFIGURABLES
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy
@@ -129,7 +130,7 @@ def test_main_gives_job_output_and_config(gin_file, tmp_path):
     assert "toy.Job.steps = 10" in launch.config
 
 
-@pytest.mark.parametrize("name", settings.CONFIGURABLES)
+@pytest.mark.parametrize("name", CONFIGURABLES)
 def test_every_short_name_leads_to_something(name):
-    module, _, attribute = settings.CONFIGURABLES[name].partition(":")
+    module, _, attribute = CONFIGURABLES[name].partition(":")
     assert callable(getattr(importlib.import_module(module), attribute))
