@@ -129,7 +129,8 @@ def test_processes_with_different_configurations_all_stop(many):
 
 
 @pytest.mark.slow
-def test_a_sample_is_decoded_by_all_processes_where_the_parameters_lie(many):
+def test_a_sample_is_decoded_by_all_processes_where_the_parameters_lie(many, unbroken):
+    """The corpus is prepared by the unbroken run."""
     run = many("sampled")
     sample = ("train.sample = @Sample()", "Sample.prompts = ('Document',)", "Sample.max_new_tokens = 4")
     processes = run.start_all(2, "train.steps = 8", *sample)
