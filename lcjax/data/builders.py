@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,13 @@ def _alone(folder: Path) -> Generator[None]:
         yield
 
 
-def _prepare(builder: Any, folder: Path, what: str) -> None:
+def _prepared(make: Callable[[], Any], folder: Path, what: str) -> Any:
+    """A builder whose set is on disk. It is made alone too: it reads what is there when it is made."""
     try:
         with _alone(folder):
+            builder = make()
             builder.download_and_prepare(file_format=_FORMAT)
+            return builder
     except ImportError as error:
         raise DataError(f"preparing {what} needs the package {error.name!r}: install it once") from error
     except OSError as error:
@@ -102,8 +105,7 @@ def open_local(source: LocalSource, data_dir: str | Path) -> Corpus:
     if not 0 <= source.validation < 1:
         raise DataError(f"{source.kind}: validation={source.validation} must be a share of at least 0 and below 1")
     folder = Path(data_dir)
-    builder = _builder(source, folder)
-    _prepare(builder, folder, str(source))
+    builder = _prepared(lambda: _builder(source, folder), folder, str(source))
     corpus = _PreparedCorpus(builder, source.split, "text", str(source))
     digests = dict(builder.info.metadata or {})
     corpus.fingerprint = hashlib.sha256(f"{source.split}|{sorted(digests.items())}".encode()).hexdigest()
@@ -113,11 +115,14 @@ def open_local(source: LocalSource, data_dir: str | Path) -> Corpus:
 def open_named(name: str, split: str, field: str, data_dir: str | Path) -> Corpus:
     """Prepare a set of the TFDS catalogue under `data_dir` unless done, and open its split."""
     folder = Path(data_dir)
-    try:
-        builder = tfds.builder(name, data_dir=folder, file_format=_FORMAT)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise DataError(f"TFDS has no set {name!r} ({str(error).splitlines()[0]}): check the name") from error
-    _prepare(builder, folder, f"TFDS set {name!r}")
+
+    def named() -> tfds.core.DatasetBuilder:
+        try:
+            return tfds.builder(name, data_dir=folder, file_format=_FORMAT)
+        except (tfds.core.DatasetNotFoundError, ValueError) as error:
+            raise DataError(f"TFDS has no set {name!r} ({str(error).splitlines()[0]}): check the name") from error
+
+    builder = _prepared(named, folder, f"TFDS set {name!r}")
     return _PreparedCorpus(builder, split, field, f"TFDS set {name!r}")
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,14 @@ def test_text_files(books, prepared):
     np.testing.assert_array_equal(corpus.sizes(), TextFiles((str(books / "*.txt"),)).open(prepared).sizes())
     stored = {path.name.split("-")[0] for path in prepared.glob("text_files/*/1.0.0/*array_record*")}
     assert stored == {"text_files"}
+
+
+def test_one_corpus_prepared_at_the_same_moment_is_read_whole_by_all(books, tmp_path):
+    source = TextFiles((str(books / "*.txt"),))
+    with ThreadPoolExecutor(4) as pool:
+        corpora = list(pool.map(lambda _: source.open(tmp_path / "new"), range(4)))
+    assert {corpus.fingerprint for corpus in corpora} == {source.open(tmp_path / "new").fingerprint}
+    assert all(len(corpus) == 6 for corpus in corpora)
 
 
 def test_splits_are_disjoint_whole_and_stable(books, prepared):
