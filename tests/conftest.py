@@ -9,7 +9,7 @@ PLATFORM = os.environ.get("LCJAX_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
 if PLATFORM == "cpu":
     # Most of the tests' time is compilation: machine code for small arrays need not be good.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jaxtyping  # noqa: E402

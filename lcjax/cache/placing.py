@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from lcjax.parallel.rules import constrain, partition
@@ -21,10 +22,11 @@ AXES = {
 
 
 def constrained[T](caches: T) -> T:
-    """Pin the layout of caches where a mesh is set, so that a program returns them as it takes them."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: constrain(x, _axes(path, x)) if isinstance(x, jax.Array) else x, caches
-    )
+    """Pin the layout of caches where a mesh is set, so that a program returns them as it takes them.
+
+    Constants too, such as the lengths of caches that are known to be empty.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(jnp.asarray(x), _axes(path, x)), caches)
 
 
 def placed(shapes: Any, mesh: Mesh) -> Any:
