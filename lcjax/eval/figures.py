@@ -112,7 +112,8 @@ def depth_figure(outcome: Outcome) -> Figure | None:
                 colour = "white" if value < 0.12 or value > 0.88 else "#1b1e23"
                 axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
             axis.set_xticks(range(len(cells)), [short(cell.length) for cell in cells])
-            axis.set_yticks(range(DEPTH_BINS), [f"{(i + 0.5) / DEPTH_BINS:.0%}" for i in range(DEPTH_BINS)])
+            fifths = [f"{100 * i // DEPTH_BINS}-{100 * (i + 1) // DEPTH_BINS}%" for i in range(DEPTH_BINS)]
+            axis.set_yticks(range(DEPTH_BINS), fifths)
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
             axis.set_title(name)
