@@ -8,9 +8,9 @@ import os
 PLATFORM = os.environ.get("LCJAX_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
 if PLATFORM == "cpu":
-    # Most of the tests' time is compilation: machine code for small arrays need not be good.
-    flags = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}".strip()
+    # Most of the tests' time is compilation, and code for small arrays need not be good.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jaxtyping  # noqa: E402
 
@@ -41,6 +41,15 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def optimized():
+    """The compiler at its best, as users have it: for what is said about the programs of another platform."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -10,7 +10,10 @@ import pytest
 from pallas_kernels import BlockList, aot, block_sparse_attention
 from pallas_kernels.masks import Causal, Sink, Stride, Window, per_head
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler")
+pytestmark = [
+    pytest.mark.usefixtures("optimized"),
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler"),
+]
 
 SPARSE = Causal() & (Sink(128) | Window(1024) | Stride(64, 16))
 STREAMING = Causal() & (Sink(128) | Window(512))

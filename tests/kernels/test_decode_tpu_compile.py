@@ -14,7 +14,10 @@ from pallas_kernels import aot
 from pallas_kernels.decode.mosaic_tpu_visits import order_of
 from pallas_kernels.masks import Causal, Sink, Window
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler")
+pytestmark = [
+    pytest.mark.usefixtures("optimized"),
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler"),
+]
 
 GENERATIONS = ["v5e", "v5p", "v6e", "tpu7x"]
 MILLION = 2**20

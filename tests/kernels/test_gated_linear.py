@@ -190,6 +190,7 @@ class TestMosaicTpu:
         with testing.interpret_tpu(), pytest.raises(Unsupported, match="delta rule"):
             forward(case, "mosaic_tpu")
 
+    @pytest.mark.usefixtures("optimized")
     @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "tpu7x"])
     def test_compiles(self, generation):
         pytest.importorskip("libtpu")

@@ -21,7 +21,10 @@ from lcjax.train.size import size_train
 RUNS = sorted((Path(__file__).resolve().parents[2] / "configs" / "run" / "pod").glob("*.gin"))
 QUICK = [run for run in RUNS if run.stem == "llama3_8b_128k"]
 
-pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, the compiler for TPUs")
+pytestmark = [
+    pytest.mark.usefixtures("optimized"),
+    pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, the compiler for TPUs"),
+]
 
 
 def necessary(job) -> int:
