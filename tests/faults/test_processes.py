@@ -64,7 +64,7 @@ def assert_same_losses(run, unbroken):
 
 def kill_one(run, count, victim):
     parent = run.launch(count)
-    wait_until(lambda: len(run.metrics) >= 12, parent, run.log)
+    wait_until(lambda: len(run.metrics) >= 12 and run.steps, parent, run.log)  # a step is saved by then
     subprocess.run(["kill", "-KILL", str(children(parent)[victim])], check=True)
     assert parent.wait(PATIENCE) == 0, run.log.read_text()
     said = run.log.read_text()
