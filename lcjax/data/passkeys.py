@@ -1,14 +1,12 @@
 """Documents that hide pass keys and end in questions about them: what DuoAttention learns its gates on."""
 
-import hashlib
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import numpy as np
-
 from lcjax.data.documents import Scored
+from lcjax.data.made import MadeTexts
 from lcjax.data.sources import Corpus, DataError, Source
 
 ALPHABET = (
@@ -53,20 +51,13 @@ class PasskeyDocuments:
         return _Documents(self, self.haystack.open(data_dir))
 
 
-class _Documents:
-    """A `lcjax.data` corpus."""
-
+class _Documents(MadeTexts):
     def __init__(self, source: PasskeyDocuments, hay: Corpus):
         self._source, self._hay = source, hay
         plain = {name: value for name, value in vars(source).items() if name != "haystack"}
-        self.fingerprint = hashlib.sha256(f"{plain} {hay.fingerprint} {self[0]}".encode()).hexdigest()
+        super().__init__(source.count, f"{plain} {hay.fingerprint}")
 
-    def __len__(self) -> int:
-        return self._source.count
-
-    def __getitem__(self, index: int) -> Scored:
-        if not 0 <= index < len(self):
-            raise IndexError(f"text {index} of {len(self)}")
+    def text(self, index: int) -> Scored:
         source, rng = self._source, Random(f"{self._source.seed}-{index}")
         level = rng.randrange(LENGTHS) / max(LENGTHS - 1, 1)
         text = self._straw(rng, int(source.least + level * (source.most - source.least)))
@@ -89,9 +80,6 @@ class _Documents:
             at = (at + 1) % len(self._hay)
             text += "\n" + self._hay[at]
         return text[:size]
-
-    def sizes(self) -> np.ndarray:
-        return np.array([len(self[i].encode()) for i in range(len(self))], np.int64)
 
 
 def _planted(text: str, facts: list[str], depths: list[float]) -> str:

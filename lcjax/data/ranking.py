@@ -9,13 +9,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from lcjax.data.sources import DataError, Document, LocalSource, Source, lines, matches
-from lcjax.data.tokenizers.base import Tokenizer
+from lcjax.data.tokenizers.base import Tokenizer, around
 
 OTHER, DOCUMENT, RELEVANT, SIGNAL = range(4)
 """What a token is: anything else, of a document, of a document that answers the query, one of the two tokens that point
 at documents."""
-
-MARK = "\u2063"  # an invisible character, where the documents go in a rendered chat
 
 
 class Candidates(NamedTuple):
@@ -76,8 +74,8 @@ class RankingPrompt:
 
     The query stands in the first block, so that documents are read with it in mind, and again in the last, which ends
     where the numbers of the best documents would follow. On a Hopper GPU the kernels want blocks of a multiple of 64
-    tokens. Positions: every document begins where the first block ends,
-    so that their order does not matter; the last block counts from `offset`. chat: as a user's message.
+    tokens. Positions: every document begins where the first block ends, so that their order does not matter; the last
+    block counts from `offset`. chat: as a user's message.
     """
 
     size: int = 192
@@ -127,8 +125,7 @@ class RankingPrompt:
         if not self.chat:
             head = tokenizer.encode(before, add_bos=tokenizer.adds_bos)
             return list(head), list(tokenizer.encode(f"{after}\n{start}"))
-        rendered = tokenizer.render_chat([{"role": "user", "content": before + MARK + after}])
-        head, tail = rendered.split(MARK)
+        head, tail = around(tokenizer, before, after)
         return list(tokenizer.encode(head)), list(tokenizer.encode(tail + start))
 
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from lcjax.data.tokenizers.base import around
 from lcjax.eval.haystack import read_text
 from lcjax.serve.engine import Generator, Request
 from lcjax.serve.source import Loaded
 
-MARK = "\u2063"  # an invisible character, where the text of a rendered chat goes
 CHARACTERS = 2_000_000
 
 
@@ -63,9 +63,8 @@ class Questions:
     def prompts(self, model: Loaded, room: int) -> Iterator[tuple[int, ...]]:
         """One prompt a text, of exactly `room` tokens."""
         tokenizer = model.tokenizer
-        asked = f"{MARK}\n\n{self.question}"
-        rendered = tokenizer.render_chat([{"role": "user", "content": asked}]) if self.chat else f"{asked}\n"
-        before, after = rendered.split(MARK)
+        asked = f"\n\n{self.question}"
+        before, after = around(tokenizer, "", asked) if self.chat else ("", f"{asked}\n")
         head = tokenizer.encode(before, add_bos=tokenizer.adds_bos and not self.chat)
         tail = tokenizer.encode(after)
         room -= len(head) + len(tail)

@@ -1,12 +1,10 @@
 """Made-up notes on where things are kept, and questions that one of them answers: ranking data of our own."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import numpy as np
-
+from lcjax.data.made import MadeTexts
 from lcjax.data.ranking import Candidates
 from lcjax.eval.words import ADJECTIVES, FILLER, NOUNS, made_up
 
@@ -37,19 +35,14 @@ class MatchingNotes:
         return _Notes(self)
 
 
-class _Notes:
-    """A `lcjax.data` corpus of `Candidates`."""
+class _Notes(MadeTexts):
+    """Of `Candidates`."""
 
     def __init__(self, source: MatchingNotes):
         self._source = source
-        self.fingerprint = hashlib.sha256(f"{source} {self[0]}".encode()).hexdigest()
+        super().__init__(source.count, str(source))
 
-    def __len__(self) -> int:
-        return self._source.count
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
+    def text(self, index: int) -> str:
         source = self._source
         rng = Random(f"{source.seed}-{source.split}-{index}")
         thing, owner = _thing(rng), made_up(rng).capitalize()
@@ -65,9 +58,6 @@ class _Notes:
         sentences = [rng.choice(FILLER) for _ in range(rng.randint(0, self._source.filler))]
         sentences.insert(rng.randint(0, len(sentences)), f"The {thing} of {owner} is kept behind the {_thing(rng)}.")
         return " ".join(sentences)
-
-    def sizes(self) -> np.ndarray:
-        return np.array([len(self[i].encode()) for i in range(len(self))], np.int64)
 
 
 def _thing(rng: Random) -> str:

@@ -1,12 +1,10 @@
 """Passkey questions with their answers as training text, in the wording of the passkey test."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import numpy as np
-
+from lcjax.data.made import MadeTexts
 from lcjax.eval.tasks.passkey import Passkey
 from lcjax.eval.words import compound
 
@@ -38,19 +36,12 @@ class PasskeyTexts:
         return _Questions(self)
 
 
-class _Questions:
-    """A `lcjax.data` corpus."""
-
+class _Questions(MadeTexts):
     def __init__(self, source: PasskeyTexts):
         self._source = source
-        self.fingerprint = hashlib.sha256(f"{source} {self[0]}".encode()).hexdigest()
+        super().__init__(source.count, str(source))
 
-    def __len__(self) -> int:
-        return self._source.count
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"text {index} of {len(self)}")
+    def text(self, index: int) -> str:
         rng = Random(f"{self._source.seed}-{index}")
         lines = rng.randint(self._source.least, self._source.most)
         draft = Passkey(depths=(rng.random(),)).draft(rng, lines, 0)
@@ -63,6 +54,3 @@ class _Questions:
         for name in rng.sample([*keys], len(keys)):
             body += [f"What is the pass key of {name}?", f"The pass key of {name} is {keys[name]}."]
         return "\n".join([*body, question, f"{draft.answer_prefix} {draft.references[0]}."])
-
-    def sizes(self) -> np.ndarray:
-        return np.array([len(self[i].encode()) for i in range(len(self))], np.int64)

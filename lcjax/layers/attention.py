@@ -81,16 +81,18 @@ class AttentionLayer(HeadProjections):
         logits = Weight((spec.num_heads,), ("heads",))
         self.sink_logits = logits.param(rngs, param_dtype) if mixer.sink_logits else None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the op takes beside arrays and mask."""
+        logits = None if self.sink_logits is None else self.sink_logits[...]
+        return {"scale": self.mixer.scale, "soft_cap": self.mixer.soft_cap, "sink_logits": logits}
+
     def mix(
         self, x: Float[Array, "B T width"], context: Context, cache: AttentionCache | None = None
     ) -> tuple[Float[Array, "B T H D"], AttentionCache | None]:
         """Softmax attention through the op, or through the cache."""
         q, k, v = self.project(x)
-        options: dict[str, Any] = {
-            "scale": self.mixer.scale,
-            "soft_cap": self.mixer.soft_cap,
-            "sink_logits": None if self.sink_logits is None else self.sink_logits[...],
-        }
+        options = self.options
         if cache is None:
             return attend(self.mixer, q, k, v, context, **options), None
         return self._attend_cached(q, k, v, context, cache, options)

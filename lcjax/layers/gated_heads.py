@@ -31,12 +31,7 @@ class GatedHeadsLayer(AttentionLayer):
 
         Only `x` and the gates, cut to [0, 1], are differentiated.
         """
-        options: dict[str, Any] = {
-            "scale": self.mixer.scale,
-            "soft_cap": self.mixer.soft_cap,
-            "sink_logits": None if self.sink_logits is None else self.sink_logits[...],
-            "segment_ids": context.segment_ids,
-        }
+        options: dict[str, Any] = self.options | {"segment_ids": context.segment_ids}
         attend = lambda q, k, v, mask: cast(Array, ops.attention(q, k, v, mask, **options))
         everything = self.mixer.mask(self.query.kernel.shape[1], self.key.kernel.shape[1])
         original = jax.lax.stop_gradient(attend(*self.rotated(reference, context), everything))

@@ -1,6 +1,5 @@
 """DuoAttention (arXiv 2410.10819): gates that tell retrieval from streaming heads, and the model that uses them."""
 
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -102,9 +101,6 @@ class Gates:
         return {layer: tuple(map(bool, row)) for layer, row in zip(self.gates, rows, strict=True)}
 
 
-_load = functools.lru_cache(maxsize=4)(Gates.load)
-
-
 @dataclass(frozen=True)
 class Duo(Method):
     """Streaming heads keep `sink` first and `window` last tokens, retrieval heads everything; no training.
@@ -127,7 +123,7 @@ class Duo(Method):
 
     def model(self, spec: ModelSpec) -> ModelSpec:
         """Raises ValueError for a plan of another model, and for layers that are not full attention."""
-        plan = _load(self.plan)
+        plan = Gates.load(self.plan)
         check_made_for(f"Duo.plan {self.plan!r}", plan, spec)
         mixers = list(spec.layers)
         for layer, keeps in plan.retrieval(self.sparsity).items():

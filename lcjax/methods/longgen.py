@@ -17,8 +17,8 @@ class LongGen(Method):
     full: how many layers stay full; None: a third of them, rounded. layers: where they lie, 'sandwich', together in
     the middle (the paper's), 'interleaved', one at the end of each of `full` equal stretches, or the full layers
     themselves, counted from 0, with `full` unset. sink, window: what the other layers read. strided: what they read
-    instead, with window None. Positions change as `Positions` says, in
-    sparse layers too. With as many full layers as the model has, this is the identity.
+    instead, with window None. Positions change as `Positions` says, in sparse layers too. With as many full layers as
+    the model has, this is the identity.
     """
 
     full: int | None = None

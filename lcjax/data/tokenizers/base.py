@@ -41,6 +41,13 @@ class Tokenizer(Protocol):
         ...
 
 
+def around(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str]:
+    """A user's message in the chat template, on both sides of the place that lies between `before` and `after`."""
+    mark = "\u2063"  # an invisible character
+    left, right = tokenizer.render_chat([{"role": "user", "content": before + mark + after}]).split(mark)
+    return left, right
+
+
 def fingerprint(**parts: Any) -> str:
     """SHA-256 of JSON-able parts, independent of key order, machine and library version."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
