@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lcjax.eval.metrics.statistics import Interval
-from lcjax.eval.outcome import Outcome, Table
-from lcjax.eval.report import difference, write_comparison
+from lcjax.eval.outcome import Outcome, Table, compare
+from lcjax.eval.report import write_comparison
 from lcjax.eval.runner import Suite
 from lcjax.serve.engine import Engine
 from lcjax.serve.source import Loaded, Pretrained
@@ -61,15 +61,10 @@ class Compare:
 
 
 def comparison(outcomes: dict[str, Outcome]) -> str:
-    """Scores of the first run and differences of the others, x 100, with 95 % intervals; * where they exclude 0."""
-    (base, first), *others = outcomes.items()
-    rows = [["task", "length", base, *(name for name, _ in others)]]
-    for cell in first.cells:
-        row = [cell.task, f"{cell.length:,}", f"{100 * cell.interval.mean:.1f}"]
-        for _, outcome in others:
-            change = difference(cell, outcome)
-            row.append("missing" if change is None else _signed(change))
-        rows.append(row)
+    """Scores of the first run and differences of the others, in %, with 95 % intervals; * where they exclude 0."""
+    rows = [["task", "tokens", *outcomes]]
+    for line in compare(outcomes):
+        rows.append([line.task, f"{line.length:,}", _score(line.base), *map(_change, line.changes)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(r, widths, strict=True)))
@@ -77,6 +72,12 @@ def comparison(outcomes: dict[str, Outcome]) -> str:
     )
 
 
-def _signed(difference: Interval) -> str:
-    mark = "*" if difference.low > 0 or difference.high < 0 else " "
-    return f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]{mark}"
+def _score(found: Interval | None) -> str:
+    return "missing" if found is None else f"{100 * found.mean:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def _change(found: Interval | None) -> str:
+    if found is None:
+        return "missing"
+    mark = "*" if found.low > 0 or found.high < 0 else " "
+    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]{mark}"

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from lcjax.cache import CacheLayout
 from lcjax.eval import runner as runner_module
 from lcjax.eval.metrics.judge import HttpJudge
 from lcjax.eval.report import effective_context
@@ -182,6 +183,16 @@ def test_shared_prefixes_change_no_answer():
     assert [answer.tokens for answer in found] == [answer.tokens for answer in wanted]
     assert shared.shared_tokens == 2 * 128
     assert shared.report.prompt_tokens + shared.shared_tokens == plain.report.prompt_tokens
+
+
+def test_a_paged_cache_shares_nothing(monkeypatch):
+    whole: list[int] = []
+    monkeypatch.setattr(Generator, "_run", lambda self, rows: iter(whole.append(len(rows)) or ()))
+    engine = Engine(batch=2, chunk=8, capacity=64, cache=CacheLayout("paged"))
+    generator = SharedPrefixGenerator(None, None, SPEC, TOKENIZER, engine)
+    answer_batch(generator, [tuple(range(30)), tuple(range(31))], [4, 4])
+    assert whole == [2]
+    assert generator.shared_tokens == 0
 
 
 def test_a_random_model_runs_a_suite_end_to_end(tmp_path):
