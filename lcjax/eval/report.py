@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from lcjax.eval.contour import effective_length, longest_passing
+from lcjax.eval.contour import effective_length, longest_passing, weighted_score
 from lcjax.eval.figures import (
     THRESHOLD,
     comparison_figure,
@@ -116,22 +116,37 @@ def score_table(outcome: Outcome) -> str:
     for task in outcome.tasks:
         cells = [outcome.find(task, n) for n in outcome.lengths]
         there = [cell for cell in cells if cell]
-        passed = f"{effective[task][0]:,.0f}" if effective[task][0] else "&ndash;"
-        last = [passed, _counts(there), f"{sum(cell.seconds for cell in there):.1f}"]
         scores = [_score_cell(cell.interval if cell else None) for cell in cells]
+        last = [_tokens(effective[task][0]), _counts(there), f"{sum(cell.seconds for cell in there):.1f}"]
         rows.append(f"<tr><td>{_text(task)}</td>{''.join(scores)}{_cells(last)}</tr>")
-    if len(outcome.tasks) > 1:
-        means = outcome.means()
-        shown = "".join(_score_cell(means.get(n)) for n in outcome.lengths)
-        last = ["", "", f"{sum(cell.seconds for cell in outcome.cells):.1f}"]
-        rows.append(f"<tr class='sum'><td>{MEAN}</td>{shown}{_cells(last)}</tr>")
+    rows.append(_mean_row(outcome))
     note = (
         "Mean score in % with its 95 % bootstrap interval (Wilson where all examples agree). Effective context: tokens "
         f"up to which the score stays at {THRESHOLD:.0%} or more, interpolated in the logarithm of the length; a dash "
         "where the shortest length is under it. Examples: at each length. Seconds: of this run; answers from disk take "
-        "none."
+        f"none.{_weighted(outcome)}"
     )
     return f"<table>{''.join(rows)}</table><p class='note'>{note}</p>"
+
+
+def _mean_row(outcome: Outcome) -> str:
+    """The mean of several tasks at each length."""
+    if len(outcome.tasks) == 1:
+        return ""
+    means = outcome.means()
+    scores = "".join(_score_cell(means.get(n)) for n in outcome.lengths)
+    effective = effective_length({n: found.mean for n, found in means.items()}, THRESHOLD)
+    last = [_tokens(effective), "", f"{sum(cell.seconds for cell in outcome.cells):.1f}"]
+    return f"<tr class='sum'><td>{MEAN}</td>{scores}{_cells(last)}</tr>"
+
+
+def _weighted(outcome: Outcome) -> str:
+    """RULER's two means over lengths."""
+    curve = {n: found.mean for n, found in outcome.means().items()}
+    if len(curve) < 2:
+        return ""
+    rising, falling = (f"{100 * weighted_score(curve, increasing=more):.1f}" for more in (True, False))
+    return f" Mean over the lengths, weighted 1, 2, 3, ... from the shortest: {rising}; from the longest: {falling}."
 
 
 def further_metrics(outcome: Outcome) -> str:
@@ -229,6 +244,10 @@ def _change_cell(change: Interval | None) -> str:
     kind = "up" if change.low > 0 else "down" if change.high < 0 else ""
     bounds = f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
     return f"<td class='{kind}'>{100 * change.mean:+.1f} <small>{bounds}</small></td>"
+
+
+def _tokens(length: float) -> str:
+    return f"{length:,.0f}" if length else "&ndash;"
 
 
 def _row(cells: Iterable[str], tag: str) -> str:

@@ -122,9 +122,12 @@ class Runner:
         began = time.perf_counter()
         for batch in batches([one for one in asked if one.key not in self._known], self._batch):
             answers, size = self._answer(batch)
-            pairs = zip(batch, answers, strict=True)
-            rows = [{**self._row(task, length, one, text), "cache_bytes": size} for one, text in pairs]
-            self._write(rows)
+            rows: list[dict[str, Any]] = []
+            try:
+                for one, text in zip(batch, answers, strict=True):
+                    rows.append({**self._row(task, length, one, text), "cache_bytes": size})
+            finally:  # what a judge has scored before it failed is not asked again
+                self._write(rows)
         seconds = time.perf_counter() - began
         rows = [self._known[one.key] for one in asked]
         return Cell(task.name, length, rows, seconds, max(one.example.metadata.get("dropped", 0) for one in asked))

@@ -123,7 +123,11 @@ def tokenizer_of(kind: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("budget", [1024, 4096, 20_000])
 @pytest.mark.parametrize(
-    "suite", ["ruler", "babilong", "giraffe", "reasoning", "copy_recall", "passkey", "helmet_offline"]
+    "suite",
+    [
+        *("ruler", "babilong", "giraffe", "reasoning", "copy_recall", "passkey", "helmet_offline"),
+        "needle_threading_short",
+    ],
 )
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "smollm2"])
 def test_budgets_are_filled_to_one_percent_or_one_unit(suite, budget, kind, tmp_path_factory):

@@ -4,9 +4,11 @@ import itertools
 import json
 import os
 import re
+import sys
 from os.path import commonpath
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 
@@ -421,6 +423,20 @@ def test_rows_name_what_is_wrong(tmp_path):
         read_rows(str(tmp_path / "empty.jsonl"), ("a",))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_rows(str(tmp_path / "absent.jsonl"), ())
+
+
+def test_rows_come_from_named_sets_of_the_internet(tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "set.jsonl", [{"a": 1}])
+    asked = []
+    hub = SimpleNamespace(hf_hub_download=lambda *names, **kind: asked.append((*names, kind)) or file)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert read_rows("hf:org/name/folder/set.jsonl", ("a",)) == [{"a": 1}]
+    assert asked == [("org/name", "folder/set.jsonl", {"repo_type": "dataset"})]
+    sets = SimpleNamespace(data_source=lambda name, split: [{"name": name.encode(), "split": split}])
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", sets)
+    assert read_rows("tfds:squad/v1:train", ("name",)) == [{"name": "squad/v1", "split": "train"}]
+    with pytest.raises(RowError, match=r"tfds:squad, row 1: the field 'question' is missing"):
+        read_rows("tfds:squad", ("question",))
 
 
 def test_plants_are_copies_at_their_depth(tmp_path):

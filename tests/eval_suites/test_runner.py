@@ -9,12 +9,12 @@ import pytest
 
 from lcjax.cache import CacheLayout
 from lcjax.eval import runner as runner_module
-from lcjax.eval.metrics.judge import HttpJudge
+from lcjax.eval.metrics.judge import HttpJudge, LocalJudge
 from lcjax.eval.report import effective_context
 from lcjax.eval.runner import Runner, Suite, batches
 from lcjax.eval.shared_prefix import SharedPrefixGenerator, answer_batch, common_prefix
 from lcjax.eval.tasks.custom import JsonTask
-from lcjax.eval.tasks.longwriter import LongWrite
+from lcjax.eval.tasks.longwriter import DIMENSIONS, LongWrite
 from lcjax.eval.tasks.needle_threading import MultiNeedle, SingleNeedle
 from lcjax.eval.tasks.needles import NiahSingle1, NiahSingle2
 from lcjax.eval.tasks.reasoning import reasoning
@@ -140,6 +140,21 @@ def test_what_cannot_run_is_named_and_the_rest_goes_on(scripted, silent, tmp_pat
     assert "gave no answer in 0.2 s; raise `timeout`" in reasons["longbench_write", 1500]
     assert "context is 4096 tokens, under the budget of 5000" in reasons["niah_single_2", 5000]
     assert "Missing" in (tmp_path / "suite.html").read_text()
+    assert len(json.loads((tmp_path / "suite_summary.json").read_text())["missing"]) == len(outcome.missing) == 14
+
+
+def test_what_was_judged_before_the_judge_failed_is_kept(scripted, tmp_path):
+    scripted.answer = staticmethod(lambda prompt: "some words")
+    replies = (
+        [json.dumps(dict.fromkeys(DIMENSIONS, 5))] * 3 + ["no"] * 5 + [json.dumps(dict.fromkeys(DIMENSIONS, 1))] * 5
+    )
+    task = LongWrite(lengths=(50,), judge=LocalJudge(lambda prompt: replies.pop(0)))
+    suite = Suite(tasks=task, lengths=(1500,), engine=ENGINE)
+    (missing,) = suite.outcome(NO_WEIGHTS, tmp_path).missing
+    assert "gave no readable scores" in missing[2]
+    (cell,) = suite.outcome(NO_WEIGHTS, tmp_path).cells
+    assert sorted(cell.scores["quality_score"]) == [0.0] * 5 + [1.0] * 3
+    assert not replies
 
 
 def test_documents_that_are_left_out_are_counted(scripted, tmp_path):

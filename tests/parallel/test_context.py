@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from lcjax.models.documents import DocumentBlocks
+from lcjax.models.groups import ShiftedGroups
 from lcjax.parallel import ops
 from lcjax.parallel.layout import attention_exchange
 from lcjax.parallel.mesh import make_mesh
@@ -29,6 +31,8 @@ MASKS = {
     "per head": per_head(
         [Causal() & (Sink(2) | Window(5)), Causal() & (Window(12) | Stride(block=4, every=4))], (0, 1, 1, 0)
     ),
+    "documents": DocumentBlocks(8, 6).mask(4, 2),
+    "shifted groups": ShiftedGroups(12, LENGTH, (False, True)).mask(4, 2),  # they begin within shards
 }
 
 
@@ -100,7 +104,13 @@ def test_full_attention(exchange, degree, packed):
 
 @pytest.mark.parametrize(
     ("name", "degree", "packed"),
-    [("sink and window", 4, True), ("sink and strided blocks", 8, False), ("expiring blocks", 4, True)]
+    [
+        ("sink and window", 4, True),
+        ("sink and strided blocks", 8, False),
+        ("expiring blocks", 4, True),
+        ("documents", 4, True),
+        ("shifted groups", 4, False),
+    ]
     + [
         pytest.param(name, degree, packed, marks=pytest.mark.slow)
         for name in MASKS
