@@ -1,12 +1,13 @@
 """One suite, several models or engines, one table of differences."""
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lcjax.eval.metrics.statistics import Interval
 from lcjax.eval.outcome import Outcome, Table, compare
 from lcjax.eval.report import write_comparison
-from lcjax.eval.runner import Suite
+from lcjax.eval.runner import Suite, flatten
 from lcjax.serve.engine import Engine
 from lcjax.serve.source import Loaded, Pretrained
 
@@ -28,8 +29,8 @@ class Variant:
 class Compare:
     """Runs `suite` with the model of the evaluation (named `base`) and with each of `others`.
 
-    Each run has its own folder. A tokenizer of its own makes other prompts: then the differences are not paired by the
-    same text, only by the same question.
+    Each run has its own folder; one whose model cannot be read is missing from the comparison. A tokenizer of its own
+    makes other prompts: then the differences are not paired by the same text, only by the same question.
     """
 
     suite: Suite
@@ -46,13 +47,24 @@ class Compare:
         outcomes = {self.base: self._one(model, self.suite, output / self.base)}
         for variant in self.others:
             suite = self.suite if variant.engine is None else replace(self.suite, engine=variant.engine)
-            loaded = model if variant.model is None else variant.model.load()
-            outcomes[variant.name] = self._one(loaded, suite, output / variant.name)
+            try:
+                loaded = model if variant.model is None else variant.model.load()
+            except (ValueError, OSError) as reason:
+                print(f"{variant.name}: missing: {reason}", flush=True)
+                outcomes[variant.name] = self._nothing(variant, str(reason))
+            else:
+                outcomes[variant.name] = self._one(loaded, suite, output / variant.name)
         text = comparison(outcomes)
         (output / f"{self.suite.name}_comparison.txt").write_text(text + "\n", encoding="utf-8")
         print(text, flush=True)
         write_comparison(output, outcomes)
         return {f"{name}/{task}": table for name, out in outcomes.items() for task, table in out.tables().items()}
+
+    def _nothing(self, variant: Variant, reason: str) -> Outcome:
+        """What a run comes to whose model cannot be read."""
+        cells = itertools.product(self.suite.lengths, flatten(self.suite.tasks))
+        missing = [(task.name, length, reason) for length, task in cells]
+        return Outcome(self.suite.name, variant.model.source if variant.model else "", missing=missing)
 
     @staticmethod
     def _one(model: Loaded, suite: Suite, folder: Path) -> Outcome:

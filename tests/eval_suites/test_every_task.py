@@ -55,7 +55,8 @@ FROM_DATA: dict[str, Callable[[Path], list[Any]]] = {
     "helmet_cite": lambda f: [helmet.Cite(source=fixtures.cite(f / "cite.jsonl"), num_examples=2)],
     "helmet_icl": lambda f: [helmet.ManyShot(source=fixtures.shots(f / "shots.jsonl"), num_examples=2)],
     "helmet_longqa": lambda f: [
-        helmet_documents.LongQa(source=fixtures.long_qa(f / "qa.jsonl"), judge=judge) for judge in (None, JUDGE)
+        *(helmet_documents.LongQa(source=fixtures.long_qa(f / "qa.jsonl"), judge=judge) for judge in (None, JUDGE)),
+        helmet_documents.LongChoice(source=fixtures.long_choice(f / "choice.jsonl")),
     ],
     "helmet_summ": lambda f: [
         helmet_documents.Summary(source=fixtures.summaries(f / "summ.jsonl"), judge=judge) for judge in (None, JUDGE)

@@ -9,6 +9,7 @@ import pytest
 
 from lcjax.cache import CacheLayout
 from lcjax.eval import runner as runner_module
+from lcjax.eval.compare import Compare, Variant
 from lcjax.eval.metrics.judge import HttpJudge, LocalJudge
 from lcjax.eval.report import effective_context
 from lcjax.eval.runner import Runner, Suite, batches
@@ -22,7 +23,7 @@ from lcjax.models.recurrent import GatedLinear
 from lcjax.models.spec import Attention
 from lcjax.serve.engine import Completion, Engine, Generator
 from lcjax.serve.report import Report
-from lcjax.serve.source import Loaded, random_model
+from lcjax.serve.source import Loaded, Pretrained, random_model
 from tests.eval_suites.tokens import write_rows
 from tests.serve.toy import SPEC, TOKENIZER
 
@@ -231,6 +232,23 @@ def test_contours_show_where_the_score_falls(scripted, tmp_path):
     effective, passing = effective_context(outcome)["multi_needle_2"]
     assert 1500 < effective < 3000
     assert passing == 1500
+
+
+def test_a_comparison_goes_on_without_a_model_that_cannot_be_read(scripted, tmp_path):
+    tasks = [NiahSingle1(num_examples=3), NiahSingle2(num_examples=3)]
+    scripted.answer = staticmethod(ideal_answers(tasks, (1500,)).__getitem__)
+    others = (
+        Variant("int8", engine=replace(ENGINE, cache=CacheLayout(dtype="int8"))),
+        Variant("gone", model=Pretrained(str(tmp_path / "gone"))),
+    )
+    tables = Compare(Suite(tasks=tasks, lengths=(1500,), engine=ENGINE), others).run(NO_WEIGHTS, tmp_path)
+    assert tables["base/niah_single_1"] == tables["int8/niah_single_1"] == {"1500": 1.0}
+    text = (tmp_path / "suite_comparison.txt").read_text()
+    assert "mean of tasks" in text
+    assert text.count("+0.0 [+0.0, +0.0]") == text.count("missing") == 3
+    page = (tmp_path / "suite_comparison.html").read_text()
+    assert "gone: niah_single_2 at 1,500: " in page
+    assert "dense int8 cache" in page
 
 
 def test_groups_share_a_batch():
