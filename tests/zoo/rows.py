@@ -35,6 +35,12 @@ class Row:
         return any(isinstance(m, Attention) and m.rope and m.rope.follows_length for m in self.spec.pattern)
 
     @property
+    def turns_otherwise(self) -> bool:
+        """It differs from full attention in its frequencies alone: the parameters and their programs are the same."""
+        plain = all(isinstance(m, Attention) and m == Attention(rope=m.rope) for m in self.spec.pattern)
+        return plain and dataclasses.replace(self.spec, pattern=FULL.pattern) == FULL and self.spec != FULL
+
+    @property
     def counts_in_rows(self) -> bool:
         """What a token sees depends on its place in the row: a document behind another one differs by design."""
         return any(isinstance(m, Attention) and isinstance(m.pattern, Strided) for m in self.spec.pattern)
@@ -102,3 +108,6 @@ ROWS = {
         )
     ),
 }
+
+# Rows that only sweep numbers: CI keeps one that shares each one's code, the slow tests run all.
+SWEPT = {"window": "sink_window", "linear_rope": "yarn", "llama3": "yarn", "proportional": "yarn"}
