@@ -55,7 +55,8 @@ FROM_DATA: dict[str, Callable[[Path], list[Any]]] = {
     "helmet_cite": lambda f: [helmet.Cite(source=fixtures.cite(f / "cite.jsonl"), num_examples=2)],
     "helmet_icl": lambda f: [helmet.ManyShot(source=fixtures.shots(f / "shots.jsonl"), num_examples=2)],
     "helmet_longqa": lambda f: [
-        helmet_documents.LongQa(source=fixtures.long_qa(f / "qa.jsonl"), judge=judge) for judge in (None, JUDGE)
+        *(helmet_documents.LongQa(source=fixtures.long_qa(f / "qa.jsonl"), judge=judge) for judge in (None, JUDGE)),
+        helmet_documents.LongChoice(source=fixtures.long_choice(f / "choice.jsonl")),
     ],
     "helmet_summ": lambda f: [
         helmet_documents.Summary(source=fixtures.summaries(f / "summ.jsonl"), judge=judge) for judge in (None, JUDGE)
@@ -123,7 +124,11 @@ def tokenizer_of(kind: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("budget", [1024, 4096, 20_000])
 @pytest.mark.parametrize(
-    "suite", ["ruler", "babilong", "giraffe", "reasoning", "copy_recall", "passkey", "helmet_offline"]
+    "suite",
+    [
+        *("ruler", "babilong", "giraffe", "reasoning", "copy_recall", "passkey", "helmet_offline"),
+        "needle_threading_short",
+    ],
 )
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "smollm2"])
 def test_budgets_are_filled_to_one_percent_or_one_unit(suite, budget, kind, tmp_path_factory):
