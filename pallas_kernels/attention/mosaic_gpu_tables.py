@@ -190,29 +190,13 @@ def row_table(
     `plan` counts columns in units. Positions of row r of batch b are `offset[b] + r`. The runs of a plan that has but
     `one` a row are visited as windows are.
     """
-    packed_sinks = segs is not None and segs.places is not None
-    fixed = plan.without_sinks() if packed_sinks else plan
     count = cdiv(rows, ROW_TILE)
     off, length = offset[:, None, None], kv_length[:, None, None]
     first = off + ROW_TILE * jnp.arange(count, dtype=jnp.int32)
     last = off + jnp.minimum(ROW_TILE * jnp.arange(1, count + 1, dtype=jnp.int32), rows) - 1
-    pattern = jnp.arange(plan.num_patterns, dtype=jnp.int32)[None, :, None]
     shape = (offset.shape[0], plan.num_patterns, count)
-    runs = None
-    if one is None:
-        runs = fixed.row_runs(max(rows, keys) + rows, keys, ROW_TILE, UNIT)
-        found = runs.run(pattern, first, last)
-    else:
-        found = _single(one, first, last)
-    sinks, low, listed, begin, width = (jnp.broadcast_to(x, shape) for x in found)
-    stop = jnp.minimum(begin + width, (length + UNIT - 1) // UNIT)
-    sinks = jnp.minimum(sinks, (length + UNIT - 1) // UNIT)
-    sink_begin = jnp.zeros(shape, jnp.int32)
-    if segs is not None:
-        meet = _meet(segs.query_range, segs.key_range, ROW_TILE // UNIT)[:, None]
-        sink_begin, sinks, begin, stop = _cut_to_segments(plan, segs, meet, last, length, (sinks, begin, stop))
-        nearest, farthest = _ends(meet)
-        low, listed = _cut_list(runs, pattern, (low, listed), jnp.maximum(nearest, sinks), jnp.minimum(farthest, begin))
+    visits, lists = _visits(plan, keys, (first, last), max(rows, keys) + rows, length, segs, one)
+    sink_begin, sinks, low, listed, begin, stop = visits
     per = tile_k // UNIT
     steps = lambda units: (jnp.maximum(units, 0) + per - 1) // per
     sink, window = (jnp.broadcast_to(jnp.asarray(x)[:, None], shape) for x in (plan.sink, plan.window))
@@ -246,7 +230,50 @@ def row_table(
         INNER: inner,
         INNER_STEPS: inner_steps,
     }
-    return _stack(fields, shape), _plan_lists(fixed, runs, keys)
+    return _stack(fields, shape), lists
+
+
+class Visits(NamedTuple):
+    """Key units of each row tile, int32 [B,P,nQ]: sinks, `listed` entries of the plan's list from `low` on, window."""
+
+    sink_begin: Array
+    sink_stop: Array
+    low: Array
+    listed: Array
+    begin: Array
+    stop: Array
+
+
+def _visits(
+    plan: Plan,
+    keys: int,
+    positions: tuple[Array, Array],
+    end: int,
+    length: Array,
+    segs: Segments | None,
+    one: OneRun | None,
+) -> tuple[Visits, Lists | None]:
+    """What tiles of rows with these first and last `positions`, all below `end`, visit of keys below `length`."""
+    first, last = positions
+    plain = plan if segs is None or segs.places is None else plan.without_sinks()
+    pattern = jnp.arange(plan.num_patterns, dtype=jnp.int32)[None, :, None]
+    runs = None
+    if one is None:
+        runs = plain.row_runs(end, keys, ROW_TILE, UNIT)
+        found = runs.run(pattern, first, last)
+    else:
+        found = _single(one, first, last)
+    shape = (first.shape[0], plan.num_patterns, first.shape[-1])
+    sinks, low, listed, begin, width = (jnp.broadcast_to(x, shape) for x in found)
+    stop = jnp.minimum(begin + width, (length + UNIT - 1) // UNIT)
+    sinks = jnp.minimum(sinks, (length + UNIT - 1) // UNIT)
+    sink_begin = jnp.zeros(shape, jnp.int32)
+    if segs is not None:
+        meet = _meet(segs.query_range, segs.key_range, ROW_TILE // UNIT)[:, None]
+        sink_begin, sinks, begin, stop = _cut_to_segments(plan, segs, meet, last, length, (sinks, begin, stop))
+        nearest, farthest = _ends(meet)
+        low, listed = _cut_list(runs, pattern, (low, listed), jnp.maximum(nearest, sinks), jnp.minimum(farthest, begin))
+    return Visits(sink_begin, sinks, low, listed, begin, stop), _plan_lists(plain, runs, keys)
 
 
 def _single(one: OneRun, first: Array, last: Array) -> tuple[Array | int, ...]:
