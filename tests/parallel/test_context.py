@@ -88,7 +88,7 @@ def context(degree, **others):
 
 @pytest.mark.parametrize(
     ("exchange", "degree", "packed"),
-    [("ring", 4, True), ("gather", 4, True), ("heads", 4, True), ("ring", 2, False)]
+    [("ring", 4, True), ("gather", 4, True), ("heads", 4, True)]
     + [
         pytest.param(exchange, degree, packed, marks=pytest.mark.slow)
         for exchange in ("ring", "gather", "heads")

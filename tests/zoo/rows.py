@@ -12,7 +12,6 @@ SIZES = {
     "vocab_size": 61,
     "width": 24,
     "mlp_width": 32,
-    "num_layers": 2,
     "num_heads": 6,
     "num_kv_heads": 2,
     "head_dim": 8,
@@ -47,8 +46,8 @@ class Row:
 
 
 def model(*pattern: Mixer, **fields: object) -> ModelSpec:
-    """A two-layer decoder with these mixers."""
-    return ModelSpec(**SIZES | {"pattern": pattern} | fields)
+    """A decoder with a layer of each of these mixers."""
+    return ModelSpec(**SIZES | {"num_layers": len(pattern), "pattern": pattern} | fields)
 
 
 FULL = model(Attention())
