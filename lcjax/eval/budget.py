@@ -155,7 +155,7 @@ class Fitter:
         maximum: int | None,
         step: int,
     ) -> int:
-        """Along the chord of the bracket, else the slope, towards 0.3 % under the budget; bisection when that is slow."""
+        """Along the bracket's chord, else the slope, towards 0.3 % under the budget; bisection when that is slow."""
         target = self.budget * (1 - self.tolerance * 0.4)
         floor = low[0] + 1 if low else minimum
         ceiling = high[0] - 1 if high else maximum
