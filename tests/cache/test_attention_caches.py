@@ -80,6 +80,7 @@ MASKS = {
     "per head": per_head([Causal(), WINDOWED, Causal() & Window(5), Causal()]),
     "strided": Causal() & (Window(4) | Intervals(8, jnp.array([2**31 - 1, 20, 0, 40, 0, 0], jnp.int32))),
 }
+slow = partial(pytest.param, marks=pytest.mark.slow)
 each_cache = pytest.mark.parametrize("name", CACHES)
 
 
@@ -136,7 +137,7 @@ def test_masks(qkv, name, mask):
     check(got, expected(name, qkv, MASKS[mask]))
 
 
-@pytest.mark.parametrize("name", ["dense", "ring", "paged int8", "strided", "grouped"])
+@pytest.mark.parametrize("name", [slow("dense"), slow("ring"), "paged int8", "strided", "grouped"])
 def test_soft_cap_and_sink_logits(qkv, name):
     init, mask = CACHES[name]
     options = {"soft_cap": 2.0, "sink_logits": jnp.array([0.5, -1.0, 2.0, 0.0])}
@@ -298,9 +299,9 @@ def test_lse_only_on_request(qkv):
 
 @pytest.mark.parametrize("init", [dense, paged])
 def test_low_precision_cache_under_full_precision_queries(qkv, init):
-    _, o, lse = run(init(jnp.bfloat16), Causal(), qkv, (16, 16, 1, 3, 12))
+    _, o, lse = run(init(jnp.bfloat16), Causal(), qkv, (16, 16, 1))
     assert (o.dtype, lse.dtype) == (jnp.float32, jnp.float32)
-    np.testing.assert_allclose(o, expected("dense", qkv, Causal())[0], atol=3e-2)
+    np.testing.assert_allclose(o, expected("dense", qkv, Causal())[0][:, :33], atol=3e-2)
 
 
 @pytest.mark.parametrize("init", [dense, paged])
