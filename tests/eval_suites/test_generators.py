@@ -459,7 +459,8 @@ def test_rows_come_from_named_sets_of_the_internet(tmp_path, monkeypatch):
 
 def test_plants_are_copies_at_their_depth(tmp_path):
     (tmp_path / "a.txt").write_text("alpha " * 3000)
-    (tmp_path / "b.txt").write_text("".join(f"beta{i} " for i in range(3000)))
+    paragraphs = [f"Paragraph {i} " + "of many words " * 9 for i in range(60)]
+    (tmp_path / "b.txt").write_text("\n \n".join(paragraphs))
     rows = plants(plain(), 1000, count=4, filler=str(tmp_path / "a.txt"), passages=str(tmp_path / "b.txt"))
     assert rows.shape == (4, 1000)
     for row in rows:
@@ -468,9 +469,14 @@ def test_plants_are_copies_at_their_depth(tmp_path):
         assert len(places) == 1
         assert places[0] == pytest.approx(0.25 * 1000, abs=40)
         assert bytes(row[places[0] - 2 : places[0]].tolist()) == b"\n\n"
+        assert bytes(passage.tolist()).startswith(b"Paragraph ")
+    assert len({bytes(row[-PASSAGE:].tolist()) for row in rows}) > 1
     assert (
         rows == plants(plain(), 1000, count=4, filler=str(tmp_path / "a.txt"), passages=str(tmp_path / "b.txt"))
     ).all()
+    (tmp_path / "a.txt").write_text("alpha ")
+    with pytest.raises(ValueError, match=r"a.txt' has 6 tokens; a passage takes 64"):
+        plants(plain(), 1000, count=1, filler=str(tmp_path / "b.txt"), passages=str(tmp_path / "a.txt"))
     with pytest.raises(BudgetError, match="copy_recall needs more than 100"):
         plants(plain(), 100, count=1, filler="python", passages="python")
 

@@ -327,7 +327,7 @@ def test_writing_reads_what_the_document_blocks_show():
     found = list(writer.logits(QUERY, NOTES, [number]))
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     text = writer.answer(QUERY, NOTES)
-    assert len(TOKENIZER.encode(text)) <= 3
+    assert 1 <= len(text) <= 3
     for text, order in ("3, 1, 3, 7", [2, 0]), ("none", []):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "answer", lambda *_, text=text: text)
