@@ -13,10 +13,10 @@ from lcjax.eval.haystack import load_haystack
 from lcjax.eval.metrics.judge import LocalJudge
 from lcjax.eval.task import Example, Task
 from lcjax.eval.tasks import giraffe, helmet, helmet_documents, leval, longbench, longwriter, mmlongbench, ruler
-from lcjax.eval.tasks.babilong import babilong
+from lcjax.eval.tasks.babilong import BabiLong, babilong
 from lcjax.eval.tasks.copy_recall import CopyRecall
 from lcjax.eval.tasks.custom import JsonTask
-from lcjax.eval.tasks.needle_threading import needle_threading
+from lcjax.eval.tasks.needle_threading import SingleThread, needle_threading
 from lcjax.eval.tasks.passkey import Passkey
 from lcjax.eval.tasks.reasoning import HaystackReasoning, reasoning
 from tests.eval_suites import fixtures
@@ -153,7 +153,8 @@ def test_budgets_are_filled_to_one_percent_or_one_unit(suite, budget, kind, tmp_
 def test_long_budgets_are_filled_in_seconds(budget, kind, tmp_path_factory):
     tokenizer = tokenizer_of(kind, tmp_path_factory.getbasetemp())
     load_haystack("python")
-    for task in [*ruler.ruler(num_examples=1), Passkey(num_examples=1)]:
+    others = giraffe.AlteredNumericQa, giraffe.Lines, SingleThread, BabiLong, HaystackReasoning, helmet.JsonKv, Passkey
+    for task in [*ruler.ruler(num_examples=1), *(kind(num_examples=1) for kind in others)]:
         began = time.process_time()
         (item,) = task.examples(tokenizer, budget, seed=0)
         seconds = time.process_time() - began
