@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +25,7 @@ from pallas_kernels.gated_linear.specs import SHAPES, Shape
 
 GATE_TOKENS = 3136  # 49 chunks: several to a unit of work, and a shorter last one
 GATE_LIMIT = {"outputs": 6e-3, "gradients": 3e-2}  # relative, bfloat16
+COLUMNS = ("shape", "implementation", "forward_ms", "both_ms", "forward_TB_per_s", "reason")
 BACKENDS = {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla"), "cpu": ("xla",)}
 
 
@@ -41,7 +42,7 @@ def inputs(shape: Shape, tokens: int | None = None) -> tuple[jax.Array | None, .
 
 
 def forward(implementation: str):
-    return jax.jit(lambda q, k, v, g: gated_linear_attention(q, k, v, g, implementation=implementation)[0])
+    return lambda q, k, v, g: gated_linear_attention(q, k, v, g, implementation=implementation)[0]
 
 
 def both(implementation: str):
@@ -49,25 +50,43 @@ def both(implementation: str):
         o, vjp = jax.vjp(lambda *x: gated_linear_attention(*x, implementation=implementation)[0], q, k, v, g)
         return o, vjp(do)
 
-    return jax.jit(run)
+    return run
 
 
-def check(shape: Shape, implementation: str) -> dict[str, float]:
-    """Errors against float32 XLA on a short row; GateError where they are too large."""
-    short = inputs(dataclasses.replace(shape, batch=1), GATE_TOKENS)
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), short)
-    o, grads = both(implementation)(*short)
-    wanted_o, wanted_grads = both("xla")(*exact)
+def short_inputs(shape: Shape) -> tuple[jax.Array | None, ...]:
+    """Of the gate: one row of `GATE_TOKENS`."""
+    return inputs(dataclasses.replace(shape, batch=1), GATE_TOKENS)
+
+
+def programs(name: str, shape: Shape, implementations: list[str]) -> dict[tuple[str, ...], tuple[Callable, Any]]:
+    """What `time_ours` runs at a shape: (function, shapes of its arguments) by what it is."""
+    large, short = jax.eval_shape(lambda: inputs(shape)), jax.eval_shape(lambda: short_inputs(shape))
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), short)
+    jobs: dict[tuple[str, ...], tuple[Callable, Any]] = {(name, "exact"): (both("xla"), wide)}
+    for one in implementations:
+        jobs |= {
+            (name, one, "gate"): (both(one), short),
+            (name, one, "forward"): (forward(one), large[:4]),
+            (name, one, "both"): (both(one), large),
+        }
+    return jobs
+
+
+def time_ours(name: str, shape: Shape, implementation: str, compiled: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Errors against float32 XLA on a short row (GateError where they are too large), then the times."""
+    exact = compiled[name, "exact"]
+    gate, run_forward, run_both = (compiled[name, implementation, part] for part in ("gate", "forward", "both"))
+    for program in (exact, gate, run_forward, run_both):
+        if isinstance(program, str):
+            raise Unsupported(program)
+    short = short_inputs(shape)
+    o, grads = gate(*short)
+    wanted_o, wanted_grads = exact(*jax.tree.map(lambda x: x.astype(jnp.float32), short))
     errors = common.gate("o", o, wanted_o, GATE_LIMIT["outputs"])
-    return errors | common.gate("d", grads, wanted_grads, GATE_LIMIT["gradients"])
-
-
-def time_ours(shape: Shape, implementation: str) -> dict[str, Any]:
-    errors = check(shape, implementation)
-    q, k, v, g, do = inputs(shape)
-    forward_ms = common.milliseconds(forward(implementation), q, k, v, g)
-    both_ms = common.milliseconds(both(implementation), q, k, v, g, do)
-    return {"forward": forward_ms, "both": both_ms, "errors": errors}
+    errors |= common.gate("d", grads, wanted_grads, GATE_LIMIT["gradients"])
+    large = inputs(shape)
+    times = {"forward": common.milliseconds(run_forward, *large[:4]), "both": common.milliseconds(run_both, *large)}
+    return times | {"errors": errors}
 
 
 def time_fla(shape: Shape) -> dict[str, Any]:
@@ -108,23 +127,28 @@ def _torch_milliseconds(run, calls: int = 10, repeats: int = 5) -> dict[str, flo
     return {"ms": float(np.median(samples)), "min_ms": min(samples), "max_ms": max(samples)}
 
 
-def measure(name: str, shape: Shape, only: list[str]) -> list[dict[str, Any]]:
-    """One row per implementation (of `only`, if any); one that declines or fails its gate is a row with the reason."""
-    runs: dict[str, Callable[[], dict[str, Any]]]
-    runs = {x: functools.partial(time_ours, shape, x) for x in BACKENDS[jax.default_backend()]}
-    if jax.default_backend() == "gpu" and all(importlib.util.find_spec(x) for x in ("torch", "triton", "fla")):
-        runs["fla"] = functools.partial(time_fla, shape)
+def measure(shapes: dict[str, Shape], only: list[str]) -> list[dict[str, Any]]:
+    """One row per shape and implementation (of `only`, if any); what declines or fails its gate gives the reason.
+
+    All programs of ours are compiled first, side by side.
+    """
+    wanted = lambda names: [name for name in names if not only or name in only]
+    ours = wanted(BACKENDS[jax.default_backend()])
+    jobs = {key: job for name, shape in shapes.items() for key, job in programs(name, shape, ours).items()}
+    compiled = common.compile_all(jobs)
+    installed = all(importlib.util.find_spec(x) for x in ("torch", "triton", "fla"))
+    rivals = wanted(["fla"] if jax.default_backend() == "gpu" and installed else [])
     rows = []
-    for implementation, run in runs.items():
-        if only and implementation not in only:
-            continue
+    for (name, shape), implementation in itertools.product(shapes.items(), [*ours, *rivals]):
         row: dict[str, Any] = {"shape": name, "implementation": implementation}
         try:
-            result = run()
+            is_rival = implementation in rivals
+            result = time_fla(shape) if is_rival else time_ours(name, shape, implementation, compiled)
             row |= result | {"forward_ms": result["forward"]["ms"], "both_ms": result["both"]["ms"]}
             row["forward_TB_per_s"] = shape.bytes_forward / row["forward_ms"] / 1e9
         except (Unsupported, common.GateError) as reason:
             row["reason"] = str(reason)
+        print(common.table([row], COLUMNS), flush=True)
         rows.append(row)
     return rows
 
@@ -134,15 +158,15 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--only", nargs="*", default=[], help="implementations: mosaic_gpu, mosaic_tpu, xla, fla")
     parser.add_argument("--tokens", type=int, help="instead of each shape's own length")
+    parser.add_argument("--commit", help="of the code, where it runs outside of its repository")
     parser.add_argument("--out", default=common.RESULTS / "linear_attention.json")
     options = parser.parse_args()
-    rows = []
-    for name in options.shapes:
-        shape = SHAPES[name]
-        shape = dataclasses.replace(shape, tokens=options.tokens) if options.tokens else shape
-        rows += measure(name, shape, options.only)
-    print(common.table(rows, ("shape", "implementation", "forward_ms", "both_ms", "forward_TB_per_s", "reason")))
-    common.write(options.out, {"environment": common.environment(), "rows": rows})
+    shapes = {name: SHAPES[name] for name in options.shapes}
+    if options.tokens:
+        shapes = {name: dataclasses.replace(shape, tokens=options.tokens) for name, shape in shapes.items()}
+    rows = measure(shapes, options.only)
+    print(common.table(rows, COLUMNS))
+    common.write(options.out, {"environment": common.environment(options.commit), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -72,7 +73,7 @@ class CrossEntropy:
 
     chunk_tokens: logits exist for about this many tokens at a time (memory: chunk_tokens * V * 4 bytes).
     implementation: 'chunked' runs anywhere; 'tokamax' is its fused kernel (no z-loss, no soft cap, one device);
-      'auto' takes the fused kernel on a GPU or TPU where it is installed and applies.
+      'auto' takes the fused kernel on a TPU where it is installed and applies.
     """
 
     z_loss: float = 0.0
@@ -137,8 +138,8 @@ class CrossEntropy:
             return "its kernel has neither z-loss nor a logit soft cap"
         if jax.device_count() > 1:
             return "its kernel runs on one device"
-        if self.implementation == "auto" and jax.default_backend() == "cpu":
-            return "on a CPU it materialises the logits"
+        if self.implementation == "auto" and jax.default_backend() != "tpu":
+            return "its kernel is for TPUs; elsewhere tokamax materialises the logits"
         return ""
 
 
@@ -218,6 +219,10 @@ def fused(
     and their log(V) taken off again.
     """
     import tokamax
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # or tokamax parses the command line of whatever program it runs in
+        flags.FLAGS(sys.argv[:1])
 
     real = weights.reshape(-1) > 0
     x = jnp.where(real[:, None], hidden.reshape(-1, hidden.shape[-1]), 0)

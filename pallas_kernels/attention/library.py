@@ -37,6 +37,7 @@ def _reason(call: Call) -> str | None:
                 (call.soft_cap is not None, "no soft cap"),
                 (call.need_lse or call.whole is not None, "its lse has no gradient"),
                 (call.q.dtype == jnp.float32, "no float32"),
+                (call.q.shape[1] % 2 or call.k.shape[1] % 2, "no odd lengths: its gradient takes none"),
                 (call.v.shape[-1] != dim or dim % 8 or dim > 128, f"head dims {dim} and {call.v.shape[-1]}"),
             )
             if refused

@@ -21,6 +21,7 @@ from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles, backward_dkv,
 from pallas_kernels.attention.mosaic_gpu_common import Inputs, Static
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles, forward
 from pallas_kernels.masks import Mask
+from pallas_kernels.one_run import OneRun, one_run
 from pallas_kernels.op import Unsupported, platform
 from pallas_kernels.plan import INF, Plan, namespace
 
@@ -46,8 +47,9 @@ def attend(
     if reason := refusal(call, interpret):
         raise Unsupported(reason)
     (_, length, heads, dim), (keys, _, dim_v) = call.q.shape, call.v.shape[1:]
-    plan = tb.in_units(call.mask.plan(heads, length, keys, tb.ROW_TILE, tb.UNIT), keys)
-    lists = "call" if call.lists is not None else "none" if _bare(plan) else "plan"
+    plan = call.mask.plan(heads, length, keys, tb.ROW_TILE, tb.UNIT)
+    one, plan = one_run(plan, keys), tb.in_units(plan, keys)
+    lists = "call" if call.lists is not None else "none" if _bare(plan) or one is not None else "plan"
     settings = Settings(
         scale=call.scale,
         soft_cap=call.soft_cap,
@@ -63,7 +65,7 @@ def attend(
     if not _every_key_is_seen(call, plan):  # masked weights are 0, and 0 x NaN is NaN
         k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v))
     q, k, v = (_padded(x, interpret, is_key) for x, is_key in ((call.q, False), (k, True), (v, True)))
-    tables = _tables(call, plan, settings, q.shape[1], k.shape[1])
+    tables = _tables(call, plan, one, settings, q.shape[1], k.shape[1])
     if call.whole is not None:
         o, lse = (
             jnp.pad(x, [(0, q.shape[1] - length if axis == n else 0) for axis in range(x.ndim)])
@@ -107,8 +109,11 @@ def _keys_per_row(plan: Plan, keys: int) -> float:
     """Mean over the rows of self-attention, of the pattern that reads most; infinite for traced numbers."""
     if namespace(plan.sink, plan.window, plan.expiry, plan.second) is jnp:
         return math.inf
-    first = np.arange(tb.cdiv(keys, tb.UNIT)) * tb.UNIT
-    rows = np.clip(np.minimum(plan.columns(keys, tb.UNIT).end, keys) - first, 0, None)
+    first, columns = np.arange(tb.cdiv(keys, tb.UNIT)) * tb.UNIT, plan.columns(keys, tb.UNIT)
+    rows = np.clip(np.minimum(columns.end, keys) - first, 0, None)
+    if columns.second is not None:
+        start, stop = columns.second[..., 0], np.minimum(columns.second[..., 1], keys)
+        rows += np.clip(stop - np.maximum(start, first), 0, None)
     return float(rows.sum(1).max()) * tb.UNIT / keys
 
 
@@ -184,14 +189,14 @@ def _padded(x: Array, interpret: bool, is_key: bool) -> Array:
     return x if want == size else jnp.pad(x, ((0, 0), (0, want - size), (0, 0), (0, 0)))
 
 
-def _tables(call: Call, plan: Plan, settings: Settings, rows: int, keys: int) -> Tables:
+def _tables(call: Call, plan: Plan, one: OneRun | None, settings: Settings, rows: int, keys: int) -> Tables:
     batch = call.q.shape[0]
     offset = jnp.broadcast_to(jnp.asarray(call.q_offset, jnp.int32), (batch,))
     length = jnp.full((batch,), call.k.shape[1], jnp.int32) if call.kv_length is None else call.kv_length
     segs = tb.segments(call, rows, keys)
     block_k = settings.forward.block_k
-    table, lists = tb.row_table(plan, rows, keys, block_k, offset, length, segs)
-    dq, _ = tb.row_table(plan, rows, keys, settings.backward.dq_block_k, offset, length, segs)
+    table, lists = tb.row_table(plan, rows, keys, block_k, offset, length, segs, one)
+    dq, _ = tb.row_table(plan, rows, keys, settings.backward.dq_block_k, offset, length, segs, one)
     dkv = tb.column_table(plan, rows, keys, settings.backward.dkv_block_q, offset, length, segs)
     columns = None
     if call.lists is not None:

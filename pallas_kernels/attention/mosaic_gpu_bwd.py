@@ -98,6 +98,7 @@ def _call(body, inputs: tuple, out_type, scratch: dict, blocks: int, s: Static):
     )(*flat)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))  # the layers of a model share one lowering
 def backward_dq(
     g: Inputs, ct: Cotangents, s: Static, tiles: BackwardTiles
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H N"]]:
@@ -218,6 +219,7 @@ def _dq_rows(g, ct, dq_g, delta_g, s: Static, tiles: BackwardTiles, m: dict, wg,
     plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def backward_dkv(
     g: Inputs, ct: Cotangents, delta: Float[Array, "B H N"], s: Static, tiles: BackwardTiles
 ) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K Dv"]]:

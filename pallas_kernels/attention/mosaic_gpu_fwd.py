@@ -51,6 +51,7 @@ class ForwardTiles:
     persistent: bool = False
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # the layers of a model share one lowering
 def forward(
     inputs: Inputs, static: Static, tiles: ForwardTiles, num_sms: int
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:

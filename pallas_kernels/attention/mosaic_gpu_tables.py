@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
+from pallas_kernels.one_run import OneRun
 from pallas_kernels.op import Unsupported
 from pallas_kernels.plan import INF, Plan
 from pallas_kernels.segments import NONE, sink_runs, sink_tiles
@@ -175,22 +176,36 @@ def _ends(meet: Bool[Array, "... M n"]) -> tuple[Array, Array]:
 
 
 def row_table(
-    plan: Plan, rows: int, keys: int, tile_k: int, offset: Array, kv_length: Array, segs: Segments | None
+    plan: Plan,
+    rows: int,
+    keys: int,
+    tile_k: int,
+    offset: Array,
+    kv_length: Array,
+    segs: Segments | None,
+    one: OneRun | None = None,
 ) -> tuple[Int[Array, "B P nQ F"], Lists | None]:
     """Forward schedule: steps of `tile_k` keys over sink and window, and the run of listed units between them.
 
-    `plan` counts columns in units. Positions of row r of batch b are `offset[b] + r`.
+    `plan` counts columns in units. Positions of row r of batch b are `offset[b] + r`. The runs of a plan that has but
+    `one` a row are visited as windows are.
     """
     packed_sinks = segs is not None and segs.places is not None
     fixed = plan.without_sinks() if packed_sinks else plan
-    runs = fixed.row_runs(max(rows, keys) + rows, keys, ROW_TILE, UNIT)
     count = cdiv(rows, ROW_TILE)
     off, length = offset[:, None, None], kv_length[:, None, None]
     first = off + ROW_TILE * jnp.arange(count, dtype=jnp.int32)
     last = off + jnp.minimum(ROW_TILE * jnp.arange(1, count + 1, dtype=jnp.int32), rows) - 1
     pattern = jnp.arange(plan.num_patterns, dtype=jnp.int32)[None, :, None]
     shape = (offset.shape[0], plan.num_patterns, count)
-    sinks, low, listed, begin, width = (jnp.broadcast_to(x, shape) for x in runs.run(pattern, first, last))
+    if one is None:
+        runs = fixed.row_runs(max(rows, keys) + rows, keys, ROW_TILE, UNIT)
+        found, packed = runs.run(pattern, first, last), runs.packed
+    else:
+        begin, stop = one.any(first, last)
+        begin, stop = begin // UNIT, (jnp.minimum(stop, last + 1) + UNIT - 1) // UNIT
+        found, packed = (0, 0, 0, begin, jnp.maximum(stop - begin, 0)), None
+    sinks, low, listed, begin, width = (jnp.broadcast_to(x, shape) for x in found)
     stop = jnp.minimum(begin + width, (length + UNIT - 1) // UNIT)
     sinks = jnp.minimum(sinks, (length + UNIT - 1) // UNIT)
     sink_begin = jnp.zeros(shape, jnp.int32)
@@ -208,6 +223,9 @@ def row_table(
         jnp.where(by_window, length, jnp.minimum(sink_stop, sink)), first + 1 if plan.causal else length
     )
     oldest = jnp.where(by_window & (window < last), last - window + 1, 0)
+    if one is not None:
+        oldest, end = one.all(first, last)
+        until = jnp.minimum(until, end)
     inner = (jnp.maximum(oldest - base, 0) + tile_k - 1) // tile_k
     inner_stop = jnp.minimum((until - base) // tile_k, jnp.where(by_window, window_steps, sink_steps))
     inner_steps = jnp.maximum(inner_stop - inner, 0) if segs is None else jnp.zeros(shape, jnp.int32)
@@ -227,9 +245,9 @@ def row_table(
         INNER_STEPS: inner_steps,
     }
     table = _stack(fields, shape)
-    if runs.packed is None:
+    if packed is None:
         return table, None
-    units, packed = cdiv(keys, UNIT), jnp.asarray(runs.packed)
+    units, packed = cdiv(keys, UNIT), jnp.asarray(packed)
     full = jnp.take_along_axis(jnp.asarray(plan.columns(keys, UNIT).full_end), jnp.minimum(packed, units - 1), axis=1)
     return table, Lists(packed, jnp.where(packed < units, full, 0), None)
 
@@ -271,7 +289,7 @@ def column_table(
     begin_2, end_2 = _run(jnp.zeros(shape, bool), least, least)
     if columns.second is not None:
         start_2, stop_2 = (local(jnp.asarray(columns.second)[None, ..., n]) for n in (0, 1))
-        begin_2, end_2 = _run(live, jnp.maximum(start_2, least) // tile_q, ceil(stop_2))
+        begin_2, end_2 = _run(live & (start_2 < stop_2), jnp.maximum(start_2, least) // tile_q, ceil(stop_2))
     if segs is not None:
         nearest, farthest = (x[:, None] for x in _ends(_meet(segs.key_range[:, :, :count], segs.query_range, 1)))
         begin_1, end_1 = _run(
@@ -280,9 +298,17 @@ def column_table(
     pair = lambda x, reduce: jnp.repeat(reduce(x.reshape(*shape[:2], -1, per), axis=-1), per, axis=-1)
     block_1, block_end_1 = pair(begin_1, jnp.min), pair(end_1, jnp.max)
     block_2, block_end_2 = jnp.maximum(pair(begin_2, jnp.min), block_end_1), pair(end_2, jnp.max)
-    inner = ceil(jnp.maximum(key + UNIT - 1 - off, 0)) if plan.causal else jnp.zeros(shape, jnp.int32)
+    oldest, newest = jnp.zeros(shape, jnp.int32), jnp.asarray(columns.full_end)[None]
+    if columns.full_second is not None:  # of two intervals only one is read without a mask
+        later = (newest <= key) & (jnp.asarray(columns.full_second)[None, ..., 1] > 0)
+        oldest, newest = (
+            jnp.where(later, x, y)
+            for x, y in zip(jnp.moveaxis(jnp.asarray(columns.full_second)[None], -1, 0), (oldest, newest), strict=True)
+        )
+    oldest = jnp.maximum(oldest, key + UNIT - 1) if plan.causal else oldest
+    inner = ceil(local(oldest))
     whole = (key + UNIT <= length) & (segs is None)
-    inner_end = jnp.where(whole, local(jnp.asarray(columns.full_end)[None]) // tile_q, 0)
+    inner_end = jnp.where(whole, local(newest) // tile_q, 0)
     fields = {
         STEPS_1: jnp.maximum(block_end_1 - block_1, 0),
         BEGIN_1: block_1,

@@ -17,6 +17,7 @@ from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles
 from pallas_kernels.attention.specs import random_lists
+from pallas_kernels.dual_chunk.masks import chunk_masks
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Causal, Full, Intervals, Mask, Segments, Sink, Stride, Window, per_head
 from pallas_kernels.op import target_platform
@@ -95,6 +96,9 @@ CASES = {
     "sink_window": Case(Causal() & (Sink(20) | Window(50)), length=200, heads=(3, 1)),
     "stride": Case(STRIDE, length=260),
     "intervals": Case(Causal() & spans(260, 64), length=260),
+    "own_chunk": Case(chunk_masks(128, 300)[0], length=300),
+    "chunk_before": Case(chunk_masks(128, 333)[1], length=333),
+    "older_chunks": Case(chunk_masks(64, 333)[2], length=333),
     "per_head": Case(per_head([Causal(), STRIDE]), length=260),
     "segments": Case(Causal() & Segments(), length=200, segments=(30, 100, 70), poison=(30, 130)),
     "packed_sinks": Case(Causal() & (Sink(20) | Window(30)), 260, segments=(70, 20, 130, 40), poison=(230, 260)),
