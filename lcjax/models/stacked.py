@@ -31,13 +31,13 @@ def stacks(spec: ModelSpec, *parts: nnx.State) -> Stacks:
     """What to stack of a model whose layers are scanned: weights that the same part of its parameters has."""
     model = nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0)))
     groups = scanned([nnx.split(block)[0] for block in model.layers])
-    found = []
+    found: list[tuple[Path, ...]] = []
     for part in parts:
-        paths = {path for path, _ in nnx.to_flat_state(part)}
+        paths = [path for path, _ in nnx.to_flat_state(part)]
         for group in groups:
-            tails = sorted(path[2:] for path in paths if path[:2] == (LAYERS, group[0]))
-            alike = [tuple((LAYERS, layer, *tail) for layer in group) for tail in tails]
-            found += [members for members in alike if paths.issuperset(members)]
+            firsts = [path for path in paths if path[:2] == (LAYERS, group[0])]
+            alike = [tuple((LAYERS, layer, *first[2:]) for layer in group) for first in firsts]
+            found += [members for members in alike if set(members) <= set(paths)]
     return tuple(found)
 
 

@@ -68,33 +68,13 @@ def angles(positions: Positions, frequencies: np.ndarray | jax.Array) -> Float[A
     return found + (p - whole) * frequencies if fractions else found
 
 
-def cos_sin(x: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """Cosine and sine of float32 angles within a few turns of 0, to 1e-7: Cephes' reduction and polynomials (Moshier).
-
-    A compiler's own take any angle. For TPUs that is so much code that these tables, which XLA computes in the loop
-    over layers again, were half of a step's compile time.
-    """
-    quarters = jnp.round(x * np.float32(2 / math.pi))
-    r = x
-    for part in (1.5703125, 4.83751296997e-4, 7.54978995489e-8):  # pi / 2; products with the first are exact
-        r = r - quarters * np.float32(part)
-    s = r * r
-    cos = 1 - s / 2 + s * s * (4.166664568298827e-2 + s * (-1.388731625493765e-3 + s * 2.443315711809948e-5))
-    sin = r + r * s * (-1.6666654611e-1 + s * (8.3321608736e-3 + s * -1.9515295891e-4))
-    n = quarters.astype(jnp.int32)
-    swapped = n & 1 == 1
-    cos, sin = jnp.where(swapped, sin, cos), jnp.where(swapped, cos, sin)
-    return jnp.where((n + 1) & 2 == 2, -cos, cos), jnp.where(n & 2 == 2, -sin, sin)
-
-
 def table_of(frequencies: Frequencies, positions: Positions) -> Table:
     """cos and sin times the attention factor, float32, of what `Rope.frequencies` gave."""
     each, factor = frequencies
     found = angles(positions, each)
     factor = jnp.asarray(factor, jnp.float32)
     factor = factor if factor.ndim == 0 else factor[:, None, None]
-    cos, sin = cos_sin(found)
-    return cos * factor, sin * factor
+    return jnp.cos(found) * factor, jnp.sin(found) * factor
 
 
 def rope_table(law: Rope, head_dim: int, positions: Positions, length: int | Int[Array, "*B"] | None = None) -> Table:

@@ -20,7 +20,6 @@ from lcjax.positions import (
     law_to_hf,
     rope_table,
 )
-from lcjax.positions.rotary import cos_sin
 
 D = 64
 ONES = (1.0,) * (D // 2)
@@ -54,15 +53,6 @@ def test_exact_to_2_24(law):
     cos, sin = jax.jit(lambda p: rope_table(law, D, p))(FAR)
     np.testing.assert_allclose(cos, np.cos(angles) * factor, atol=6e-7)
     np.testing.assert_allclose(sin, np.sin(angles) * factor, atol=6e-7)
-
-
-def test_cosine_and_sine():
-    x = np.linspace(-7, 7, 100_001).astype(np.float32)
-    cos, sin = cos_sin(jnp.asarray(x))
-    np.testing.assert_allclose(cos, np.cos(x.astype(np.float64)), atol=1.2e-7)
-    np.testing.assert_allclose(sin, np.sin(x.astype(np.float64)), atol=1.2e-7)
-    slope = jax.grad(lambda x: jnp.sum(cos_sin(x)[1]))(jnp.asarray(x))
-    np.testing.assert_allclose(slope, np.cos(x.astype(np.float64)), atol=5e-6)
 
 
 @pytest.mark.parametrize("law", SCALED[2:6:3], ids=lambda law: type(law).__name__)
