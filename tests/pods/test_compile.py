@@ -55,7 +55,7 @@ def sized(job):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("run", QUICK, ids=lambda run: run.stem)
 def test_two_layers_of_a_pod_configuration(run):
-    """Layers are scanned, so two of them move what all do; each layer has its own optimiser, whose code takes time."""
+    """Layers are scanned, so two of them move what all do."""
     job, _ = settings.load("train", [run])
     two = sized(dataclasses.replace(job, model=dataclasses.replace(job.model, num_layers=2)))
     layer = [c for c in two.traffic if c.times == 2]
