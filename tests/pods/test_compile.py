@@ -83,7 +83,7 @@ def test_decoding_of_a_small_model():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("where", ["v4:2x2x1", "v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("where", ["v4:2x2x2", "v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"])
 def test_a_whole_step_for_every_generation(where):
     """Full, windowed and linear attention over a split sequence, on eight devices of each (v5p: the runs above)."""
     job, _ = settings.load("train", QUICK)
