@@ -164,20 +164,23 @@ def _timed(run: Any, name: str, size: Sizes, who: str, backward: bool) -> dict[s
 
 
 def density(size: Sizes, implementation: str | None) -> list[dict[str, Any]]:
-    """Forward time of causal windows, one kernel for all, beside the time of all keys x share of visited tiles.
+    """Forward time of causal windows beside the time of all keys x share of visited tiles.
 
     `tiles` counts the 128 x 128 tiles that a row of tiles visits, on average.
     """
-    q, k, v, _ = size.inputs()
-    attend = lambda n, *x: ours(Causal() & Window(n), implementation or "mosaic_gpu")(*x)
-    windowed = jax.jit(attend).lower(jnp.int32(0), q, k, v).compile()
-    dense = common.milliseconds(jax.jit(ours(Causal(), implementation or "mosaic_gpu")), q, k, v)["ms"]
+    windows = [w for w in DENSITY_WINDOWS if w < size.length] + [size.length]
+    inputs = size.inputs()[:3]
+    jobs: dict[int, Any] = {n: (ours(Causal() & Window(n), implementation or "mosaic_gpu"), inputs) for n in windows}
+    compiled = common.compile_all(jobs | {0: (ours(Causal(), implementation or "mosaic_gpu"), inputs)})
+    if refused := [x for x in compiled.values() if isinstance(x, str)]:
+        raise Unsupported(refused[0])
+    dense = common.milliseconds(compiled[0], *inputs)["ms"]
     last = np.arange(-(-size.length // TILE))
     whole, pairs = (last + 1).sum(), visible_pairs(Causal(), size.length)
     rows = []
-    for window in [w for w in DENSITY_WINDOWS if w < size.length] + [size.length]:
+    for window in windows:
         visited = (last + 1 - np.maximum(last * TILE - window + 1, 0) // TILE).sum()
-        ms = common.milliseconds(windowed, jnp.int32(window), q, k, v)["ms"]
+        ms = common.milliseconds(compiled[window], *inputs)["ms"]
         rows.append(
             {
                 "length": size.length,

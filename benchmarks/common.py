@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+REST = 1.0
 FLOP_CONVENTION = (
     "forward: 4 x D x H x B x visible query-key pairs (causal counted half); backward: 2.5 x forward; recomputation,"
     " masked parts of tiles and sums over head groups are not counted"
@@ -61,11 +62,13 @@ def exclusive() -> Generator[None]:
 def milliseconds(run: Any, *args: Any, target: float = 0.15, repeats: int = 5) -> dict[str, float]:
     """Median and spread of the time of one call, each sample a batch of calls of about `target` seconds.
 
-    A jitted `run` is compiled before the device is taken.
+    A jitted `run` is compiled before the device is taken; then the chip rests for `REST` seconds, as its clock falls
+    under load and what is timed next should not pay for it.
     """
     if hasattr(run, "lower"):
         run = run.lower(*args).compile()
     with exclusive():
+        time.sleep(REST)
         jax.block_until_ready(run(*args))
         start = time.perf_counter()
         jax.block_until_ready(run(*args))

@@ -113,17 +113,17 @@ class Run:
 def gate(model: Loaded) -> None:
     """Cached decoding agrees with a full forward pass on the logits of the last token."""
     tokens = jax.random.randint(jax.random.key(0), (1, 65), 0, model.spec.vocab_size)
-    decoder = nnx.merge(model.graphdef, model.params)
 
     @jax.jit
-    def both(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def both(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        decoder = nnx.merge(model.graphdef, params)
         caches = init_caches(model.spec, 1, 256)
         _, caches = decoder.hidden(tokens[:, :64], caches=caches)
         cached, _ = decoder.hidden(tokens[:, 64:], caches=caches)
         full, _ = decoder.hidden(tokens)
         return decoder.logits(cached[:, -1]), decoder.logits(full[:, -1])
 
-    cached, full = map(np.asarray, both(tokens))
+    cached, full = map(np.asarray, both(model.params, tokens))
     error = np.abs(cached - full).max() / np.abs(full).max()
     if not error < 0.05:
         raise SystemExit(f"gate: cached decoding differs from the full pass by {error:.3g} of the largest logit")

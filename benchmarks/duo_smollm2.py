@@ -37,7 +37,7 @@ def main() -> None:
     models = {"full": base}
     for name, chosen in plans(gates).items():
         path = args.output / f"{name}.json"
-        Gates.made(base.spec, chosen).save(path)
+        Gates.made(base.spec, base.params, chosen).save(path)
         spec = Duo(str(path), SPARSITY, SINK, WINDOW).model(base.spec)
         models[name] = base._replace(graphdef=abstract(spec)[0], spec=spec)
     found = {name: measured(name, model, args) for name, model in models.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 
 import torch
 from torch.nn.attention.flex_attention import (
@@ -25,6 +26,8 @@ PATTERNS = {
 def milliseconds(run, repeats: int = 5, calls: int = 3) -> float:
     samples = []
     run()
+    torch.cuda.synchronize()
+    time.sleep(1.0)  # as `common.milliseconds` lets the chip rest
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -139,7 +139,7 @@ def measure(shapes: dict[str, Shape], only: list[str]) -> list[dict[str, Any]]:
     installed = all(importlib.util.find_spec(x) for x in ("torch", "triton", "fla"))
     rivals = wanted(["fla"] if jax.default_backend() == "gpu" and installed else [])
     rows = []
-    for (name, shape), implementation in itertools.product(shapes.items(), [*ours, *rivals]):
+    for implementation, (name, shape) in itertools.product([*ours, *rivals], shapes.items()):
         row: dict[str, Any] = {"shape": name, "implementation": implementation}
         try:
             is_rival = implementation in rivals

@@ -270,13 +270,13 @@ def main() -> None:
     parser.add_argument("--gate_length", type=int, default=2055)
     parser.add_argument("--gate_chunk", type=int, default=640)
     parser.add_argument("--implementation")
+    parser.add_argument("--commit", help="of the code, where it runs outside of its repository")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     args.length = args.length or {"laws": 32_768, "dual_chunk": 131_072}[args.what]
     found = {"laws": laws, "dual_chunk": dual_chunk}[args.what](args)
-    device = jax.devices()[0].device_kind
     if args.output:
-        args.output.write_text(json.dumps({**found, "device": device, "jax": jax.__version__}, indent=2) + "\n")
+        common.write(args.output, {**common.environment(args.commit), **found})
 
 
 if __name__ == "__main__":

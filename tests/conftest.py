@@ -26,7 +26,32 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci")
 
 
+# Files that take minutes, started first: the short ones that are left fill both cores to the end.
+LONG = (
+    "tests/pods/test_compile.py",
+    "tests/faults/test_processes.py",
+    "tests/zoo/test_zoo.py",
+    "tests/cache/test_attention_caches.py",
+    "tests/faults/test_resume.py",
+    "tests/kernels/test_attention_tpu_compile.py",
+    "tests/kernels/test_decode_tpu_compile.py",
+    "tests/kernels/test_gated_linear.py",
+    "tests/kernels/test_attention_xla.py",
+    "tests/kernels/test_attention_tpu.py",
+    "tests/kernels/test_decode_tpu.py",
+    "tests/kernels/test_decode.py",
+    "tests/parallel/test_context.py",
+    "tests/models/test_hf_parity.py",
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # by which xdist would start the files with many tests first
+
+
 def pytest_collection_modifyitems(items):
+    place = {name: n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(LONG)))
     if PLATFORM == "cuda":
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU: run with LCJAX_TEST_PLATFORM=cuda")

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lcjax.parallel import ops
+from pallas_kernels.checks import check_values
 from pallas_kernels.masks import Mask
 
 type Counts = Int[Array | np.ndarray, "B"]
@@ -185,13 +186,17 @@ def traced(x: Any) -> bool:
     return isinstance(x, Tracer)
 
 
-def check_room(length: Counts, tokens: Counts, capacity: int) -> None:
-    """Raise when an append passes the end; only where the numbers are known (outside jit)."""
+def reached(length: Counts, tokens: Counts | int) -> Counts:
+    """Tokens of each request after `tokens` more; known where both are."""
     if traced(length) or traced(tokens):
-        return
-    reached = int(np.max(np.asarray(length) + np.asarray(tokens)))
-    if reached > capacity:
-        raise ValueError(
-            f"cache: appending reaches {reached} tokens, but the capacity is {capacity}; "
-            "make the cache larger or the prompt shorter"
-        )
+        return jnp.asarray(length) + jnp.asarray(tokens)
+    return np.asarray(length) + np.asarray(tokens)
+
+
+def check_room(length: Counts, tokens: Counts, capacity: int) -> None:
+    """Raise when an append passes the end: at once where the numbers are known, under jit in the debug checks."""
+    message = (
+        f"cache: appending reaches {{found}} tokens, but the capacity is {capacity}; "
+        "make the cache larger or the prompt shorter"
+    )
+    check_values(lambda held: held <= capacity, message, reached(length, tokens))

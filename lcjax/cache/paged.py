@@ -25,13 +25,14 @@ from lcjax.cache.base import (
     emptied,
     known_empty,
     no_tokens,
+    reached,
     take_rows,
     through_op,
-    traced,
     written,
 )
 from lcjax.cache.encoding import decode, encode, no_factors, stored_bytes
 from lcjax.cache.few import by_op, few
+from pallas_kernels.checks import check_values
 from pallas_kernels.masks import Mask
 
 PAGE = 64
@@ -100,26 +101,36 @@ class PagedCache:
         return stored_bytes(self.k, self.v, self.k_scale, self.v_scale) + 4 * self.table.size
 
     def reserve(self, tokens: Counts | int) -> "PagedCache":
-        """Give each request the pages that its next `tokens` tokens need. Outside jit a pool too small is an error."""
-        pages, length = jnp.asarray(self.pages), jnp.asarray(self.length)
-        need = jnp.maximum(-(-(length + tokens) // self.page), pages)
+        """Give each request the pages that its next `tokens` tokens need.
+
+        Raises:
+          ValueError: the requests need more pages than their tables or the pool have (under jit: by the debug checks).
+        """
+        pages = jnp.asarray(self.pages)
+        need = jnp.maximum(-(-jnp.asarray(reached(self.length, tokens)) // self.page), pages)
         uses = self._uses()
-        if not traced(need):
-            wanted, free = int((need - pages).sum()), int((uses == 0).sum())
-            if int(need.max()) > self.table.shape[1]:
-                raise ValueError(
-                    f"paged cache: {int(need.max())} pages of {self.page} tokens pass the capacity of {self.capacity}"
-                )
-            if wanted > free:
-                raise ValueError(
-                    f"paged cache: {wanted} pages are needed and {free} of {self.pool} are free; make the pool larger "
-                    "or evict requests"
-                )
+        self._check_pages(need, (need - pages).sum(), (uses == 0).sum())
         order = jnp.argsort(uses > 0, stable=True).astype(jnp.int32)  # free pages first
         entry = jnp.arange(self.table.shape[1], dtype=jnp.int32)
         new = (entry >= pages[:, None]) & (entry < need[:, None])
         rank = jnp.cumsum(new.reshape(-1)).reshape(new.shape) - 1
         return replace(self, table=jnp.where(new, order[rank % self.pool], self.table), pages=need)
+
+    def _check_pages(self, need: Counts, wanted: Int[Array, ""], free: Int[Array, ""]) -> None:
+        """Tables wide enough for `need` pages a request, and a pool with `wanted` free pages."""
+        width = self.table.shape[1]
+        check_values(
+            lambda pages: pages <= width,
+            f"paged cache: {{found}} pages of {self.page} tokens pass the capacity of {self.capacity}",
+            need,
+        )
+        check_values(
+            lambda wanted, free: wanted <= free,
+            f"paged cache: {{found}} pages are needed and fewer of {self.pool} are free; make the pool larger or evict "
+            "requests",
+            wanted,
+            free,
+        )
 
     def _uses(self) -> Int[Array, "P"]:
         """How many requests hold each page."""
@@ -137,8 +148,9 @@ class PagedCache:
         slot = length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         entry = jnp.minimum(slot // self.page, self.table.shape[1] - 1)
         physical = jnp.take_along_axis(self.table, entry, axis=1)
-        # tokens to drop move past the end of the pool, each to a place of its own
-        keep = slot < self.capacity if valid is None else valid
+        # tokens to drop move past the end of the pool, each to a place of its own; no page of others is ever written
+        keep = slot < (jnp.asarray(self.pages) * self.page)[:, None]
+        keep = keep if valid is None else keep & valid
         physical = dropped(physical, keep, self.pool)
         at = lambda buffer: buffer.at[physical, :, slot % self.page]
         (k, k_scale), (v, v_scale) = encode(k, self.k.dtype), encode(v, self.v.dtype)
@@ -148,16 +160,15 @@ class PagedCache:
         return replace(self, **names, length=length + jnp.asarray(count), start=self.length)
 
     def _check(self, count: Counts) -> None:
-        """Room and pages for the new tokens, where the numbers are known."""
+        """Room and pages for the new tokens: at once where the numbers are known, under jit in the debug checks."""
         check_room(self.length, count, self.capacity)
-        if any(traced(x) for x in (self.length, count, self.pages)):
-            return
-        reached, pages = np.asarray(self.length) + np.asarray(count), np.asarray(self.pages)
-        for row in np.flatnonzero(reached > pages * self.page):
-            raise ValueError(
-                f"paged cache: request {row} reaches {reached[row]} tokens and has {pages[row]} pages of {self.page}; "
-                "reserve more before the append"
-            )
+        check_values(
+            lambda held, pages: held <= pages * self.page,
+            f"paged cache: a request reaches {{found}} tokens, more than its pages of {self.page} hold; "
+            "reserve more before the append",
+            reached(self.length, count),
+            self.pages,
+        )
 
     def prepare(self, q: Array) -> "PagedCache":
         """Nothing."""

@@ -104,18 +104,25 @@ class RankingPrompt:
         blocks = len(documents) if blocks is None else blocks
         if not 1 <= len(documents) <= blocks:
             raise DataError(f"ranking: {len(documents)} documents for a row of {blocks}: give one to {blocks}")
-        head, tail = self._frame(tokenizer, query)
+        head, texts, tail = self.parts(tokenizer, query, documents)
         numbers = ", ".join(str(i + 1) for i in sorted(relevant))
         answer = list(tokenizer.encode(f"{numbers}]", special=False)) if relevant else []
         row = _Row(self.size, blocks + 2)
         row.put(0, head, 0, OTHER, f"the question {query!r} with its instruction")
-        for i, text in enumerate(documents):
-            ids = tokenizer.encode(f"\nNote {i + 1}: {text}\nEnd of note {i + 1}.", special=False)
+        for i, ids in enumerate(texts):
             role = RELEVANT if i in relevant else DOCUMENT
             row.put(i + 1, ids, len(head), role, f"document {i + 1} of the query {query!r}")
         row.put(blocks + 1, [*tail, *answer[:-1]], self.offset, OTHER, f"the question {query!r} and its answer")
         row.finish(answer)
         return row.fields
+
+    def parts(
+        self, tokenizer: Tokenizer, query: str, documents: Sequence[str]
+    ) -> tuple[list[int], list[list[int]], list[int]]:
+        """Ids of the first block, of each document and of the last block, not padded; see `row`."""
+        texts = [f"\nNote {i}: {text}\nEnd of note {i}." for i, text in enumerate(documents, 1)]
+        head, tail = self._frame(tokenizer, query)
+        return head, [list(tokenizer.encode(text, special=False)) for text in texts], tail
 
     def _frame(self, tokenizer: Tokenizer, query: str) -> tuple[list[int], list[int]]:
         """Ids before and after the documents."""

@@ -127,7 +127,7 @@ class Fitter:
         for attempt in range(60):
             draft, tokens = self.measure(build(units))
             total = tokens + draft.max_new_tokens
-            if last is not None and units != last[0] and total != last[1]:
+            if last is not None and abs(units - last[0]) > 0.1 * units:  # neighbours tell little of the others
                 self._slope = max((total - last[1]) / (units - last[0]), 1e-3)
             last = (units, total)
             if total > self.budget:
@@ -155,7 +155,7 @@ class Fitter:
         maximum: int | None,
         step: int,
     ) -> int:
-        """Secant step towards 0.3 % under the budget, kept inside the bracket; bisection when the secant is slow."""
+        """Along the bracket's chord, else the slope, towards 0.3 % under the budget; bisection when that is slow."""
         target = self.budget * (1 - self.tolerance * 0.4)
         floor = low[0] + 1 if low else minimum
         ceiling = high[0] - 1 if high else maximum
@@ -163,6 +163,8 @@ class Fitter:
             return (low[0] + high[0]) // 2
         if self._slope is None:
             guess = floor + step
+        elif low and high:
+            guess = int(low[0] + (target - low[1]) * (high[0] - low[0]) / (high[1] - low[1]))
         else:
             units, total = (low[0], low[1]) if low else high or (minimum, 0)
             guess = int(units + (target - total) / self._slope)

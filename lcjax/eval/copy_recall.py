@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lcjax.cache import init_caches
 from lcjax.eval.measure import Table
+from lcjax.eval.metrics.statistics import bootstrap_interval
 from lcjax.eval.tasks.copy_recall import SCORED, plants
 from lcjax.models.decoder import abstract
 from lcjax.models.spec import Attention, ModelSpec
@@ -47,7 +48,10 @@ class CopyRecallProbe:
             raise ValueError(f"{self.name}: count, batch and chunk must be positive, lengths must name something")
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
-        """{name_nll, name_top1} by length, and the same of the model that cannot see far under name_lost_*."""
+        """{name_nll, name_top1} by length, and the same of the model that cannot see far under name_lost_*.
+
+        {name}.jsonl has every plant, and the means with their 95 % bootstrap intervals.
+        """
         forms = {"": model}
         if self.lost:
             forms["_lost"] = cut_off(model, self.lost_sink, self.lost_window)
@@ -66,9 +70,13 @@ class CopyRecallProbe:
                 for form, loaded in forms.items():
                     nll, hits = self._score(loaded, rows)
                     for kind, values in (("nll", nll), ("top1", hits)):
-                        tables.setdefault(f"{self.name}{form}_{kind}", {})[str(length)] = float(values.mean())
-                        row = {"length": length, "kind": kind, "form": form, "plants": values.mean(axis=1).tolist()}
+                        each = values.mean(axis=1).tolist()
+                        mean, low, high, _ = found = bootstrap_interval(each)
+                        table = f"{self.name}{form}_{kind}"
+                        tables.setdefault(table, {})[str(length)] = mean
+                        row = {"length": length, "kind": kind, "form": form, **found._asdict(), "plants": each}
                         file.write(json.dumps(row) + "\n")
+                        print(f"{table} at {length:,}: {mean:.3f} [{low:.3f}, {high:.3f}]", flush=True)
         return dict(tables)
 
     def _score(self, model: Loaded, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ class DuoPlan:
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
         """{name: {layer: mean gate}}."""
         gates = learned_gates(model)
-        plan = Gates.made(model.spec, gates)
+        plan = Gates.made(model.spec, model.params, gates)
         plan.save(output / "plan.json")
         print(f"{self.name}: {output / 'plan.json'}", flush=True)
         return {self.name: {str(layer): float(np.mean(mine)) for layer, mine in plan.gates.items()}}

@@ -1,18 +1,19 @@
 """Figures of suites: score by length, by depth and by number of needles, and several runs in one picture."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lcjax.eval.contour import effective_lengths
-from lcjax.eval.metrics.statistics import bootstrap_interval
-from lcjax.eval.outcome import Cell, Outcome
+from lcjax.eval.outcome import MEAN, Cell, Outcome
 
 DEPTH_BINS = 5
+WIDEST = 11.6  # inches of all panels in a row
 THRESHOLD = 0.75
 COLOURS = ("#2f6fb3", "#d9662b", "#2a9270", "#9b4d9e", "#b8992f", "#c23b4e", "#4f5d6b", "#56a8c7")
 STYLE: Any = {
@@ -30,57 +31,83 @@ STYLE: Any = {
 }
 
 
-def panels(count: int, columns: int, size: tuple[float, float], **share: Any) -> tuple[Figure, list[Any]]:
-    """A figure with `count` panels of `size` inches in at most `columns` columns; panels too many are hidden."""
-    columns = min(columns, count)
+class Panels(NamedTuple):
+    """A figure and the panels of it that are used."""
+
+    figure: Figure
+    axes: list[Any]
+    rows: int
+
+
+def panels(count: int, ticks: int, height: float) -> Panels:
+    """A figure with `count` panels of `height` inches, wide enough for `ticks` labels, that share the y axis."""
+    width = max(2.9 if count > 1 else 5.0, 0.42 * ticks + 0.8)
+    columns = min(max(1, int(WIDEST / width)), count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **share).ravel())
+    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).ravel())
     for axis in axes[count:]:
         axis.set_visible(False)
-    return figure, axes[:count]
+    return Panels(figure, axes[:count], rows)
 
 
 def score_figure(outcome: Outcome) -> Figure:
     """A panel a task: score against length with its interval, and the mean of all tasks in grey behind it."""
     with rc_context(STYLE):
         names, lengths = outcome.tasks, outcome.lengths
-        figure, axes = panels(len(names), 4, (2.9, 2.1))
-        means = outcome.means()
+        figure, axes, _ = panels(len(names), len(lengths), 1.9)
+        means = {n: 100 * found.mean for n, found in outcome.means().items()}
         for axis, name in zip(axes, names, strict=True):
             cells = [cell for n in lengths if (cell := outcome.find(name, n))]
             if len(names) > 1 and len(means) > 1:
-                axis.plot(list(means), list(means.values()), color="#b9bec6", linewidth=1.2, label="mean of tasks")
+                axis.plot(list(means), list(means.values()), color="#b9bec6", linewidth=1.2, label=MEAN)
+            if chance := cells[0].places[0].get("chance"):
+                axis.axhline(100 * chance, color="#8a8f98", linestyle=":", linewidth=1, label="chance")
             draw_scores(axis, cells, COLOURS[0])
             axis.set_title(name)
             length_axis(axis, lengths)
-            axis.set_ylim(-0.04, 1.04)
-        for axis in axes[:: min(4, len(axes))]:
-            axis.set_ylabel("score")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left")
+        label_scores(figure, axes)
         return figure
+
+
+def label_scores(figure: Figure, axes: Sequence[Any]) -> None:
+    """Names of the axes, once a figure, and one legend of all panels."""
+    axes[0].set_ylim(-4, 104)
+    axes[0].set_yticks((0, 25, 50, 75, 100))
+    figure.supxlabel("context, tokens", fontsize=9)
+    figure.supylabel("score, %", fontsize=9)
+    found = (axis.get_legend_handles_labels() for axis in axes)
+    handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside upper left", ncols=len(handles))
 
 
 def draw_scores(axis: Any, cells: Sequence[Cell], colour: str, label: str | None = None) -> None:
     """Means with their intervals as a band, or as bars where there is one length only."""
-    lengths, found = [cell.length for cell in cells], [cell.interval for cell in cells]
-    means = np.array([interval.mean for interval in found])
-    low, high = (np.array([getattr(interval, name) for interval in found]) for name in ("low", "high"))
+    lengths, found = [cell.length for cell in cells], 100 * np.array([cell.interval[:3] for cell in cells])
+    means, low, high = found.T
     if len(cells) == 1:
-        bars = np.maximum(np.stack([means - low, high - means]), 0)
-        axis.errorbar(lengths, means, yerr=bars, fmt="o", capsize=3, color=colour, label=label)
+        axis.errorbar(lengths, means, yerr=bars(means, low, high), fmt="o", capsize=3, color=colour, label=label)
         return
     axis.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
     axis.plot(lengths, means, marker="o", markersize=4, color=colour, label=label)
 
 
+def bars(means: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Lengths of error bars, [2, N]: rounding never makes one negative."""
+    return np.maximum(np.stack([means - low, high - means]), 0)
+
+
 def length_axis(axis: Any, lengths: Sequence[int]) -> None:
-    """Context lengths as a logarithmic axis with a tick at each."""
+    """Context lengths as a logarithmic axis with a tick at each that has room for its label, the longest first."""
     axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [short(n) for n in lengths])
+    shown = [lengths[-1]]
+    for n in reversed(lengths):
+        if np.log2(shown[-1] / n) > 0.1 * np.log2(1.44 * lengths[-1] / lengths[0]):
+            shown.append(n)
+    axis.set_xticks(shown, [short(n) for n in shown])
     axis.minorticks_off()
     axis.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
-    axis.set_xlabel("context, tokens")
 
 
 def short(tokens: int) -> str:
@@ -101,27 +128,27 @@ def depth_figure(outcome: Outcome) -> Figure | None:
     if not names:
         return None
     with rc_context(STYLE | {"axes.grid": False}):
-        figure, axes = panels(len(names), 4, (2.9, 2.3))
+        figure, axes, rows = panels(len(names), len(outcome.lengths), 2.0)
         image = None
         for axis, name in zip(axes, names, strict=True):
             cells = [cell for n in outcome.lengths if (cell := outcome.find(name, n))]
-            grid = np.stack([by_depth(cell) for cell in cells], axis=1)
-            image = axis.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+            grid = 100 * np.stack([by_depth(cell) for cell in cells], axis=1)
+            image = axis.imshow(grid, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
             for (row, column), value in np.ndenumerate(grid):
-                text = "" if np.isnan(value) else f"{100 * value:.0f}"
-                colour = "white" if value < 0.12 or value > 0.88 else "#1b1e23"
+                text = "" if np.isnan(value) else f"{value:.0f}"
+                colour = "white" if value < 12 or value > 88 else "#1b1e23"
                 axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+            axis.set_facecolor("#eceef1")
             axis.set_xticks(range(len(cells)), [short(cell.length) for cell in cells])
-            fifths = [f"{100 * i // DEPTH_BINS}-{100 * (i + 1) // DEPTH_BINS}%" for i in range(DEPTH_BINS)]
-            axis.set_yticks(range(DEPTH_BINS), fifths)
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
             axis.set_title(name)
-            axis.set_xlabel("context, tokens")
-        for axis in axes[:: min(4, len(axes))]:
-            axis.set_ylabel("depth")
+        fifths = [f"{100 * i // DEPTH_BINS} - {100 * (i + 1) // DEPTH_BINS} %" for i in range(DEPTH_BINS)]
+        axes[0].set_yticks(range(DEPTH_BINS), fifths)
+        figure.supxlabel("context, tokens", fontsize=9)
+        figure.supylabel("depth", fontsize=9)
         if image is not None:
-            figure.colorbar(image, ax=axes, label="score", shrink=0.8, aspect=30)
+            figure.colorbar(image, ax=axes, label="score, %", shrink=0.9 / rows, anchor=(0, 1), aspect=12)
         return figure
 
 
@@ -133,10 +160,10 @@ def by_depth(cell: Cell) -> np.ndarray:
 
 
 def contour_figures(cells: Iterable[Cell]) -> list[tuple[str, Figure]]:
-    """Effective-context contours of families of tasks that differ in the number of needles, or of hops of a thread."""
+    """Effective-context contours of families of tasks that differ in the number of needles, threads or hops."""
     families: dict[tuple[str, str], dict[int, dict[int, list[float]]]] = {}
     for cell in cells:
-        for axis in ("needles", "thread_length"):
+        for axis in ("needles", "threads", "thread_length"):
             counts = {place.get(axis) for place in cell.places}
             if len(counts) == 1 and (count := counts.pop()) is not None:
                 label = re.sub(r"_\d+(x\d+)?", "", cell.task)
@@ -155,23 +182,22 @@ def contour_figure(scores: Mapping[int, Mapping[int, float]], label: str) -> Fig
     """Score over length x count as filled contours; the line is the effective context at THRESHOLD."""
     counts = sorted(scores)
     lengths = sorted(set.intersection(*(set(curve) for curve in scores.values())))
-    grid = np.array([[scores[count][length] for length in lengths] for count in counts])
+    grid = 100 * np.array([[scores[count][length] for length in lengths] for count in counts])
     with rc_context(STYLE | {"axes.grid": False}):
-        figure, (axis,) = panels(1, 1, (6.5, 3.4))
-        filled = axis.contourf(np.log2(lengths), counts, grid, levels=np.linspace(0, 1, 11), cmap="RdYlGn")
+        figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+        axis = figure.subplots()
+        filled = axis.contourf(np.log2(lengths), counts, grid, levels=np.linspace(0, 100, 11), cmap="RdYlGn")
         effective = effective_lengths(scores, THRESHOLD)
         seen = [(np.log2(length), count) for count, length in effective.items() if length > 0]
         if seen:
-            style: dict[str, Any] = {"color": "#1b1e23", "marker": "o", "linewidth": 2}
-            axis.plot(
-                *zip(*seen, strict=True), **style, label=f"effective context (score {THRESHOLD:.0%})", clip_on=False
-            )
+            style: dict[str, Any] = {"color": "#1b1e23", "marker": "o", "linewidth": 2, "clip_on": False}
+            axis.plot(*zip(*seen, strict=True), **style, label=f"effective context ({THRESHOLD:.0%})")
             axis.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
         axis.set_xticks(np.log2(lengths), [short(n) for n in lengths])
         axis.set_yticks(counts)
         axis.set_xlabel("context, tokens")
         axis.set_ylabel(label)
-        figure.colorbar(filled, ax=axis, label="score")
+        figure.colorbar(filled, ax=axis, label="score, %")
         return figure
 
 
@@ -180,46 +206,42 @@ def comparison_figure(outcomes: Mapping[str, Outcome]) -> Figure:
     with rc_context(STYLE):
         names = list(dict.fromkeys(name for outcome in outcomes.values() for name in outcome.tasks))
         lengths = sorted({n for outcome in outcomes.values() for n in outcome.lengths})
-        figure, axes = panels(len(names), 4, (2.9, 2.1))
+        figure, axes, _ = panels(len(names), len(lengths), 1.9)
         for axis, name in zip(axes, names, strict=True):
-            for colour, (run, outcome) in zip(_colours(len(outcomes)), outcomes.items(), strict=True):
+            for colour, (run, outcome) in zip(itertools.cycle(COLOURS), outcomes.items(), strict=False):
                 cells = [cell for n in lengths if (cell := outcome.find(name, n))]
                 if cells:
                     draw_scores(axis, cells, colour, run)
             axis.set_title(name)
             length_axis(axis, lengths)
-            axis.set_ylim(-0.04, 1.04)
-        for axis in axes[:: min(4, len(axes))]:
-            axis.set_ylabel("score")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(outcomes))
+        label_scores(figure, axes)
         return figure
 
 
-def memory_figure(outcomes: Mapping[str, Outcome]) -> Figure:
-    """Mean score of a run at a length, with its interval, against the cache of one request; a line a run."""
+def memory_figure(outcomes: Mapping[str, Outcome]) -> Figure | None:
+    """Mean of tasks with its interval against the cache of one request; a line a run. None where no cache is known."""
+    curves = {}
+    for name, outcome in outcomes.items():
+        sizes = {n: max(cell.cache_bytes for cell in outcome.cells if cell.length == n) for n in outcome.lengths}
+        points = [(n, sizes[n] / 2**20, found) for n, found in outcome.means().items() if sizes[n]]
+        curves |= {name: points} if points else {}
+    if not curves:
+        return None
     with rc_context(STYLE):
-        figure, (axis,) = panels(1, 1, (6.5, 3.6))
-        for colour, (name, outcome) in zip(_colours(len(outcomes)), outcomes.items(), strict=True):
-            points = []
-            for length in outcome.lengths:
-                cells = [cell for cell in outcome.cells if cell.length == length]
-                found = bootstrap_interval([score for cell in cells for score in cell.headline])
-                points.append((max(cell.cache_bytes for cell in cells) / 2**20, found, length))
-            sizes, means = [size for size, _, _ in points], [found.mean for _, found, _ in points]
-            error = np.array([[f.mean - f.low for _, f, _ in points], [f.high - f.mean for _, f, _ in points]])
-            bars = np.maximum(error, 0)
-            axis.errorbar(sizes, means, yerr=bars, marker="o", markersize=4, capsize=3, color=colour, label=name)
-            for size, found, length in points:
+        figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+        axis = figure.subplots()
+        for colour, (name, points) in zip(itertools.cycle(COLOURS), curves.items(), strict=False):
+            sizes = [size for _, size, _ in points]
+            means, low, high = 100 * np.array([found[:3] for *_, found in points]).T
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "color": colour, "label": name}
+            axis.errorbar(sizes, means, yerr=bars(means, low, high), **style)
+            for (length, size, _), mean in zip(points, means, strict=True):
                 place: dict[str, Any] = {"textcoords": "offset points", "xytext": (5, 5)}
-                axis.annotate(short(length), (size, found.mean), **place, fontsize=7, color=colour)
+                axis.annotate(short(length), (size, mean), **place, fontsize=7, color=colour)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_ylim(-0.04, 1.04)
+        axis.set_ylim(-4, 104)
         axis.set_xlabel("cache of one request, MiB")
-        axis.set_ylabel("mean score of all examples")
+        axis.set_ylabel(f"{MEAN}, %")
         axis.legend()
         return figure
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]

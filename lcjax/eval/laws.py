@@ -109,6 +109,7 @@ class CompareLaws:
             folder = output / law.name.replace("/", "_")
             folder.mkdir(parents=True, exist_ok=True)
             found = suite.outcome(law.apply(model, max(suite.lengths)), folder)
+            together.setting = found.setting
             named = lambda task, law=law: f"{task}/{law.name}"
             together.cells += [replace(cell, task=named(cell.task)) for cell in found.cells]
             together.missing += [(named(task), length, reason) for task, length, reason in found.missing]

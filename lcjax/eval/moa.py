@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from lcjax.eval.answered import Answered, Questions
 from lcjax.eval.measure import Table
-from lcjax.methods.base import sizes_of
+from lcjax.methods.base import identity_of
 from lcjax.methods.moa import influence
 from lcjax.methods.moa.plan import Plan
 from lcjax.methods.moa.rules import Rule, SearchSpace, lost_influence
@@ -95,7 +95,7 @@ def plan_of(model: Loaded, rules: Sequence[Rule], block: int, about: dict[str, A
     """The plan that gives these rules to the model's KV heads, in the order of its layers."""
     table = np.array(rules).reshape(model.spec.num_layers, model.spec.num_kv_heads, 2)
     alphas, betas = (tuple(map(tuple, table[..., n].tolist())) for n in (0, 1))
-    return Plan(alphas, betas, block, sizes_of(model.spec), model.source, about)
+    return Plan(alphas, betas, block, identity_of(model.spec, model.params), model.source, about)
 
 
 def mean_profile(model: Loaded, rows: Answered, block: int) -> Float[np.ndarray, "L K n n"]:

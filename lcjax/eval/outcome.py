@@ -1,12 +1,15 @@
 """What a run of a suite found: scores by task and length, and what is missing."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from lcjax.eval.metrics.statistics import Interval, bootstrap_interval
+from lcjax.eval.metrics.statistics import Interval, bootstrap_interval, mean_interval, paired_difference
 
 type Table = dict[str, float]
+
+MEAN = "mean of tasks"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class Cell:
         return {name: [float(row["scores"][name]) for row in self.rows] for name in self.rows[0]["scores"]}
 
     @property
+    def ids(self) -> list[str]:
+        """Names of the examples."""
+        return [row["id"] for row in self.rows]
+
+    @property
     def headline(self) -> list[float]:
         """Scores of the first metric."""
         return next(iter(self.scores.values()))
@@ -39,8 +47,13 @@ class Cell:
         return [row["where"] for row in self.rows]
 
     @property
+    def cut(self) -> int:
+        """Examples whose document a named policy cut."""
+        return sum("truncation" in place for place in self.places)
+
+    @property
     def cache_bytes(self) -> int:
-        """Most bytes of keys, values and states of one request."""
+        """Most bytes of keys, values and states of one request; 0 where the answers came without that figure."""
         return max(row["cache_bytes"] for row in self.rows)
 
     @functools.cached_property
@@ -57,10 +70,14 @@ class Cell:
 
 @dataclass
 class Outcome:
-    """All cells of a run of a suite with a model, and what is missing from it, as (task, length, reason)."""
+    """All cells of a run of a suite with a model, and what is missing from it, as (task, length, reason).
+
+    `setting` says in words what the run was made with: device, commit, engine, seed.
+    """
 
     suite: str
     model: str = ""
+    setting: str = ""
     cells: list[Cell] = field(default_factory=list)
     missing: list[tuple[str, int, str]] = field(default_factory=list)
 
@@ -78,11 +95,11 @@ class Outcome:
         """The cell of a task at a length, None where it is missing."""
         return next((cell for cell in self.cells if (cell.task, cell.length) == (task, length)), None)
 
-    def means(self) -> dict[int, float]:
+    def means(self) -> dict[int, Interval]:
         """{length: mean of the tasks' headlines}, where no task is missing."""
         gaps = {length for _, length, _ in self.missing}
-        found = {n: [cell.interval.mean for cell in self.cells if cell.length == n] for n in self.lengths}
-        return {n: sum(values) / len(values) for n, values in found.items() if n not in gaps}
+        groups = {n: [cell.headline for cell in self.cells if cell.length == n] for n in self.lengths if n not in gaps}
+        return {n: mean_interval(scores) for n, scores in groups.items()}
 
     def tables(self) -> dict[str, Table]:
         """{task: {length: mean}}; further metrics as task.metric; the mean of several tasks as {suite}_mean."""
@@ -93,14 +110,57 @@ class Outcome:
                 tables.setdefault(name, {})[str(cell.length)] = sum(scores) / len(scores)
         means = self.means()
         if len(self.tasks) > 1 and means:
-            tables[f"{self.suite}_mean"] = {str(n): mean for n, mean in means.items()}
+            tables[f"{self.suite}_mean"] = {str(n): found.mean for n, found in means.items()}
         return tables
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able: intervals, seconds and dropped documents by task and length, and what is missing."""
+        """JSON-able: intervals, seconds, documents dropped and cut by task and length, and what is missing."""
         cells: dict[str, dict[str, Any]] = {}
         for cell in self.cells:
             facts = {**cell.interval._asdict(), "seconds": round(cell.seconds, 3), "dropped": cell.dropped}
+            facts |= {"cut": cell.cut}
             cells.setdefault(cell.task, {})[str(cell.length)] = facts
         missing = [{"task": task, "length": length, "reason": reason} for task, length, reason in self.missing]
-        return {"suite": self.suite, "model": self.model, "cells": cells, "missing": missing}
+        about = {"suite": self.suite, "model": self.model, "setting": self.setting}
+        means = {str(n): found._asdict() for n, found in self.means().items()}
+        return {**about, "cells": cells, "means": means, "missing": missing}
+
+
+class Compared(NamedTuple):
+    """One task at one length in several runs: what the first scores, and what each other run scores more.
+
+    None: missing, or asked other examples than the first run.
+    """
+
+    task: str
+    length: int
+    base: Interval | None
+    changes: list[Interval | None]
+
+
+def compare(outcomes: Mapping[str, Outcome]) -> list[Compared]:
+    """For each length every task that some run has, and then, where there are several, the mean of all of them."""
+    first, *others = outcomes.values()
+    rows = []
+    for length in sorted({n for outcome in outcomes.values() for n in outcome.lengths}):
+        tasks = list(dict.fromkeys(task for outcome in outcomes.values() for task in outcome.tasks))
+        there = [task for task in tasks if any(outcome.find(task, length) for outcome in outcomes.values())]
+        for task in there:
+            base = first.find(task, length)
+            changes = [_difference([task], length, first, other) for other in others]
+            rows.append(Compared(task, length, base.interval if base else None, changes))
+        if len(there) > 1:
+            changes = [_difference(there, length, first, other) for other in others]
+            rows.append(Compared(MEAN, length, first.means().get(length), changes))
+    return rows
+
+
+def _difference(tasks: list[str], length: int, first: Outcome, other: Outcome) -> Interval | None:
+    """What the other run scores more over the same examples of all `tasks`."""
+    pairs = []
+    for task in tasks:
+        left, right = first.find(task, length), other.find(task, length)
+        if left is None or right is None or left.ids != right.ids:
+            return None
+        pairs.append((left.headline, right.headline))
+    return paired_difference(pairs)

@@ -1,4 +1,4 @@
-"""How well a model ranks documents by attention."""
+"""How well a model ranks documents, by attention or in writing."""
 
 import json
 from collections.abc import Iterator
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-import numpy as np
-
 from lcjax.data.ranking import Candidates, RankingPrompt
 from lcjax.data.sources import Source
 from lcjax.eval.measure import Table
 from lcjax.eval.metrics.ranking import ndcg
+from lcjax.eval.metrics.statistics import bootstrap_interval
 from lcjax.serve.rank import Ranker
+from lcjax.serve.rank_writing import Writer
 from lcjax.serve.source import Loaded
 
 
@@ -20,7 +20,8 @@ from lcjax.serve.source import Loaded
 class RankDocuments:
     """nDCG@10 and how often a relevant document is first, by the number of candidates, over `count` queries.
 
-    source: a corpus of `Candidates`, with other queries than training. layer and prompt: those of training.
+    source: a corpus of `Candidates`, with other queries than training. layer and prompt: those of training. tokens: at
+    most so many are written to name the documents; 0: they are ranked by the attention of `layer`, in one pass.
     """
 
     source: Source
@@ -30,6 +31,7 @@ class RankDocuments:
     count: int = 100
     seed: int = 0
     data_dir: str = "runs/data"
+    tokens: int = 0
     name: str = "ranking"
 
     def __post_init__(self):
@@ -40,7 +42,7 @@ class RankDocuments:
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
         """{name_ndcg10, name_top1} by the number of candidates; every ranking goes into name.jsonl."""
-        ranker = Ranker(model, self.prompt, self.layer)
+        ranker = Writer(model, self.prompt, self.tokens) if self.tokens else Ranker(model, self.prompt, self.layer)
         tables: dict[str, dict[str, float]] = {f"{self.name}_ndcg10": {}, f"{self.name}_top1": {}}
         with (output / f"{self.name}.jsonl").open("w", encoding="utf-8") as file:
             for documents in self.documents:
@@ -48,10 +50,12 @@ class RankDocuments:
                 for query, texts, relevant in self._questions(documents):
                     order = ranker.rank(query, texts)
                     grades = {str(i): 1 for i in relevant}
-                    found.append((ndcg([str(i) for i in order], grades), float(order[0] in relevant)))
+                    found.append((ndcg([str(i) for i in order], grades), float(any(i in relevant for i in order[:1]))))
                     file.write(json.dumps({"query": query, "order": order, "relevant": relevant}) + "\n")
-                for name, value in zip(tables, np.mean(found, axis=0).tolist(), strict=True):
-                    tables[name][str(documents)] = value
+                for name, scores in zip(tables, zip(*found, strict=True), strict=True):
+                    mean, low, high, count = bootstrap_interval(scores)
+                    tables[name][str(documents)] = mean
+                    print(f"{name} of {documents}: {mean:.3f} [{low:.3f}, {high:.3f}], {count} queries", flush=True)
         return dict(tables)
 
     def _questions(self, documents: int) -> Iterator[tuple[str, list[str], list[int]]]:

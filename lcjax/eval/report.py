@@ -2,14 +2,13 @@
 
 import base64
 import html
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from lcjax.eval.contour import effective_length, longest_passing
+from lcjax.eval.contour import effective_length, longest_passing, weighted_score
 from lcjax.eval.figures import (
     THRESHOLD,
     comparison_figure,
@@ -19,121 +18,163 @@ from lcjax.eval.figures import (
     score_figure,
     short,
 )
-from lcjax.eval.metrics.statistics import Interval, paired_difference
-from lcjax.eval.outcome import Cell, Outcome
+from lcjax.eval.metrics.statistics import Interval, bootstrap_interval
+from lcjax.eval.outcome import MEAN, Cell, Outcome, compare
 
 DPI = 130
 _SAMPLES = 2  # wrong answers shown a task
 _LONGEST = 240  # characters of an answer shown
+_BAND = "Bands (bars): 95 % bootstrap intervals over the examples."
+_DEPTHS = (
+    "Mean score in % by the fifth of the context in which the text that is asked for lies (0 %: the start). Grey: no "
+    "example there. Tasks with wanted texts at several depths are left out."
+)
+_CONTOUR = (
+    f"Colour: mean score, interpolated between the measured points. Line: where it falls under {THRESHOLD:.0%}; counts "
+    "that are under it at the shortest length have no point."
+)
+_MEMORY = "One point a length; bars: 95 % bootstrap intervals. Cache: keys, values and states of one request."
 _STYLE = (
     ":root{--ink:#1b1e23;--soft:#5f6670;--line:#e4e6ea}"
     "body{font:15px/1.55 system-ui,sans-serif;margin:2.5rem auto;max-width:76rem;padding:0 1.5rem;color:var(--ink)}"
     "h1{margin:0 0 .2rem;font-size:1.9rem}h2{margin:2.6rem 0 .6rem;font-size:1.2rem}p{margin:.3rem 0}"
     ".lead,small,.note{color:var(--soft)}.note{font-size:.85rem;max-width:60rem}"
-    "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
-    "th{font-weight:600;color:var(--soft);border-bottom:2px solid var(--line)}"
-    "th,td{padding:.32rem .8rem;text-align:right;white-space:nowrap}td{border-bottom:1px solid var(--line)}"
+    "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}"
+    "th{font-weight:600;color:var(--soft);border-bottom:2px solid var(--line);vertical-align:bottom}"
+    "th,td{padding:.32rem .8rem;text-align:right}td{border-bottom:1px solid var(--line);white-space:nowrap}"
     "th:first-child,td:first-child{text-align:left}tr.sum td{font-weight:600;border-top:2px solid var(--line)}"
     "td small{font-size:.78em}.up{color:#14713f}.down{color:#b3261e}"
     ".bad{background:#fdf3f2;border-left:4px solid #b3261e;padding:.6rem 1rem .6rem 2rem}"
-    "img{max-width:100%}details{margin:.4rem 0;border:1px solid var(--line);border-radius:6px;padding:.4rem .9rem}"
-    "summary{cursor:pointer}dt{color:var(--soft);font-size:.85rem}dd{margin:0 0 .5rem;white-space:pre-wrap}"
+    "img{max-width:100%;height:auto}"
+    "details{margin:.4rem 0;border:1px solid var(--line);border-radius:6px;padding:.4rem .9rem}"
+    "summary{cursor:pointer}dt{color:var(--soft);font-size:.85rem}"
+    "dd{margin:0 0 .5rem;white-space:pre-wrap;overflow-wrap:anywhere}"
 )
+
+
+class Picture(NamedTuple):
+    """A figure with its heading and what a reader must know of it."""
+
+    title: str
+    figure: Figure
+    caption: str
 
 
 def write_report(output: Path, outcome: Outcome) -> None:
     """{suite}.html, and its figures once more as {suite}_{name}.png, into the folder `output`."""
-    figures = run_figures(outcome)
-    for name, (_, figure) in figures.items():
-        figure.savefig(output / f"{outcome.suite}_{name}.png", dpi=DPI)
+    pictures = run_pictures(outcome)
     parts = [f"<h1>{_text(outcome.suite)}</h1><p class='lead'>{_lead(outcome)}</p>"]
+    if outcome.setting:
+        parts.append(f"<p class='note'>{_text(outcome.setting)}</p>")
     if outcome.cells:
         parts.append(score_table(outcome))
-    parts += [_section(title, figure) for title, figure in figures.values()]
-    parts += [wrong_answers(outcome), missing_list(outcome.missing)]
+    parts += [missing_list(outcome.missing), further_metrics(outcome)]
+    parts += [_section(picture, output / f"{outcome.suite}_{name}.png") for name, picture in pictures.items()]
+    parts.append(wrong_answers(outcome))
     _write(output / f"{outcome.suite}.html", outcome.suite, parts)
 
 
 def write_comparison(output: Path, outcomes: Mapping[str, Outcome]) -> None:
     """{suite}_comparison.html with the differences to the first run, a line a run, and quality against memory."""
     suite = next(iter(outcomes.values())).suite
-    lead = ", ".join(f"<b>{_text(name)}</b> ({_text(outcome.model)})" for name, outcome in outcomes.items())
-    parts = [f"<h1>{_text(suite)}, compared</h1><p class='lead'>{lead}</p>", difference_table(outcomes)]
-    if all(outcome.cells for outcome in outcomes.values()):
-        titles = {"scores": "Score by length", "memory": "Quality against memory"}
-        for name, figure in (("scores", comparison_figure(outcomes)), ("memory", memory_figure(outcomes))):
-            figure.savefig(output / f"{suite}_comparison_{name}.png", dpi=DPI)
-            parts.append(_section(titles[name], figure))
-    parts.append(
-        missing_list(
-            (f"{name}: {task}", length, reason)
-            for name, outcome in outcomes.items()
-            for task, length, reason in outcome.missing
-        )
+    lead = "".join(
+        f"<p class='lead'><b>{_text(name)}</b>: {_lead(outcome)}</p><p class='note'>{_text(outcome.setting)}</p>"
+        for name, outcome in outcomes.items()
     )
+    missing = [
+        (f"{name}: {task}", length, reason)
+        for name, outcome in outcomes.items()
+        for task, length, reason in outcome.missing
+    ]
+    parts = [f"<h1>{_text(suite)}, compared</h1>{lead}", difference_table(outcomes), missing_list(missing)]
+    pictures = {}
+    if any(outcome.cells for outcome in outcomes.values()):
+        pictures["scores"] = Picture("Score by length", comparison_figure(outcomes), _BAND)
+        if (memory := memory_figure(outcomes)) is not None:
+            pictures["memory"] = Picture("Quality against memory", memory, _MEMORY)
+    parts += [_section(picture, output / f"{suite}_comparison_{name}.png") for name, picture in pictures.items()]
     _write(output / f"{suite}_comparison.html", f"{suite}, compared", parts)
 
 
-def run_figures(outcome: Outcome) -> dict[str, tuple[str, Figure]]:
-    """{name: (title, figure)} of what the run has to show."""
-    figures: dict[str, tuple[str, Figure]] = {}
+def run_pictures(outcome: Outcome) -> dict[str, Picture]:
+    """{name: picture} of what the run has to show."""
+    pictures: dict[str, Picture] = {}
     if outcome.cells:
-        figures["scores"] = ("Score by length", score_figure(outcome))
+        pictures["scores"] = Picture("Score by length", score_figure(outcome), _BAND)
     if (depths := depth_figure(outcome)) is not None:
-        figures["depths"] = ("Score by length and depth", depths)
+        pictures["depths"] = Picture("Score by length and depth", depths, _DEPTHS)
     for number, (title, figure) in enumerate(contour_figures(outcome.cells), 1):
-        figures[f"contour_{number}"] = (title, figure)
-    return figures
+        pictures[f"contour_{number}"] = Picture(title, figure, _CONTOUR)
+    return pictures
 
 
 def score_table(outcome: Outcome) -> str:
     """Mean and 95 % interval for each task and length, and each task's effective context."""
     effective = effective_context(outcome)
-    heads = [short(n) for n in outcome.lengths]
-    rows = [_row(["task", *heads, "effective", "examples", "seconds"], "th")]
+    heads = [f"{short(n)} tokens" for n in outcome.lengths]
+    rows = [_row(["task", *heads, "effective context", "examples", "seconds"], "th")]
     for task in outcome.tasks:
         cells = [outcome.find(task, n) for n in outcome.lengths]
         there = [cell for cell in cells if cell]
-        counts = "/".join(map(str, sorted({len(cell.rows) for cell in there})))
-        if dropped := max(cell.dropped for cell in there):
-            counts += f" <small>({dropped} left out)</small>"
-        passed = f"{effective[task][0]:,.0f}" if effective[task][0] else "&ndash;"
-        last = [passed, counts, f"{sum(cell.seconds for cell in there):.1f}"]
-        rows.append(f"<tr><td>{_text(task)}</td>{''.join(map(_score_cell, cells))}{_cells(last)}</tr>")
-    if len(outcome.tasks) > 1:
-        means = outcome.means()
-        shown = [f"{100 * means[n]:.1f}" if n in means else "&ndash;" for n in outcome.lengths]
-        total = f"{sum(cell.seconds for cell in outcome.cells):.1f}"
-        rows.append(f"<tr class='sum'>{_cells(['mean of tasks', *shown, '', '', total])}</tr>")
+        scores = [_score_cell(cell.interval if cell else None) for cell in cells]
+        last = [_tokens(effective[task][0]), _counts(there), f"{sum(cell.seconds for cell in there):.1f}"]
+        rows.append(f"<tr><td>{_text(task)}</td>{''.join(scores)}{_cells(last)}</tr>")
+    rows.append(_mean_row(outcome))
     note = (
-        "Mean x 100 with its 95 % bootstrap interval (Wilson where all examples agree). Effective: tokens up to which "
-        f"the score stays at {THRESHOLD:.0%} or more, interpolated in the logarithm of the length. Seconds: of this "
-        "run; answers from disk take none."
+        "Mean score in % with its 95 % bootstrap interval (Wilson where all examples agree). Effective context: tokens "
+        f"up to which the score stays at {THRESHOLD:.0%} or more, interpolated in the logarithm of the length; a dash "
+        "where the shortest length is under it. Examples: at each length. Seconds: of this run; answers from disk take "
+        f"none.{_weighted(outcome)}"
     )
     return f"<table>{''.join(rows)}</table><p class='note'>{note}</p>"
+
+
+def _mean_row(outcome: Outcome) -> str:
+    """The mean of several tasks at each length."""
+    if len(outcome.tasks) == 1:
+        return ""
+    means = outcome.means()
+    scores = "".join(_score_cell(means.get(n)) for n in outcome.lengths)
+    effective = effective_length({n: found.mean for n, found in means.items()}, THRESHOLD)
+    last = [_tokens(effective), "", f"{sum(cell.seconds for cell in outcome.cells):.1f}"]
+    return f"<tr class='sum'><td>{MEAN}</td>{scores}{_cells(last)}</tr>"
+
+
+def _weighted(outcome: Outcome) -> str:
+    """RULER's two means over lengths."""
+    curve = {n: found.mean for n, found in outcome.means().items()}
+    if len(curve) < 2:
+        return ""
+    rising, falling = (f"{100 * weighted_score(curve, increasing=more):.1f}" for more in (True, False))
+    return f" Mean over the lengths, weighted 1, 2, 3, ... from the shortest: {rising}; from the longest: {falling}."
+
+
+def further_metrics(outcome: Outcome) -> str:
+    """Mean and interval of every metric beside the headline."""
+    rows = []
+    for task in outcome.tasks:
+        cells = {n: cell.scores for n in outcome.lengths if (cell := outcome.find(task, n))}
+        for metric in list(next(iter(cells.values())))[1:]:
+            found = [bootstrap_interval(cells[n][metric]) if n in cells else None for n in outcome.lengths]
+            rows.append(f"<tr><td>{_text(task)}, {_text(metric)}</td>{''.join(map(_score_cell, found))}</tr>")
+    if not rows:
+        return ""
+    head = _row(["task and metric", *(f"{short(n)} tokens" for n in outcome.lengths)], "th")
+    return f"<h2>Further metrics</h2><table>{head}{''.join(rows)}</table>"
 
 
 def difference_table(outcomes: Mapping[str, Outcome]) -> str:
     """Scores of the first run and differences of the others; those whose interval excludes 0 are coloured."""
-    (base, first), *others = outcomes.items()
-    rows = [_row(["task", "context", _text(base), *(_text(name) for name, _ in others)], "th")]
-    for cell in first.cells:
-        shown = [_text(cell.task), short(cell.length)]
-        changes = [difference(cell, outcome) for _, outcome in others]
-        rows.append(f"<tr>{_cells(shown)}{_score_cell(cell)}{''.join(map(_change_cell, changes))}</tr>")
+    rows = [_row(["task", "context", *map(_text, outcomes)], "th")]
+    for line in compare(outcomes):
+        shown = _cells([_text(line.task), f"{short(line.length)} tokens"])
+        kind = " class='sum'" if line.task == MEAN else ""
+        rows.append(f"<tr{kind}>{shown}{_score_cell(line.base)}{''.join(map(_change_cell, line.changes))}</tr>")
     note = (
-        "Scores x 100; differences to the first run over the same examples with their 95 % bootstrap interval, in "
-        "colour where it excludes 0."
+        "Scores in %; differences to the first run over the same examples with their 95 % bootstrap interval, in "
+        "colour where it excludes 0. The interval has no width where all examples differ alike."
     )
     return f"<table>{''.join(rows)}</table><p class='note'>{note}</p>"
-
-
-def difference(cell: Cell, other: Outcome) -> Interval | None:
-    """What the other run scores more on the same examples, None where it has not the same ones."""
-    found = other.find(cell.task, cell.length)
-    if found is None or [row["id"] for row in found.rows] != [row["id"] for row in cell.rows]:
-        return None
-    return paired_difference(cell.headline, found.headline)
 
 
 def wrong_answers(outcome: Outcome) -> str:
@@ -167,8 +208,18 @@ def effective_context(outcome: Outcome, threshold: float = THRESHOLD) -> dict[st
 
 def _lead(outcome: Outcome) -> str:
     examples = sum(len(cell.rows) for cell in outcome.cells)
-    counts = f"{len(outcome.tasks)} tasks, {examples:,} examples, {', '.join(map(short, outcome.lengths))} tokens"
+    tasks = "1 task" if len(outcome.tasks) == 1 else f"{len(outcome.tasks)} tasks"
+    counts = f"{tasks}, {examples:,} examples of {', '.join(map(short, outcome.lengths)) or '0'} tokens"
+    counts += f", {len(outcome.missing)} missing" if outcome.missing else ""
     return f"{_text(outcome.model)}: {counts}" if outcome.model else counts
+
+
+def _counts(cells: list[Cell]) -> str:
+    """Examples at a length, and how many documents were left out or cut."""
+    text = "/".join(map(str, sorted({len(cell.rows) for cell in cells})))
+    dropped, cut = max(cell.dropped for cell in cells), max(cell.cut for cell in cells)
+    more = [f"{count} {word}" for count, word in ((dropped, "left out"), (cut, "cut")) if count]
+    return f"{text} <small>({', '.join(more)})</small>" if more else text
 
 
 def _answer(cell: Cell, row: Mapping[str, Any]) -> str:
@@ -178,13 +229,13 @@ def _answer(cell: Cell, row: Mapping[str, Any]) -> str:
     return f"<dt>{head}</dt><dd>{wanted}</dd><dt>answered</dt><dd>{said}</dd>"
 
 
-def _score_cell(cell: Cell | None) -> str:
+def _score_cell(found: Interval | None) -> str:
     """A mean with its interval on a colour from red (0) over yellow to green (1)."""
-    if cell is None:
+    if found is None:
         return "<td>&ndash;</td>"
-    mean, low, high, _ = cell.interval
-    colour = f"hsl({110 * mean:.0f} 65% 90%)"
-    return f"<td style='background:{colour}'>{100 * mean:.1f} <small>[{100 * low:.0f}, {100 * high:.0f}]</small></td>"
+    colour = f"hsl({110 * found.mean:.0f} 65% 90%)"
+    bounds = f"[{100 * found.low:.0f}, {100 * found.high:.0f}]"
+    return f"<td style='background:{colour}'>{100 * found.mean:.1f} <small>{bounds}</small></td>"
 
 
 def _change_cell(change: Interval | None) -> str:
@@ -193,6 +244,10 @@ def _change_cell(change: Interval | None) -> str:
     kind = "up" if change.low > 0 else "down" if change.high < 0 else ""
     bounds = f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
     return f"<td class='{kind}'>{100 * change.mean:+.1f} <small>{bounds}</small></td>"
+
+
+def _tokens(length: float) -> str:
+    return f"{length:,.0f}" if length else "&ndash;"
 
 
 def _row(cells: Iterable[str], tag: str) -> str:
@@ -212,11 +267,13 @@ def _clipped(text: str) -> str:
     return _text(text if len(text) <= _LONGEST else text[:_LONGEST] + " ...")
 
 
-def _section(title: str, figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<h2>{_text(title)}</h2><img alt='{_text(title)}' src='data:image/png;base64,{data}'>"
+def _section(picture: Picture, path: Path) -> str:
+    """The picture as a part of the page, and by itself at `path`."""
+    picture.figure.savefig(path, dpi=DPI)
+    data = base64.b64encode(path.read_bytes()).decode()
+    title, width = _text(picture.title), round(96 * picture.figure.get_figwidth())
+    image = f"<img alt='{title}' width='{width}' src='data:image/png;base64,{data}'>"
+    return f"<h2>{title}</h2>{image}<p class='note'>{_text(picture.caption)}</p>"
 
 
 def _write(path: Path, title: str, parts: list[str]) -> None:

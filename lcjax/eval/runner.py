@@ -18,6 +18,7 @@ from lcjax.eval.measure import Table
 from lcjax.eval.metrics.judge import JudgeError
 from lcjax.eval.outcome import Cell, Outcome
 from lcjax.eval.report import write_report
+from lcjax.eval.results import commit, describe_device
 from lcjax.eval.shared_prefix import Answers, SharedPrefixGenerator, answer_batch
 from lcjax.eval.task import Example, Task
 from lcjax.serve.engine import Engine
@@ -64,7 +65,7 @@ class Suite:
         `answers` takes the place of an engine with the model's weights, such as answers that were recorded elsewhere.
         """
         runner = Runner(model, output / f"{self.name}.jsonl", self.engine, answers)
-        outcome = Outcome(self.name, model.source)
+        outcome = Outcome(self.name, model.source, self._setting(model))
         for length in self.lengths:
             for task in flatten(self.tasks):
                 try:
@@ -76,6 +77,14 @@ class Suite:
             (output / f"{self.name}_summary.json").write_text(json.dumps(outcome.summary(), indent=2) + "\n")
             write_report(output, outcome)
         return outcome
+
+    def _setting(self, model: Loaded) -> str:
+        """What a reader needs to judge the figures, in one line."""
+        engine, code = self.engine, commit()
+        cache = engine.cache.dtype or model.spec.dtype
+        cache = f"{engine.cache.kind} {cache} cache" + (" with selected pages" if engine.cache.selection else "")
+        made = f"{describe_device()}, lcjax {f'at commit {code[:10]}' if code else 'without a commit'}"
+        return f"{made}; {model.spec.name} in {model.spec.dtype}, {cache}, batches of {engine.batch}; seed {self.seed}"
 
 
 def flatten(tasks: Any) -> Iterator[Task]:
@@ -113,9 +122,12 @@ class Runner:
         began = time.perf_counter()
         for batch in batches([one for one in asked if one.key not in self._known], self._batch):
             answers, size = self._answer(batch)
-            pairs = zip(batch, answers, strict=True)
-            rows = [{**self._row(task, length, one, text), "cache_bytes": size} for one, text in pairs]
-            self._write(rows)
+            rows: list[dict[str, Any]] = []
+            try:
+                for one, text in zip(batch, answers, strict=True):
+                    rows.append({**self._row(task, length, one, text), "cache_bytes": size})
+            finally:  # what a judge has scored before it failed is not asked again
+                self._write(rows)
         seconds = time.perf_counter() - began
         rows = [self._known[one.key] for one in asked]
         return Cell(task.name, length, rows, seconds, max(one.example.metadata.get("dropped", 0) for one in asked))

@@ -37,7 +37,8 @@ class SharedPrefixGenerator(Generator):
     """A `Generator` whose batches skip what their prompts have in common.
 
     Only whole chunks are shared, and every prompt keeps at least one token of its own, so that the programs and the
-    numbers are those of the plain engine: the chunk borders are the same.
+    numbers are those of the plain engine: the chunk borders are the same. With a paged cache nothing is shared: its
+    pool has no axis of requests along which the caches of one could be copied.
     """
 
     shared_tokens = 0  # prompt tokens that were not read again
@@ -45,7 +46,7 @@ class SharedPrefixGenerator(Generator):
     def _run(self, rows: list[Any]) -> Iterator[Any]:
         size = self._engine.chunk
         shared = min(common_prefix([row.ids for row in rows]), min(len(row.ids) for row in rows) - 1) // size * size
-        if len(rows) == 1 or shared < size:
+        if len(rows) == 1 or shared < size or self._engine.cache.kind == "paged":
             yield from super()._run(rows)
             return
         batch, capacity = self._size(rows)

@@ -4,10 +4,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from flax import nnx
+
 from lcjax.models.spec import Attention, Mixer, ModelSpec
 
 if TYPE_CHECKING:
     from lcjax.train.job import Train
+
+SAMPLED, ALIKE = 64, 0.9
 
 
 class MethodConflict(ValueError):
@@ -30,6 +35,9 @@ class Method:
     def recipe(self, job: "Train") -> "Train":
         """The training job under this method: which weights are trained, the loss, the data."""
         return job
+
+    def check(self, params: nnx.State) -> None:
+        """Raises ValueError where the method was made for other weights than `params`, a pretrained model's."""
 
 
 def adapt_model(methods: Sequence[Method], spec: ModelSpec) -> ModelSpec:
@@ -86,23 +94,48 @@ def check_unwritten(method: Method, layer: int, mixer: Mixer) -> Attention:
     return mixer
 
 
-def sizes_of(spec: ModelSpec) -> dict[str, int]:
-    """The sizes of a model that a plan for its heads belongs to."""
-    names = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    return {name: getattr(spec, name) for name in names}
+def identity_of(spec: ModelSpec, params: nnx.State) -> dict[str, Any]:
+    """What a plan for a model's heads belongs to, as JSON: the sizes, and some numbers of its embedding table."""
+    return {**_sizes(spec), "embedding": _sample(params)}
 
 
 def check_made_for(setting: str, plan: Any, spec: ModelSpec) -> None:
-    """Raise ValueError for a plan of another model; it holds the sizes `model` and the name `source` of its own.
+    """Raise ValueError for a plan of other sizes; it holds its model's identity as `model`, and its name as `source`.
 
     setting: the plan as a configuration names it.
     """
-    for name, wanted in sizes_of(spec).items():
+    for name, wanted in _sizes(spec).items():
         if plan.model.get(name) != wanted:
             raise ValueError(
                 f"{setting} was made for {plan.source!r} with {name}={plan.model.get(name)}, and {spec.name!r} has "
                 f"{name}={wanted}: make a plan for this model"
             )
+
+
+def check_weights(setting: str, plan: Any, params: nnx.State) -> None:
+    """Raise ValueError for a plan of another model of the same sizes.
+
+    Rounding, to 4 bits too, and further training keep the numbers of the embedding table alike; those of two models
+    that were trained apart are not correlated.
+    """
+    held, found = (np.array(numbers, np.float64) for numbers in (plan.model.get("embedding", ()), _sample(params)))
+    if held.shape != found.shape or held @ found < ALIKE * np.linalg.norm(held) * np.linalg.norm(found):
+        raise ValueError(
+            f"{setting} was made for {plan.source!r}, and this model has the same sizes but other weights: make a plan "
+            "for this model"
+        )
+
+
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    names = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    return {name: getattr(spec, name) for name in names}
+
+
+def _sample(params: nnx.State) -> list[float]:
+    """Numbers from even distances in the embedding table."""
+    table: Any = params["embed"]["table"][...]
+    places = np.unravel_index(np.linspace(0, table.size - 1, SAMPLED, dtype=np.int64), table.shape)
+    return np.asarray(table[places], np.float64).tolist()
 
 
 def _names(record: Any) -> Iterable[str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from flax import nnx
 
-from lcjax.methods.base import Method, check_made_for, check_unwritten, sizes_of
+from lcjax.methods.base import Method, check_made_for, check_unwritten, check_weights, identity_of
 from lcjax.models.family import period
 from lcjax.models.gated_heads import GatedHeads
 from lcjax.models.patterns import Spans
@@ -52,25 +53,28 @@ class DuoGates(Method):
 class Gates:
     """Learned gates: `gates[l]` has one in [0, 1] for each KV head of layer l.
 
-    model: sizes of the model that they were learned for. source: that model's name.
+    model: identity of the model that they were learned for. source: that model's name.
     """
 
     gates: Mapping[int, tuple[float, ...]]
-    model: Mapping[str, int]
+    model: Mapping[str, Any]
     source: str
 
     def __post_init__(self):
         for layer, mine in self.gates.items():
-            if len(mine) != self.model["num_kv_heads"] or not 0 <= layer < self.model["num_layers"]:
-                raise ValueError(f"layer {layer} has {len(mine)} gates, which is not what {dict(self.model)} has")
+            heads, layers = self.model["num_kv_heads"], self.model["num_layers"]
+            if len(mine) != heads or not 0 <= layer < layers:
+                raise ValueError(
+                    f"layer {layer} has {len(mine)} gates, in a model of {layers} layers, {heads} KV heads"
+                )
             if bad := [gate for gate in mine if not 0 <= gate <= 1]:
                 raise ValueError(f"layer {layer} has the gate {bad[0]}, which is not in 0 to 1")
 
     @classmethod
-    def made(cls, spec: ModelSpec, gates: Mapping[int, Any]) -> "Gates":
-        """For a model: arrays `[K]` by layer."""
+    def made(cls, spec: ModelSpec, params: nnx.State, gates: Mapping[int, Any]) -> "Gates":
+        """For a model and its weights: arrays `[K]` by layer."""
         numbers = {layer: tuple(float(gate) for gate in mine) for layer, mine in gates.items()}
-        return cls(numbers, sizes_of(spec), spec.name)
+        return cls(numbers, identity_of(spec, params), spec.name)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -134,6 +138,10 @@ class Duo(Method):
                 kept["pattern"] = Spans(tuple(sink for sink, _ in spans), tuple(window for _, window in spans))
             mixers[layer] = Attention(**kept)
         return replace(spec, pattern=period(tuple(mixers)))
+
+    def check(self, params: nnx.State) -> None:
+        """Raises ValueError for a plan of other weights."""
+        check_weights(f"Duo.plan {self.plan!r}", Gates.load(self.plan), params)
 
 
 def is_full(mixer: Any) -> bool:

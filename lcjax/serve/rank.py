@@ -31,12 +31,7 @@ class Ranker:
         """Raises ValueError for a layer that the model lacks, and for positions beyond its context."""
         if not 0 <= layer < model.spec.num_layers:
             raise ValueError(f"Ranker: layer {layer} is none of {model.source}'s 0 to {model.spec.num_layers - 1}")
-        if prompt.offset + prompt.size > model.spec.max_length:
-            raise ValueError(
-                f"RankingPrompt.offset {prompt.offset} and size {prompt.size} reach position "
-                f"{prompt.offset + prompt.size}, and {model.source} was trained to {model.spec.max_length}: lower the "
-                "offset"
-            )
+        check_prompt(model, prompt)
         self._model, self._prompt, self._layer = model, prompt, layer
 
     def scores(self, query: str, documents: Sequence[str]) -> Float[np.ndarray, " N"]:
@@ -44,7 +39,7 @@ class Ranker:
 
         Raises DataError for no documents, and for one that does not fit its block.
         """
-        blocks = bucket(len(documents), LEAST)
+        blocks = bucketed(len(documents))
         row = self._prompt.row(self._model.tokenizer, query, documents, blocks=blocks)
         batch = {name: jnp.asarray(value)[None] for name, value in row.items()}
         program = score_program(self._model.spec, blocks, self._prompt.size, self._layer)
@@ -53,6 +48,21 @@ class Ranker:
     def rank(self, query: str, documents: Sequence[str]) -> list[int]:
         """Indices of the documents, best first; of equals the earlier."""
         return np.argsort(-self.scores(query, documents), kind="stable").tolist()
+
+
+def check_prompt(model: Loaded, prompt: RankingPrompt) -> None:
+    """Raise ValueError for positions beyond the model's context."""
+    if prompt.offset + prompt.size > model.spec.max_length:
+        raise ValueError(
+            f"RankingPrompt.offset {prompt.offset} and size {prompt.size} reach position "
+            f"{prompt.offset + prompt.size}, and {model.source} was trained to {model.spec.max_length}: lower the "
+            "offset"
+        )
+
+
+def bucketed(documents: int) -> int:
+    """Blocks of the program for so many documents."""
+    return bucket(documents, LEAST)
 
 
 @functools.lru_cache(maxsize=8)

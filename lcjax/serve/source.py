@@ -66,6 +66,8 @@ class Pretrained:
             found = hf.load_pretrained(source, dtype=self.dtype)
         spec, params = merge(found.spec, found.params)
         adapted = adapt_model(self.methods, spec)
+        for method in self.methods:
+            method.check(params)
         if adapted != spec:
             spec, params = adapted, carry_over(adapted, params)
         return hf.Pretrained(spec, params, self.tokenizer or found.tokenizer_source)

@@ -170,6 +170,9 @@ class Train:
             read = self.model.read()
             spec, weights, tokenizer = read.spec, read.params, read.tokenizer_source
         spec = adapt_model(self.methods, spec)  # first, since a method may lengthen the context
+        if weights is not None:
+            for method in self.methods:
+                method.check(weights)
         job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=(), trainable=())
         job = adapt_job(self.methods, job)
         return replace(job, trainable=self.trainable or job.trainable), weights

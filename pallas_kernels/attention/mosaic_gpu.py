@@ -138,7 +138,6 @@ def refusal(call: Call, interpret: bool = False) -> str | None:
         (platform() != "gpu" and not interpret, f"needs an NVIDIA Hopper GPU, this is {platform()}"),
         (call.q.dtype == jnp.float32, "wgmma has no float32; cast to bfloat16 or use xla"),
         (any(d not in (64, 128, 256) for d in dims), f"head dims {dims[0]} and {dims[1]} are not 64, 128 or 256"),
-        (not _bare(columns) and call.segment_ids is not None, "segments together with Stride or Intervals"),
         (not _bare(columns) and lists is not None, "run-time lists together with Stride or Intervals"),
         (call.segment_ids is not None and lists is not None, "segments together with run-time lists"),
         (call.whole is not None and (max(dims) > 128 or lists is not None), "parts of head dims above 128 or of lists"),

@@ -38,7 +38,7 @@ from pallas_kernels.attention.mosaic_gpu_common import (
     load_keys,
     mask_rows,
     one_segment,
-    sinks,
+    places_of,
     spread,
     steps,
     tiled,
@@ -430,14 +430,17 @@ def _mask_columns(g: Inputs, s: Static, w: Column, visit: Visit, first, row, x: 
     """Transposed scores (keys by rows) with -inf where the row may not see the key."""
     shape, pattern, field = x.shape, visit.pattern, visit.field
     row_lo, limit = field(tb.C_OFFSET) + row, field(tb.C_KEY_STOP)
-    sink, window = field(tb.C_SINK), field(tb.C_WINDOW)
+    sink, window, unit = field(tb.C_SINK), field(tb.C_WINDOW), lax.div(first, tb.UNIT)
+    if g.rules.expiry is not None:
+        unit = jnp.minimum(unit, g.rules.expiry.shape[1] - 1)
 
     def edge():
         j, i = first + iota(shape, 0), row_lo + iota(shape, 1)
-        keep = sinks(g, w.batch, first, j, sink, 0) | (i - j < window)
-        unit = lax.div(first, tb.UNIT)
+        place, places = j, places_of(g)
+        if places is not None:
+            place = spread(plgpu.load(places.at[w.batch, pl.ds(first, WG)], layout=ROWS, optimized=False), shape, 0)
+        keep = (place < sink) | (i - j < window)
         if g.rules.expiry is not None:
-            unit = jnp.minimum(unit, g.rules.expiry.shape[1] - 1)
             keep |= i < g.rules.expiry[pattern, unit]
         if g.rules.start is not None:
             keep |= (g.rules.start[pattern, unit] <= i) & (i < g.rules.stop[pattern, unit])
@@ -457,7 +460,9 @@ def _mask_columns(g: Inputs, s: Static, w: Column, visit: Visit, first, row, x: 
         return lax.cond(whole & ((first + WG <= row_lo + 1) | (not s.causal)), lambda: x, edge)
     if g.segments is None:
         return edge()
-    same = one_segment(g, w.batch, lax.div(row, WG), shape[1] // WG, lax.div(first, tb.UNIT), 1)
+    same = one_segment(g, w.batch, lax.div(row, WG), shape[1] // WG, [lax.div(first, tb.UNIT)])
     full = all_sinks(g, w.batch, first, WG, sink) | (row_lo + shape[1] - 1 - first < window)
+    if g.rules.expiry is not None:
+        full |= row_lo + shape[1] - 1 < g.rules.expiry[pattern, unit]
     full &= first + WG <= limit
     return lax.cond(same & full & ((first + WG <= row_lo + 1) | (not s.causal)), lambda: x, edge)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -232,7 +233,7 @@ def load_keys(s: Static, place: Place, src: Any, dst: Any, ready: Any) -> None:
 
 
 def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array, place: Place) -> jax.Array:
-    """Scores with -inf where the row may not see the key; passes listed tiles whose every pair is allowed."""
+    """Scores with -inf where the row may not see the key; passes tiles known to have every pair allowed."""
     first, second, limit, full_until = place
     shape = x.shape
     sink, window, row = w.row(tb.SINK), w.row(tb.WINDOW), row_lo - w.row(tb.OFFSET)
@@ -243,7 +244,8 @@ def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array,
         if full_until is not None:
             j = jnp.where(col < tb.UNIT, j, second - tb.UNIT + col)
         i = row_lo + iota(shape, 0)
-        keep = sinks(g, w.batch, first, j, sink, 1) | (i - j < window)
+        places = places_of(g)
+        keep = ((j if places is None else _by_key(places, w.batch, place, shape)) < sink) | (i - j < window)
         if g.rules.expiry is not None:
             keep |= _column_rules(g, w, (first, second), col, i)
         if s.lists == "call":
@@ -253,17 +255,26 @@ def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array,
             keep &= j <= i
         if g.segments is not None:
             q_seg = plgpu.load(g.segments.queries.at[w.batch, pl.ds(row, WG)], layout=ROWS, optimized=False)
-            k_seg = plgpu.load(g.segments.keys.at[w.batch, pl.ds(first, block_k)], layout=COLS, optimized=False)
-            keep &= spread(q_seg, shape, 0) == spread(k_seg, shape, 1)
+            keep &= spread(q_seg, shape, 0) == _by_key(g.segments.keys, w.batch, place, shape)
         return jnp.where(keep, x, -jnp.inf)
 
+    whole = None if full_until is None else row_lo + (WG - 1) < full_until
     if g.segments is not None:
-        units = block_k // tb.UNIT
-        same = one_segment(g, w.batch, lax.div(row, WG), 1, lax.div(first, tb.UNIT), units)
-        full = all_sinks(g, w.batch, first, block_k, sink) | (row_lo + (WG - 1) - first < window)
-        full &= first + block_k <= limit
-        return lax.cond(same & full & ((first + block_k <= row_lo + 1) | (not s.causal)), lambda: x, edge)
-    return edge() if full_until is None else lax.cond(row_lo + (WG - 1) < full_until, lambda: x, edge)
+        beside = all_sinks(g, w.batch, first, block_k, sink) | (row_lo + (WG - 1) - first < window)
+        beside &= (first + block_k <= limit) & ((first + block_k <= row_lo + 1) | (not s.causal))
+        whole = beside if full_until is None else whole | (beside & (full_until < 0))
+        units = [lax.div(f, tb.UNIT) for f in (first, second)[: block_k // tb.UNIT]]
+        whole &= one_segment(g, w.batch, lax.div(row, WG), 1, units)
+    return edge() if whole is None else lax.cond(whole, lambda: x, edge)
+
+
+def _by_key(values: Any, batch, place: Place, shape: tuple[int, ...]) -> jax.Array:
+    """What `values` [B,S] hold for the keys of a step, along the columns of its scores."""
+    load = lambda at: plgpu.load(values.at[batch, pl.ds(at, shape[1])], layout=COLS, optimized=False)
+    if place.full_until is None or shape[1] == tb.UNIT:
+        return spread(load(place.first), shape, 1)
+    left, right = (spread(load(at), shape, 1) for at in (place.first, place.second - tb.UNIT))
+    return jnp.where(iota(shape, 1) < tb.UNIT, left, right)
 
 
 def _column_rules(g: Inputs, w: Work, firsts: tuple, col: jax.Array, i: jax.Array) -> jax.Array:
@@ -277,27 +288,22 @@ def _column_rules(g: Inputs, w: Work, firsts: tuple, col: jax.Array, i: jax.Arra
     return keep
 
 
-def sinks(g: Inputs, batch, first, j: jax.Array, sink, axis: int) -> jax.Array:
-    """Which keys of a tile are sinks; keys `j` begin with `first` and run along `axis`."""
-    if g.segments is None or g.segments.places is None:
-        return j < sink
-    layout = (ROWS, COLS)[axis]
-    places = plgpu.load(g.segments.places.at[batch, pl.ds(first, j.shape[axis])], layout=layout, optimized=False)
-    return spread(places, j.shape, axis) < sink
+def places_of(g: Inputs) -> Any:
+    """What sinks count where it is not the position of the key."""
+    return None if g.segments is None else g.segments.places
 
 
 def all_sinks(g: Inputs, batch, first, size: int, sink) -> jax.Array:
     """Whether `size` keys of one segment, from `first` on, are all sinks."""
-    places = None if g.segments is None else g.segments.places
+    places = places_of(g)
     return (first if places is None else places[batch, first]) <= sink - size
 
 
-def one_segment(g: Inputs, batch, row, row_count: int, unit, unit_count: int) -> jax.Array:
-    """Whether `row_count` groups of 64 rows and `unit_count` key units, from `row` and `unit` on, are one segment."""
+def one_segment(g: Inputs, batch, row, row_count: int, units: Sequence[Any]) -> jax.Array:
+    """Whether `row_count` groups of 64 rows from `row` on, and these key units, are one segment."""
     rows, keys = g.segments.query_range, g.segments.key_range
     low = rows[batch, 0, row]
     full = low == rows[batch, 1, row]
-    for table, at, count in ((rows, row, row_count), (keys, unit, unit_count)):
-        for n in range(count):
-            full &= (table[batch, 0, at + n] == low) & (table[batch, 1, at + n] == low)
+    for table, at in [*((rows, row + n) for n in range(1, row_count)), *((keys, unit) for unit in units)]:
+        full &= (table[batch, 0, at] == low) & (table[batch, 1, at] == low)
     return full

@@ -18,7 +18,7 @@ from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.one_run import OneRun
 from pallas_kernels.op import Unsupported
-from pallas_kernels.plan import INF, Plan
+from pallas_kernels.plan import INF, Plan, RowRuns
 from pallas_kernels.segments import NONE, sink_runs, sink_tiles
 
 UNIT = 64  # keys per entry of a list; tiles of keys are one or two units
@@ -190,27 +190,13 @@ def row_table(
     `plan` counts columns in units. Positions of row r of batch b are `offset[b] + r`. The runs of a plan that has but
     `one` a row are visited as windows are.
     """
-    packed_sinks = segs is not None and segs.places is not None
-    fixed = plan.without_sinks() if packed_sinks else plan
     count = cdiv(rows, ROW_TILE)
     off, length = offset[:, None, None], kv_length[:, None, None]
     first = off + ROW_TILE * jnp.arange(count, dtype=jnp.int32)
     last = off + jnp.minimum(ROW_TILE * jnp.arange(1, count + 1, dtype=jnp.int32), rows) - 1
-    pattern = jnp.arange(plan.num_patterns, dtype=jnp.int32)[None, :, None]
     shape = (offset.shape[0], plan.num_patterns, count)
-    if one is None:
-        runs = fixed.row_runs(max(rows, keys) + rows, keys, ROW_TILE, UNIT)
-        found, packed = runs.run(pattern, first, last), runs.packed
-    else:
-        begin, stop = one.any(first, last)
-        begin, stop = begin // UNIT, (jnp.minimum(stop, last + 1) + UNIT - 1) // UNIT
-        found, packed = (0, 0, 0, begin, jnp.maximum(stop - begin, 0)), None
-    sinks, low, listed, begin, width = (jnp.broadcast_to(x, shape) for x in found)
-    stop = jnp.minimum(begin + width, (length + UNIT - 1) // UNIT)
-    sinks = jnp.minimum(sinks, (length + UNIT - 1) // UNIT)
-    sink_begin = jnp.zeros(shape, jnp.int32)
-    if segs is not None:
-        sink_begin, sinks, begin, stop = _cut_to_segments(plan, segs, last, length, (sinks, begin, stop))
+    visits, lists = _visits(plan, keys, (first, last), max(rows, keys) + rows, length, segs, one)
+    sink_begin, sinks, low, listed, begin, stop = visits
     per = tile_k // UNIT
     steps = lambda units: (jnp.maximum(units, 0) + per - 1) // per
     sink, window = (jnp.broadcast_to(jnp.asarray(x)[:, None], shape) for x in (plan.sink, plan.window))
@@ -244,18 +230,89 @@ def row_table(
         INNER: inner,
         INNER_STEPS: inner_steps,
     }
-    table = _stack(fields, shape)
-    if packed is None:
-        return table, None
-    units, packed = cdiv(keys, UNIT), jnp.asarray(packed)
+    return _stack(fields, shape), lists
+
+
+class Visits(NamedTuple):
+    """Key units of each row tile, int32 [B,P,nQ]: sinks, `listed` entries of the plan's list from `low` on, window."""
+
+    sink_begin: Array
+    sink_stop: Array
+    low: Array
+    listed: Array
+    begin: Array
+    stop: Array
+
+
+def _visits(
+    plan: Plan,
+    keys: int,
+    positions: tuple[Array, Array],
+    end: int,
+    length: Array,
+    segs: Segments | None,
+    one: OneRun | None,
+) -> tuple[Visits, Lists | None]:
+    """What tiles of rows with these first and last `positions`, all below `end`, visit of keys below `length`."""
+    first, last = positions
+    plain = plan if segs is None or segs.places is None else plan.without_sinks()
+    pattern = jnp.arange(plan.num_patterns, dtype=jnp.int32)[None, :, None]
+    runs = None
+    if one is None:
+        runs = plain.row_runs(end, keys, ROW_TILE, UNIT)
+        found = runs.run(pattern, first, last)
+    else:
+        found = _single(one, first, last)
+    shape = (first.shape[0], plan.num_patterns, first.shape[-1])
+    sinks, low, listed, begin, width = (jnp.broadcast_to(x, shape) for x in found)
+    stop = jnp.minimum(begin + width, (length + UNIT - 1) // UNIT)
+    sinks = jnp.minimum(sinks, (length + UNIT - 1) // UNIT)
+    sink_begin = jnp.zeros(shape, jnp.int32)
+    if segs is not None:
+        meet = _meet(segs.query_range, segs.key_range, ROW_TILE // UNIT)[:, None]
+        sink_begin, sinks, begin, stop = _cut_to_segments(plan, segs, meet, last, length, (sinks, begin, stop))
+        nearest, farthest = _ends(meet)
+        low, listed = _cut_list(runs, pattern, (low, listed), jnp.maximum(nearest, sinks), jnp.minimum(farthest, begin))
+    return Visits(sink_begin, sinks, low, listed, begin, stop), _plan_lists(plain, runs, keys)
+
+
+def _single(one: OneRun, first: Array, last: Array) -> tuple[Array | int, ...]:
+    """As `RowRuns.run`, of a plan with one run a row."""
+    begin, stop = one.any(first, last)
+    begin, stop = begin // UNIT, (jnp.minimum(stop, last + 1) + UNIT - 1) // UNIT
+    return 0, 0, 0, begin, jnp.maximum(stop - begin, 0)
+
+
+def _plan_lists(plan: Plan, runs: RowRuns | None, keys: int) -> Lists | None:
+    """The units that outlive sink and window, of each pattern."""
+    if runs is None or runs.packed is None:
+        return None
+    units, packed = cdiv(keys, UNIT), jnp.asarray(runs.packed)
     full = jnp.take_along_axis(jnp.asarray(plan.columns(keys, UNIT).full_end), jnp.minimum(packed, units - 1), axis=1)
-    return table, Lists(packed, jnp.where(packed < units, full, 0), None)
+    return Lists(packed, jnp.where(packed < units, full, 0), None)
 
 
-def _cut_to_segments(plan: Plan, segs: Segments, last: Array, length: Array, runs: tuple[Array, Array, Array]):
-    """(sink begin, sink stop, window begin, window stop), int32 [B,P,nQ], from runs that know nothing of segments."""
+def _cut_list(
+    runs: RowRuns | None, pattern: Array, entries: tuple[Array, Array], begin: Array, stop: Array
+) -> tuple[Array, Array]:
+    """(first entry, count) of each tile's list, without units outside [begin, stop)."""
+    low, listed = entries
+    if runs is None or runs.rank is None:
+        return low, listed
+    rank = jnp.asarray(runs.rank)
+    before = lambda unit: rank[pattern, jnp.minimum(unit, rank.shape[1] - 1)]
+    first = jnp.maximum(low, before(begin))
+    return first, jnp.maximum(jnp.minimum(low + listed, before(stop)) - first, 0)
+
+
+def _cut_to_segments(
+    plan: Plan, segs: Segments, meet: Array, last: Array, length: Array, runs: tuple[Array, Array, Array]
+):
+    """(sink begin, sink stop, window begin, window stop), int32 [B,P,nQ], from runs that know nothing of segments.
+
+    `meet` [B,1,nQ,n]: key units that may hold a segment of the tile.
+    """
     sinks, begin, stop = runs
-    meet = _meet(segs.query_range, segs.key_range, ROW_TILE // UNIT)[:, None]
     nearest, farthest = _ends(meet)
     begin, stop = jnp.maximum(begin, nearest), jnp.minimum(stop, farthest)
     if segs.places is None:
@@ -292,9 +349,9 @@ def column_table(
         begin_2, end_2 = _run(live & (start_2 < stop_2), jnp.maximum(start_2, least) // tile_q, ceil(stop_2))
     if segs is not None:
         nearest, farthest = (x[:, None] for x in _ends(_meet(segs.key_range[:, :, :count], segs.query_range, 1)))
-        begin_1, end_1 = _run(
-            end_1 > 0, jnp.maximum(begin_1, nearest * UNIT // tile_q), jnp.minimum(end_1, ceil(farthest * UNIT))
-        )
+        near, far = nearest * UNIT // tile_q, ceil(farthest * UNIT)
+        cut = lambda begin, end: _run(end > 0, jnp.maximum(begin, near), jnp.minimum(end, far))
+        (begin_1, end_1), (begin_2, end_2) = cut(begin_1, end_1), cut(begin_2, end_2)
     pair = lambda x, reduce: jnp.repeat(reduce(x.reshape(*shape[:2], -1, per), axis=-1), per, axis=-1)
     block_1, block_end_1 = pair(begin_1, jnp.min), pair(end_1, jnp.max)
     block_2, block_end_2 = jnp.maximum(pair(begin_2, jnp.min), block_end_1), pair(end_2, jnp.max)

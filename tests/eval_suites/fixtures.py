@@ -108,19 +108,14 @@ def shots(path: Path) -> str:
 
 
 def long_qa(path: Path) -> str:
-    """A free question and a choice."""
-    return write_rows(
-        path,
-        [
-            {"document": TEXT, "question": "When was the mill built?", "answers": ["in 1823"]},
-            {
-                "document": TEXT,
-                "question": "When?",
-                "answers": ["in 1823"],
-                "options": ["in 1790", "in 1823", "in 1901"],
-            },
-        ],
-    )
+    """A free question."""
+    return write_rows(path, [{"document": TEXT, "question": "When was the mill built?", "answers": ["in 1823"]}])
+
+
+def long_choice(path: Path) -> str:
+    """A multiple choice."""
+    options = ["in 1790", "in 1823", "in 1901"]
+    return write_rows(path, [{"document": TEXT, "question": "When?", "answers": ["in 1823"], "options": options}])
 
 
 def summaries(path: Path) -> str:

@@ -8,6 +8,7 @@ from lcjax import settings
 from lcjax.eval.compare import Compare, Variant, comparison
 from lcjax.eval.metrics.judge import HttpJudge
 from lcjax.eval.outcome import Cell, Outcome
+from lcjax.eval.report import write_comparison
 from lcjax.eval.runner import Suite, flatten
 from tests.eval_suites import fixtures
 
@@ -85,24 +86,39 @@ def test_bad_bindings_are_refused(binding, words):
 
 
 def rows(scores: list[float]) -> list[dict]:
-    return [{"id": str(i), "scores": {"score": score}, "where": {}} for i, score in enumerate(scores)]
+    return [{"id": str(i), "scores": {"score": score}, "where": {}, "cache_bytes": 0} for i, score in enumerate(scores)]
+
+
+def outcome(scores: dict[str, list[float]]) -> Outcome:
+    return Outcome("s", "toy", cells=[Cell(task, 1024, rows(values)) for task, values in scores.items()])
+
+
+RUNS = {
+    "dense": outcome({"a": [1.0] * 20, "b": [0.0, 1.0] * 10}),
+    "window": outcome({"a": [0.0] * 20, "b": [0.0, 1.0] * 10}),
+    "other": outcome({"a": [1.0] * 19}),
+}
 
 
 def test_a_comparison_names_differences_and_gaps():
-    def outcome(scores: dict[str, list[float]]) -> Outcome:
-        return Outcome("s", "toy", [Cell(task, 1024, rows(values)) for task, values in scores.items()])
-
-    table = comparison(
-        {
-            "dense": outcome({"a": [1.0] * 20, "b": [0.0, 1.0] * 10}),
-            "window": outcome({"a": [0.0] * 20, "b": [0.0, 1.0] * 10}),
-            "other": outcome({"a": [1.0] * 19}),
-        }
-    ).split("\n")
-    assert table[0].split() == ["task", "length", "dense", "window", "other"]
+    table = comparison(RUNS).split("\n")
+    assert table[0].split() == ["task", "tokens", "dense", "window", "other"]
     assert "-100.0 [-100.0, -100.0]*" in table[1]
     assert "+0.0 [+0.0, +0.0]" in table[2]
     assert table[1].endswith("missing"), "other examples are not compared"
     assert table[2].endswith("missing")
+    assert table[3].split()[:5] == ["mean", "of", "tasks", "1,024", "75.0"]
+    assert "-50.0 [-50.0, -50.0]*" in table[3]
+    assert table[3].endswith("missing")
     with pytest.raises(ValueError, match="changes nothing"):
         Variant("same")
+
+
+def test_the_page_of_a_comparison_leaves_out_what_is_not_there(tmp_path):
+    empty = Outcome("s", "toy", missing=[("a", 1024, "no room")])
+    write_comparison(tmp_path, {"none": empty, **RUNS})
+    page = (tmp_path / "s_comparison.html").read_text()
+    assert page.count("data:image/png;base64,") == 1, "no cache is known, so nothing is drawn against it"
+    assert "none: a at 1K: no room" in page
+    assert page.count("mean of tasks") == 1
+    assert "http" not in page

@@ -13,10 +13,10 @@ from lcjax.eval.haystack import load_haystack
 from lcjax.eval.metrics.judge import LocalJudge
 from lcjax.eval.task import Example, Task
 from lcjax.eval.tasks import giraffe, helmet, helmet_documents, leval, longbench, longwriter, mmlongbench, ruler
-from lcjax.eval.tasks.babilong import babilong
+from lcjax.eval.tasks.babilong import BabiLong, babilong
 from lcjax.eval.tasks.copy_recall import CopyRecall
 from lcjax.eval.tasks.custom import JsonTask
-from lcjax.eval.tasks.needle_threading import needle_threading
+from lcjax.eval.tasks.needle_threading import SingleThread, needle_threading
 from lcjax.eval.tasks.passkey import Passkey
 from lcjax.eval.tasks.reasoning import HaystackReasoning, reasoning
 from tests.eval_suites import fixtures
@@ -55,7 +55,8 @@ FROM_DATA: dict[str, Callable[[Path], list[Any]]] = {
     "helmet_cite": lambda f: [helmet.Cite(source=fixtures.cite(f / "cite.jsonl"), num_examples=2)],
     "helmet_icl": lambda f: [helmet.ManyShot(source=fixtures.shots(f / "shots.jsonl"), num_examples=2)],
     "helmet_longqa": lambda f: [
-        helmet_documents.LongQa(source=fixtures.long_qa(f / "qa.jsonl"), judge=judge) for judge in (None, JUDGE)
+        *(helmet_documents.LongQa(source=fixtures.long_qa(f / "qa.jsonl"), judge=judge) for judge in (None, JUDGE)),
+        helmet_documents.LongChoice(source=fixtures.long_choice(f / "choice.jsonl")),
     ],
     "helmet_summ": lambda f: [
         helmet_documents.Summary(source=fixtures.summaries(f / "summ.jsonl"), judge=judge) for judge in (None, JUDGE)
@@ -123,7 +124,11 @@ def tokenizer_of(kind: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("budget", [1024, 4096, 20_000])
 @pytest.mark.parametrize(
-    "suite", ["ruler", "babilong", "giraffe", "reasoning", "copy_recall", "passkey", "helmet_offline"]
+    "suite",
+    [
+        *("ruler", "babilong", "giraffe", "reasoning", "copy_recall", "passkey", "helmet_offline"),
+        "needle_threading_short",
+    ],
 )
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "smollm2"])
 def test_budgets_are_filled_to_one_percent_or_one_unit(suite, budget, kind, tmp_path_factory):
@@ -148,7 +153,8 @@ def test_budgets_are_filled_to_one_percent_or_one_unit(suite, budget, kind, tmp_
 def test_long_budgets_are_filled_in_seconds(budget, kind, tmp_path_factory):
     tokenizer = tokenizer_of(kind, tmp_path_factory.getbasetemp())
     load_haystack("python")
-    for task in [*ruler.ruler(num_examples=1), Passkey(num_examples=1)]:
+    others = giraffe.AlteredNumericQa, giraffe.Lines, SingleThread, BabiLong, HaystackReasoning, helmet.JsonKv, Passkey
+    for task in [*ruler.ruler(num_examples=1), *(kind(num_examples=1) for kind in others)]:
         began = time.process_time()
         (item,) = task.examples(tokenizer, budget, seed=0)
         seconds = time.process_time() - began

@@ -4,16 +4,18 @@ import itertools
 import json
 import os
 import re
+import sys
 from os.path import commonpath
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 
 from lcjax.eval.budget import BudgetError, Draft, Fitter, prompt_ids, truncate_text
 from lcjax.eval.haystack import insert_at, load_haystack, split_sentences
 from lcjax.eval.passkey_texts import PasskeyTexts
-from lcjax.eval.tasks import giraffe, helmet, leval, ruler
+from lcjax.eval.tasks import giraffe, helmet, helmet_documents, leval, ruler
 from lcjax.eval.tasks import needle_threading as threads
 from lcjax.eval.tasks.babilong import BabiLong
 from lcjax.eval.tasks.copy_recall import PASSAGE, plants
@@ -419,13 +421,46 @@ def test_rows_name_what_is_wrong(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(RowError, match="holds no rows"):
         read_rows(str(tmp_path / "empty.jsonl"), ("a",))
+    (tmp_path / "bad.json").write_text('[{"a": 1}, {"a": ]')
+    with pytest.raises(RowError, match=r"bad.json: no JSON \(.*column 18\)"):
+        read_rows(str(tmp_path / "bad.json"), ("a",))
+    (tmp_path / "words.json").write_text('["a"]')
+    with pytest.raises(RowError, match=r"words.json, row 1: a JSON object is wanted, got str"):
+        read_rows(str(tmp_path / "words.json"), ("a",))
+    with pytest.raises(RowError, match=r"none.jsonl, row 1: `answers` is empty"):
+        read_rows(write_rows(tmp_path / "none.jsonl", [{"answers": []}]), ("answers",))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_rows(str(tmp_path / "absent.jsonl"), ())
 
 
+def test_questions_with_and_without_options_are_two_tasks(tmp_path):
+    free, choice = fixtures.long_qa(tmp_path / "free.jsonl"), fixtures.long_choice(tmp_path / "choice.jsonl")
+    for task, message in (
+        (helmet_documents.LongQa(source=choice), r"row 1 has `options`: give it as helmet\.longqa_choice"),
+        (helmet_documents.LongChoice(source=free), "the field 'options' is missing"),
+    ):
+        with pytest.raises(RowError, match=message):
+            list(task.examples(plain(), 9000, 0))
+
+
+def test_rows_come_from_named_sets_of_the_internet(tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "set.jsonl", [{"a": 1}])
+    asked = []
+    hub = SimpleNamespace(hf_hub_download=lambda *names, **kind: asked.append((*names, kind)) or file)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert read_rows("hf:org/name/folder/set.jsonl", ("a",)) == [{"a": 1}]
+    assert asked == [("org/name", "folder/set.jsonl", {"repo_type": "dataset"})]
+    sets = SimpleNamespace(data_source=lambda name, split: [{"name": name.encode(), "split": split}])
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", sets)
+    assert read_rows("tfds:squad/v1:train", ("name",)) == [{"name": "squad/v1", "split": "train"}]
+    with pytest.raises(RowError, match=r"tfds:squad, row 1: the field 'question' is missing"):
+        read_rows("tfds:squad", ("question",))
+
+
 def test_plants_are_copies_at_their_depth(tmp_path):
     (tmp_path / "a.txt").write_text("alpha " * 3000)
-    (tmp_path / "b.txt").write_text("".join(f"beta{i} " for i in range(3000)))
+    paragraphs = [f"Paragraph {i} " + "of many words " * 9 for i in range(60)]
+    (tmp_path / "b.txt").write_text("\n \n".join(paragraphs))
     rows = plants(plain(), 1000, count=4, filler=str(tmp_path / "a.txt"), passages=str(tmp_path / "b.txt"))
     assert rows.shape == (4, 1000)
     for row in rows:
@@ -434,9 +469,14 @@ def test_plants_are_copies_at_their_depth(tmp_path):
         assert len(places) == 1
         assert places[0] == pytest.approx(0.25 * 1000, abs=40)
         assert bytes(row[places[0] - 2 : places[0]].tolist()) == b"\n\n"
+        assert bytes(passage.tolist()).startswith(b"Paragraph ")
+    assert len({bytes(row[-PASSAGE:].tolist()) for row in rows}) > 1
     assert (
         rows == plants(plain(), 1000, count=4, filler=str(tmp_path / "a.txt"), passages=str(tmp_path / "b.txt"))
     ).all()
+    (tmp_path / "a.txt").write_text("alpha ")
+    with pytest.raises(ValueError, match=r"a.txt' has 6 tokens; a passage takes 64"):
+        plants(plain(), 1000, count=1, filler=str(tmp_path / "b.txt"), passages=str(tmp_path / "a.txt"))
     with pytest.raises(BudgetError, match="copy_recall needs more than 100"):
         plants(plain(), 100, count=1, filler="python", passages="python")
 

@@ -15,7 +15,12 @@ from lcjax.eval.metrics.citation import citation_scores
 from lcjax.eval.metrics.judge import HttpJudge, JudgeError, LocalJudge, ask_scores, quality_score
 from lcjax.eval.metrics.length import count_words, length_score
 from lcjax.eval.metrics.ranking import ndcg, parse_ranking
-from lcjax.eval.metrics.statistics import bootstrap_interval, paired_difference, wilson_interval
+from lcjax.eval.metrics.statistics import (
+    bootstrap_interval,
+    mean_interval,
+    paired_difference,
+    wilson_interval,
+)
 from lcjax.eval.tasks.babilong import label_score
 from lcjax.eval.tasks.leval import (
     choice_score,
@@ -177,8 +182,22 @@ def test_intervals():
     assert perfect.high == 1.0
     assert perfect.low == pytest.approx(1 / (1 + 1.959964**2 / 20), rel=1e-4)  # Wilson at a share of 1
     assert wilson_interval(0.5, 100).low == pytest.approx(0.4038, abs=1e-4)
-    difference = paired_difference([0.2] * 10, [0.5] * 10)
+    difference = paired_difference([([0.2] * 10, [0.5] * 10)])
     assert difference == (pytest.approx(0.3), pytest.approx(0.3), pytest.approx(0.3), 10)
+    with pytest.raises(ValueError, match="equal counts; got 1 and 2"):
+        paired_difference([([0.2], [0.5, 0.1])])
+
+
+def test_a_mean_of_tasks_counts_every_task_the_same():
+    few, many = [0.0, 1.0] * 5, [0.0, 1.0] * 200
+    found = mean_interval([few, many])
+    assert found.mean == 0.5
+    assert found.count == 410
+    error = math.sqrt((0.25 / 10 + 0.25 / 400) / 4)  # of the mean of two independent means
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert mean_interval([[1.0] * 10, [1.0] * 10]) == wilson_interval(1.0, 20)
+    both = paired_difference([([0.0] * 10, [1.0] * 10), ([0.5] * 400, [0.5] * 400)])
+    assert both.mean == 0.5
     with pytest.raises(ValueError, match="at least one score"):
         bootstrap_interval([])
 

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 
+from lcjax.cache import CacheLayout
 from lcjax.eval import runner as runner_module
-from lcjax.eval.metrics.judge import HttpJudge
+from lcjax.eval.compare import Compare, Variant
+from lcjax.eval.metrics.judge import HttpJudge, LocalJudge
 from lcjax.eval.report import effective_context
 from lcjax.eval.runner import Runner, Suite, batches
 from lcjax.eval.shared_prefix import SharedPrefixGenerator, answer_batch, common_prefix
 from lcjax.eval.tasks.custom import JsonTask
-from lcjax.eval.tasks.longwriter import LongWrite
+from lcjax.eval.tasks.longwriter import DIMENSIONS, LongWrite
 from lcjax.eval.tasks.needle_threading import MultiNeedle, SingleNeedle
 from lcjax.eval.tasks.needles import NiahSingle1, NiahSingle2
 from lcjax.eval.tasks.reasoning import reasoning
@@ -21,7 +23,7 @@ from lcjax.models.recurrent import GatedLinear
 from lcjax.models.spec import Attention
 from lcjax.serve.engine import Completion, Engine, Generator
 from lcjax.serve.report import Report
-from lcjax.serve.source import Loaded, random_model
+from lcjax.serve.source import Loaded, Pretrained, random_model
 from tests.eval_suites.tokens import write_rows
 from tests.serve.toy import SPEC, TOKENIZER
 
@@ -139,6 +141,21 @@ def test_what_cannot_run_is_named_and_the_rest_goes_on(scripted, silent, tmp_pat
     assert "gave no answer in 0.2 s; raise `timeout`" in reasons["longbench_write", 1500]
     assert "context is 4096 tokens, under the budget of 5000" in reasons["niah_single_2", 5000]
     assert "Missing" in (tmp_path / "suite.html").read_text()
+    assert len(json.loads((tmp_path / "suite_summary.json").read_text())["missing"]) == len(outcome.missing) == 14
+
+
+def test_what_was_judged_before_the_judge_failed_is_kept(scripted, tmp_path):
+    scripted.answer = staticmethod(lambda prompt: "some words")
+    replies = (
+        [json.dumps(dict.fromkeys(DIMENSIONS, 5))] * 3 + ["no"] * 5 + [json.dumps(dict.fromkeys(DIMENSIONS, 1))] * 5
+    )
+    task = LongWrite(lengths=(50,), judge=LocalJudge(lambda prompt: replies.pop(0)))
+    suite = Suite(tasks=task, lengths=(1500,), engine=ENGINE)
+    (missing,) = suite.outcome(NO_WEIGHTS, tmp_path).missing
+    assert "gave no readable scores" in missing[2]
+    (cell,) = suite.outcome(NO_WEIGHTS, tmp_path).cells
+    assert sorted(cell.scores["quality_score"]) == [0.0] * 5 + [1.0] * 3
+    assert not replies
 
 
 def test_documents_that_are_left_out_are_counted(scripted, tmp_path):
@@ -184,6 +201,16 @@ def test_shared_prefixes_change_no_answer():
     assert shared.report.prompt_tokens + shared.shared_tokens == plain.report.prompt_tokens
 
 
+def test_a_paged_cache_shares_nothing(monkeypatch):
+    whole: list[int] = []
+    monkeypatch.setattr(Generator, "_run", lambda self, rows: iter(whole.append(len(rows)) or ()))
+    engine = Engine(batch=2, chunk=8, capacity=64, cache=CacheLayout("paged"))
+    generator = SharedPrefixGenerator(None, None, SPEC, TOKENIZER, engine)
+    answer_batch(generator, [tuple(range(30)), tuple(range(31))], [4, 4])
+    assert whole == [2]
+    assert generator.shared_tokens == 0
+
+
 def test_a_random_model_runs_a_suite_end_to_end(tmp_path):
     model = random_model(replace(SPEC, num_layers=1, pattern=(Attention(),)), TOKENIZER)
     row = {"prompt": "{document} Q", "references": ["x"], "metric": "any_substring", "max_new_tokens": 4}
@@ -205,6 +232,23 @@ def test_contours_show_where_the_score_falls(scripted, tmp_path):
     effective, passing = effective_context(outcome)["multi_needle_2"]
     assert 1500 < effective < 3000
     assert passing == 1500
+
+
+def test_a_comparison_goes_on_without_a_model_that_cannot_be_read(scripted, tmp_path):
+    tasks = [NiahSingle1(num_examples=3), NiahSingle2(num_examples=3)]
+    scripted.answer = staticmethod(ideal_answers(tasks, (1500,)).__getitem__)
+    others = (
+        Variant("int8", engine=replace(ENGINE, cache=CacheLayout(dtype="int8"))),
+        Variant("gone", model=Pretrained(str(tmp_path / "gone"))),
+    )
+    tables = Compare(Suite(tasks=tasks, lengths=(1500,), engine=ENGINE), others).run(NO_WEIGHTS, tmp_path)
+    assert tables["base/niah_single_1"] == tables["int8/niah_single_1"] == {"1500": 1.0}
+    text = (tmp_path / "suite_comparison.txt").read_text()
+    assert "mean of tasks" in text
+    assert text.count("+0.0 [+0.0, +0.0]") == text.count("missing") == 3
+    page = (tmp_path / "suite_comparison.html").read_text()
+    assert "gone: niah_single_2 at 1,500: " in page
+    assert "dense int8 cache" in page
 
 
 def test_groups_share_a_batch():

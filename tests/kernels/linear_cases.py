@@ -1,5 +1,6 @@
 """Random calls of gated linear attention, and the checks that every backend passes."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,29 +42,38 @@ def make_case(t=65, kind="vector", *, shape=(2, 2, 8, 5), dtype=np.float64, mean
 
 
 def forward(case: Case, implementation: str):
-    def run(inputs):
-        q, k, v, g, beta, state = inputs
-        return gated_linear_attention(
-            q, k, v, g, beta=beta, initial_state=state, implementation=implementation, **case.options
-        )
-
-    return jax.jit(run)(case.inputs)
+    return _program(_call, implementation)(case.inputs, case.options["segment_ids"], case.options["normalise"])
 
 
-def with_gradients(case: Case, implementation: str):
-    """Outputs and every gradient (the decay, delta strength and both states included) of one call."""
+def with_gradients(case: Case, implementation: str, *, anew: bool = False):
+    """Outputs and every gradient (the decay, delta strength and both states included) of one call.
 
-    def run(inputs, cotangents):
-        def call(inputs):
-            q, k, v, g, beta, state = inputs
-            return gated_linear_attention(
-                q, k, v, g, beta=beta, initial_state=state, implementation=implementation, **case.options
-            )
+    Calls of one shape share a program, unless it is traced `anew`, for a backend that was just tampered with.
+    """
+    program = _program(_graded, implementation, anew)
+    return program(case.inputs, case.options["segment_ids"], case.options["normalise"], case.cotangents)
 
-        out, vjp = jax.vjp(call, inputs)
-        return out, vjp(jax.tree.map(lambda c, o: c.astype(o.dtype), cotangents, out))[0]
 
-    return jax.jit(run)(case.inputs, case.cotangents)
+def _program(run, implementation: str, anew: bool = False):
+    if anew or implementation.startswith("mosaic"):  # how it is interpreted is no part of a program's key
+        return _compiled.__wrapped__(run, implementation)
+    return _compiled(run, implementation)
+
+
+@functools.cache
+def _compiled(run, implementation: str):
+    return jax.jit(lambda *args: run(implementation, *args), static_argnums=2)
+
+
+def _call(implementation, inputs, segment_ids, normalise):
+    q, k, v, g, beta, state = inputs
+    options = {"segment_ids": segment_ids, "normalise": normalise, "implementation": implementation}
+    return gated_linear_attention(q, k, v, g, beta=beta, initial_state=state, **options)
+
+
+def _graded(implementation, inputs, segment_ids, normalise, cotangents):
+    out, vjp = jax.vjp(lambda inputs: _call(implementation, inputs, segment_ids, normalise), inputs)
+    return out, vjp(jax.tree.map(lambda c, o: c.astype(o.dtype), cotangents, out))[0]
 
 
 def assert_close(found, expected, tolerance: float) -> None:

@@ -19,7 +19,7 @@ from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles
 from pallas_kernels.attention.specs import random_lists
 from pallas_kernels.dual_chunk.masks import chunk_masks
 from pallas_kernels.lists import BlockList
-from pallas_kernels.masks import Causal, Full, Intervals, Mask, Segments, Sink, Stride, Window, per_head
+from pallas_kernels.masks import Causal, Full, Intervals, Mask, Recent, Segments, Sink, Stride, Window, per_head
 from pallas_kernels.op import target_platform
 from tests.kernels.attention_suite import SPECS, AttentionSuite
 
@@ -102,6 +102,14 @@ CASES = {
     "per_head": Case(per_head([Causal(), STRIDE]), length=260),
     "segments": Case(Causal() & Segments(), length=200, segments=(30, 100, 70), poison=(30, 130)),
     "packed_sinks": Case(Causal() & (Sink(20) | Window(30)), 260, segments=(70, 20, 130, 40), poison=(230, 260)),
+    "packed_stride": Case(
+        Causal() & (Window(30) | Recent(64, 2) | Stride(64, 3, 1)), 650, segments=(70, 400, 20, 160), poison=(560, 650)
+    ),
+    "packed_sink_stride": Case(
+        per_head([Causal() & (Sink(20) | Window(30) | Stride(64, 2, 1)), Causal() & Stride(64, 2)]),
+        length=650,
+        segments=(70, 400, 20, 160),
+    ),
     "chunk": Case(Causal() & (Sink(4) | Window(60)), 64, 300, q_offset=(150,), kv_length=(214,), poison=(214, 300)),
     "lists": Case(Causal() & (Sink(5) | Window(30)), 256, lists=every_other(256, 256, 128, 64)),
     "no_key": Case(Causal() & Stride(block=64, every=2, offset=1), length=130),
@@ -170,7 +178,7 @@ def test_lowers_for_cuda(dim: int) -> None:
     assert text.count("mosaic_gpu") >= 3
 
 
-@pytest.mark.parametrize("name", ["lists", "packed_sinks"])
+@pytest.mark.parametrize("name", ["lists", "packed_sink_stride"])
 def test_gradients_lower_for_cuda(name: str) -> None:
     call, do, _ = CASES[name].call()
 
@@ -183,31 +191,41 @@ def test_gradients_lower_for_cuda(name: str) -> None:
     assert text.count("mosaic_gpu") >= 3
 
 
-def test_tables_of_packed_rows_visit_each_document_and_its_sinks() -> None:
+@pytest.mark.parametrize("name", ["packed_sinks", "packed_stride", "packed_sink_stride"])
+def test_tables_of_packed_rows_visit_each_document_and_its_sinks(name: str) -> None:
     """Every needed tile of 64 keys is visited, none twice, and few besides; so are the rows of every key unit."""
-    case, unit = CASES["packed_sinks"], tables.UNIT
+    case, unit = CASES[name], tables.UNIT
     call, _, _ = case.call()
-    seen = np.asarray(reference.visible(call))[0, 0]
+    seen = np.asarray(reference.visible(call))[0]
     plan = tables.in_units(case.mask.plan(2, case.length, case.length, 128, unit), case.length)
 
     @jax.jit
     def by_row_and_key():
         segs = tables.segments(call, case.length, case.length)
         sizes = case.length, case.length, unit, jnp.zeros(1, int), jnp.asarray([case.length]), segs
-        return tables.row_table(plan, *sizes)[0], tables.column_table(plan, *sizes)
+        return *tables.row_table(plan, *sizes), tables.column_table(plan, *sizes)
 
-    rows_of, columns_of = (np.asarray(x)[0, 0] for x in by_row_and_key())
-    for n, row in enumerate(rows_of):
-        runs = ((tables.SINK_BEGIN, tables.SINK_STEPS), (tables.WINDOW_BEGIN, tables.WINDOW_STEPS))
-        visited = [row[begin] // unit + step for begin, steps in runs for step in range(row[steps])]
-        rows = seen[n * 128 : (n + 1) * 128]
-        needed = {j for j in range(5) if rows[:, j * unit : (j + 1) * unit].any()}
-        assert len(visited) == len(set(visited)) <= len(needed) + 1
-        assert needed <= set(visited)
-    for n, row in enumerate(columns_of[:5]):
-        keys = seen[:, n * unit : (n + 1) * unit]
-        needed = {i for i in range(5) if keys[i * 64 : (i + 1) * 64].any()}
-        assert needed <= set(range(row[tables.OWN_1], row[tables.OWN_END_1]))
+    rows_of, lists, columns_of = jax.tree.map(np.asarray, by_row_and_key())
+    units = tables.cdiv(case.length, unit)
+    for head, pattern in enumerate(plan.pattern_of_head):
+        for n, row in enumerate(rows_of[0, pattern]):
+            visited = visits(row, lists, pattern)
+            rows = seen[head, n * 128 : (n + 1) * 128]
+            wanted = {j for j in range(units) if rows[:, j * unit : (j + 1) * unit].any()}
+            assert len(visited) == len(set(visited)) <= len(wanted) + 2
+            assert wanted <= set(visited)
+        for n, row in enumerate(columns_of[0, pattern, :units]):
+            keys = seen[head, :, n * unit : (n + 1) * unit]
+            wanted = {i for i in range(units) if keys[i * unit : (i + 1) * unit].any()}
+            assert wanted <= set(range(row[tables.OWN_1], row[tables.OWN_END_1]))
+
+
+def visits(row: np.ndarray, lists: tables.Lists | None, pattern: int) -> list[int]:
+    """The key units of a row tile's steps, one unit a step."""
+    runs = ((tables.SINK_BEGIN, tables.SINK_STEPS), (tables.WINDOW_BEGIN, tables.WINDOW_STEPS))
+    found = [row[begin] // tables.UNIT + step for begin, steps in runs for step in range(row[steps])]
+    listed = [] if lists is None else lists.units[pattern, row[tables.LIST_LOW] :][: row[tables.LIST_LEN]]
+    return [*found, *listed]
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(128, 64), (256, 192)])
@@ -231,7 +249,7 @@ def test_lists_by_key_are_the_lists_by_row(block_q: int, block_k: int) -> None:
     ("change", "reason"),
     [
         ({"dim": 80}, "head dims 80"),
-        ({"mask": STRIDE & Segments(), "segments": (130,)}, "segments together with Stride"),
+        ({"mask": STRIDE, "lists": every_other(130, 130, 128, 64)}, "run-time lists together with Stride"),
         ({"lists": every_other(130, 130, 64, 64)}, "list blocks of 64 x 64"),
         ({"mask": Causal() & Stride(block=16, every=4)}, "blocks of 16 keys"),
     ],

@@ -90,9 +90,23 @@ def mask_of(numbers):
     return Causal() & (mask if numbers["stride"] is None else mask | Stride(*numbers["stride"]))
 
 
-@settings(max_examples=8)
-@given(drawn=st.lists(NUMBERS, min_size=1, max_size=2), length=st.sampled_from([1, 65, 130]))
+DRAWN = given(drawn=st.lists(NUMBERS, min_size=1, max_size=2), length=st.sampled_from([1, 65, 130]))
+
+
+@settings(max_examples=5)
+@DRAWN
 def test_masks_drawn_at_random(drawn, length):
+    check_drawn(drawn, length)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@DRAWN
+def test_many_masks_drawn_at_random(drawn, length):
+    check_drawn(drawn, length)
+
+
+def check_drawn(drawn, length):
     mask = mask_of(drawn[0]) if len(drawn) == 1 else per_head([mask_of(numbers) for numbers in drawn])
     spec = Spec("drawn", mask, length=length, keys=130, kv_heads=2, dim=8, q_offset=130 - length)
     x = spec.arrays()

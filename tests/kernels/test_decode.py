@@ -97,8 +97,14 @@ def test_mosaic_gpu(case, interpreted):
     check(case, lambda *args, **kw: pk.decode_attention(*args, implementation="mosaic_gpu", **kw))
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        (128, jnp.bfloat16),
+        (64, jnp.int8),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((64, jnp.bfloat16), (128, jnp.int8))),
+    ],
+)
 def test_lowers_for_hopper(dim, dtype):
     def make():
         store = jnp.zeros((2, 4096, 8, dim), dtype)

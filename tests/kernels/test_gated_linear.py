@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ from pallas_kernels import LinearState, Unsupported, aot, gated_linear_attention
 from pallas_kernels.gated_linear import mosaic_gpu_parts, xla
 from tests.kernels.linear_cases import Case, assert_close, assert_near, forward, make_case, packed, with_gradients
 
-LENGTHS = [1, 15, 16, 17, 63, 64, 65, 130]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+LENGTHS = [1, slow(15), 16, 17, slow(63), 64, 65, 130]
 
 
 @pytest.fixture
@@ -57,10 +60,9 @@ class GatedLinearChecks:
     def case(self, t=None, **options):
         return make_case(t or self.length, dtype=np.float32, shape=self.shape, **options)
 
-    def check(self, case):
-        (found, found_grads), (expected, expected_grads) = (
-            with_gradients(case, name) for name in (self.implementation, "reference")
-        )
+    def check(self, case, anew=False):
+        found, found_grads = with_gradients(case, self.implementation, anew=anew)
+        expected, expected_grads = with_gradients(case, "reference")
         assert_close(found, expected, self.tolerance)
         assert_close(found_grads, expected_grads, self.gradient_tolerance)
 
@@ -88,7 +90,7 @@ class GatedLinearChecks:
         assert_close(forward(case, self.implementation)[0], o, self.tolerance)
 
     def test_segments_equal_separate_runs_and_padding_may_hold_nan(self):
-        lengths, t = (17, 33, 3, 12), self.length
+        lengths, t = (31, 3, 31, 3), self.length
         case = self.case(segment_ids=packed(lengths, t))
         used = sum(lengths)
         q, k, v, g, beta, state = case.inputs
@@ -105,7 +107,7 @@ class GatedLinearChecks:
             alone = case._replace(
                 inputs=(q[:, cut], k[:, cut], v[:, cut], g[:, cut], beta, begin),
                 cotangents=(o_bar[:, cut], end_bar),
-                options={},
+                options={"segment_ids": None, "normalise": False},
             )
             (o_alone, last_alone), alone_grads = with_gradients(alone, "reference")
             assert_close(o[:, cut], o_alone, self.tolerance)
@@ -135,7 +137,7 @@ class TestXla(GatedLinearChecks):
         def step(q, k, v, g, beta, state):
             return recurrent_step(q, k, v, g, state, beta=beta, normalise=normalise)
 
-        for cut in (65, 66, 67):
+        for cut in (65, 67):
             first = [None if x is None else x[:, :cut] for x in (q, k, v, g, beta)]
             o, carried = forward(case._replace(inputs=(*first, state)), "xla")
             assert_close(o, whole[:, :cut], 1e-5)
@@ -172,7 +174,7 @@ class TestMosaicTpu:
     @pytest.mark.parametrize(
         ("t", "options", "tolerance"),
         [
-            (140, {"mean": -1.0, "dtype": np.float32}, 1e-4),
+            slow(140, {"mean": -1.0, "dtype": np.float32}, 1e-4),
             (130, {"mean": -50.0, "dtype": np.float32, "normalise": True}, 1e-3),
             (65, {"kind": "scalar", "dtype": jnp.bfloat16}, 1e-1),
         ],
@@ -191,7 +193,7 @@ class TestMosaicTpu:
             forward(case, "mosaic_tpu")
 
     @pytest.mark.usefixtures("optimized")
-    @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "tpu7x"])
+    @pytest.mark.parametrize("generation", [slow("v5e"), "v5p", slow("v6e"), "tpu7x"])
     def test_compiles(self, generation):
         pytest.importorskip("libtpu")
         shape = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
@@ -207,8 +209,9 @@ class TestMosaicTpu:
 class TestMosaicGpu:
     """The Hopper kernels as far as the interpreter reaches (products are plain ones there), and their CUDA lowering."""
 
-    @pytest.mark.parametrize("lengths", [None, (40, 80)], ids=["mild decays", "packed, which is strong"])
+    @pytest.mark.parametrize("lengths", [slow(None), (40, 89)], ids=["mild decays", "packed, strong and mild"])
     def test_matches_the_reference(self, lengths, monkeypatch):
+        """A document that ends inside a chunk makes its decays strong: of three chunks the first and the last."""
         split = mosaic_gpu_parts.choose_split
         monkeypatch.setattr(mosaic_gpu_parts, "choose_split", lambda *args: split(*args[:-1], 2))  # 2 and 1 chunks
         ids = None if lengths is None else packed(lengths, 130)
@@ -222,8 +225,9 @@ class TestMosaicGpu:
         rest = lambda grads: [grad for n, grad in enumerate(grads) if n != decay]
         assert_close(rest(found_grads), rest(expected_grads), 5e-2)
 
-    def test_lowers_for_cuda(self):
-        shape = jax.ShapeDtypeStruct((1, 4096, 4, 128), jnp.bfloat16)
+    @pytest.mark.parametrize("dim", [64, slow(128)])
+    def test_lowers_for_cuda(self, dim):
+        shape = jax.ShapeDtypeStruct((1, 4096, 4, dim), jnp.bfloat16)
 
         def loss(q, k, v, g):
             o, state = gated_linear_attention(q, k, v, g, implementation="mosaic_gpu")
@@ -280,7 +284,8 @@ class TestDeltaRule:
     def test_identical_keys_stay_stable(self):
         q, k, v, _, beta, _ = make_case(128, "none", delta=True, dtype=np.float32).inputs
         k = np.broadcast_to(k[:, :1], k.shape)
-        case = Case((q, k, v, None, np.ones_like(beta), None), (), {})
+        options = {"segment_ids": None, "normalise": False}
+        case = Case((q, k, v, None, np.ones_like(beta), None), (), options)
         assert_close(forward(case, "xla"), forward(case, "reference"), 1e-4)
 
 
@@ -330,7 +335,7 @@ class TestPlantedBugs:
     def expect_caught(self, monkeypatch, name, broken):
         monkeypatch.setattr(xla, name, broken(getattr(xla, name)))
         with pytest.raises(AssertionError):
-            TestXla().check(TestXla().case())
+            TestXla().check(TestXla().case(), anew=True)
 
     def test_suffix_that_includes_its_own_row(self, monkeypatch):
         def broken(original):

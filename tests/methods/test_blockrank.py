@@ -24,8 +24,10 @@ from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.documents import DocumentBlocks
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.models.weights import dotted
+from lcjax.parallel.mesh import make_mesh
 from lcjax.parallel.work import visible_pairs
 from lcjax.serve.rank import Ranker
+from lcjax.serve.rank_writing import Writer
 from lcjax.serve.source import random_model
 from lcjax.train.ranking import RankingLoss
 from lcjax.train.step import StepOptions
@@ -218,6 +220,10 @@ def test_documents_are_read_alone_and_in_any_order():
     for block in (0, 1, 3):
         np.testing.assert_array_equal(blocks[2, block][real[block]], blocks[0, block][real[block]])
     assert np.abs(blocks[2, 4][real[4]] - blocks[0, 4][real[4]]).max() > 1e-4
+    with jax.set_mesh(make_mesh(fsdp=1, context=2, devices=jax.devices()[:2])):  # the second document lies on both
+        split, states_of_shards = run(*numberless)
+    np.testing.assert_allclose(split, shares, rtol=1e-4)
+    np.testing.assert_allclose(states_of_shards.reshape(blocks.shape)[0][real], blocks[0][real], atol=1e-4)
 
 
 def test_shares_are_the_softmax_of_one_layer_over_documents():
@@ -302,6 +308,33 @@ def test_ranking_from_text_to_tables(tmp_path):
         Ranker(toy(), PROMPT, layer=3)
     with pytest.raises(ValueError, match="reach position 2256, and random was trained to 2048"):
         Ranker(toy(), dataclasses.replace(PROMPT, offset=2000), layer=2)
+
+
+def test_writing_reads_what_the_document_blocks_show():
+    """Behind the prompt and behind a first number, as the padded row under its mask has it."""
+    writer = Writer(toy(), PROMPT, tokens=3)
+    graphdef = abstract(BlockRank(SIZE, 3).model(SPEC))[0]
+    answered = PROMPT.row(TOKENIZER, QUERY, NOTES, [1])
+    (number,) = answered["inputs"][-1:].tolist()  # "2"; the closing bracket follows
+
+    @jax.jit
+    def under_the_mask(params, row):
+        model = nnx.merge(graphdef, params)
+        x, _ = model.hidden(row["inputs"], positions=row["positions"], segment_ids=row["segment_ids"])
+        return model.logits(x[0, -2:])
+
+    wanted = under_the_mask(toy().params, stacked(answered))
+    found = list(writer.logits(QUERY, NOTES, [number]))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    text = writer.answer(QUERY, NOTES)
+    assert 1 <= len(text) <= 3
+    for text, order in ("3, 1, 3, 7", [2, 0]), ("none", []):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writer, "answer", lambda *_, text=text: text)
+            assert writer.rank(QUERY, NOTES) == order
+    window = dataclasses.replace(SPEC, pattern=(Attention(window=5),))
+    with pytest.raises(ValueError, match=r"Writer: layer 0 is Attention\(window=5"):
+        Writer(toy()._replace(spec=window), PROMPT)
 
 
 def test_settings():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from lcjax.methods.duo import TRAINED, Gates
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.patterns import Spans
 from lcjax.models.spec import Attention, ModelSpec
-from lcjax.serve.source import Loaded
+from lcjax.serve.source import Loaded, random_model
 from lcjax.train.gates import GateDistillation, two_streams
 from lcjax.train.optimizers import AdamW, Clamped, Trapezoid
 from lcjax.train.state import Start, divide
@@ -146,8 +146,15 @@ def test_the_rate_rises_and_falls():
     np.testing.assert_allclose([float(rate(n)) for n in steps], wanted, rtol=1e-6)
 
 
+@cache
+def weights(seed=0):
+    return random_model(SPEC, None, seed).params
+
+
 def plan_file(folder, **changes):
-    Gates.made(SPEC, {0: (0.9, 0.1, 0.5), 1: (0.2, 0.95, 0.3), 2: (0.0, 1.0, 0.4)}).save(folder / "plan.json")
+    Gates.made(SPEC, weights(), {0: (0.9, 0.1, 0.5), 1: (0.2, 0.95, 0.3), 2: (0.0, 1.0, 0.4)}).save(
+        folder / "plan.json"
+    )
     held = json.loads((folder / "plan.json").read_text()) | changes
     (folder / "plan.json").write_text(json.dumps(held))
     return str(folder / "plan.json")
@@ -160,7 +167,7 @@ def test_the_quantile_of_all_gates_divides_the_heads(tmp_path):
     assert [mixer.pattern.sinks for mixer in spec.layers] == [(0, 2, 0), (2, 0, 2), (2, 0, 2)]
     assert Duo(plan, sparsity=0.0).model(SPEC) == SPEC
     assert Duo(plan, sparsity=5 / 9, sink=SINK, window=WINDOW).model(GATED) == spec
-    ties = Gates.made(SPEC, dict.fromkeys(range(3), (1.0,) * 3)).retrieval(1 / 3)
+    ties = Gates.made(SPEC, weights(), dict.fromkeys(range(3), (1.0,) * 3)).retrieval(1 / 3)
     assert sum(sum(heads) for heads in ties.values()) == 6
 
 
@@ -177,6 +184,10 @@ def test_a_plan_is_written_from_a_run_and_read_again(tmp_path, params):
 def test_plans_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"made for 'decoder' with num_layers=3, and 'decoder' has num_layers=4"):
         Duo(plan_file(tmp_path)).model(dataclasses.replace(SPEC, num_layers=4))
+    plan = Duo(plan_file(tmp_path))
+    plan.check(jax.tree.map(lambda x: x.astype(jnp.bfloat16) * 1.1, weights()))
+    with pytest.raises(ValueError, match=r"made for 'decoder', and this model has the same sizes but other weights"):
+        plan.check(weights(seed=1))
     bad = {"1": (0.2, 1.5, 0.3)}
     cases = ({"gates": bad}, "layer 1 has the gate 1.5, which is not in 0 to 1"), ({"format": 9}, "not of format 1")
     for number, (changes, message) in enumerate(cases):

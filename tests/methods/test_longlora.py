@@ -17,6 +17,7 @@ from lcjax.models.decoder import abstract
 from lcjax.models.groups import ShiftedGroups
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.models.weights import dotted
+from lcjax.parallel.mesh import make_mesh
 from lcjax.positions import Linear
 from lcjax.train.losses import CrossEntropy
 from lcjax.train.optimizers import AdamW, WarmupStableDecay
@@ -141,11 +142,15 @@ def test_a_step_trains_in_groups_and_the_merged_model_is_full_attention():
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "positions": where}
     batch |= {"segment_ids": jnp.ones_like(where), "loss_weights": jnp.ones((2, 32))}
     before, run = start.state(), jax.jit(step)
-    after, losses = before, []
+    after, measured = before, []
     for _ in range(3):
         after, metrics = run(after, batch)
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0]
+        measured.append(metrics)
+    assert measured[-1]["loss"] < measured[0]["loss"]
+    with jax.set_mesh(make_mesh(fsdp=1, context=4, devices=jax.devices()[:4])):
+        split = jax.jit(step)(before, batch)[1]
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(split[name], measured[0][name], rtol=1e-4, err_msg=f"{name} over a split sequence")
     frozen = [nnx.to_flat_state(divide(state.params, job.trainable)[1]) for state in (before, after)]
     for (path, old), (_, new) in zip(*frozen, strict=True):
         np.testing.assert_array_equal(old.get_value(), new.get_value(), err_msg=dotted(path))

@@ -274,6 +274,9 @@ def test_plan_files(plan_file, tmp_path):
     assert method.model(SPEC).layers[1].pattern == Spans((4, 4), (36, 8))
     with pytest.raises(ValueError, match=r"made for 'random' with num_kv_heads=2, and 'decoder' has num_kv_heads=3"):
         method.model(dataclasses.replace(SPEC, num_kv_heads=3))
+    method.check(toy().params)
+    with pytest.raises(ValueError, match=r"MoA\.plan .* was made for 'random', and this model has .* other weights"):
+        method.check(jax.tree.map(jnp.negative, toy().params))
     with pytest.raises(ValueError, match=r"MoA\.length must be positive, got 0"):
         MoA(str(plan_file), length=0)
     with pytest.raises(ValueError, match=r"layer 0 is Attention\(window=5"):

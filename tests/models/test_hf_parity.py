@@ -33,6 +33,14 @@ cases, weights = _script("cases"), _script("weights")
 MODELS = json.loads((GOLDEN / "models.json").read_text())
 
 
+# Scaled positions run with Llama, and once where layers differ in them; the slow tests run them in every family.
+SWEPT = {
+    name
+    for name, config in cases.CASES.items()
+    if config.get("rope_scaling") and not name.startswith("llama_") and name != "gemma3_text_yarn"
+}
+
+
 def write_model(name: str, folder: Path) -> Path:
     """A HF folder with the case's weights and its 4.x-style config."""
     config = cases.CASES[name]
@@ -43,7 +51,7 @@ def write_model(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SWEPT)) for n in cases.CASES])
 def test_logits(name, tmp_path):
     model = load_pretrained(write_model(name, tmp_path))
     graphdef, _ = abstract(model.spec)

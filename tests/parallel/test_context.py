@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from lcjax.models.documents import DocumentBlocks
+from lcjax.models.groups import ShiftedGroups
 from lcjax.parallel import ops
 from lcjax.parallel.layout import attention_exchange
 from lcjax.parallel.mesh import make_mesh
@@ -29,6 +31,8 @@ MASKS = {
     "per head": per_head(
         [Causal() & (Sink(2) | Window(5)), Causal() & (Window(12) | Stride(block=4, every=4))], (0, 1, 1, 0)
     ),
+    "documents": DocumentBlocks(8, 6).mask(4, 2),
+    "shifted groups": ShiftedGroups(12, LENGTH, (False, True)).mask(4, 2),  # they begin within shards
 }
 
 
@@ -84,7 +88,7 @@ def context(degree, **others):
 
 @pytest.mark.parametrize(
     ("exchange", "degree", "packed"),
-    [("ring", 4, True), ("gather", 4, True), ("heads", 4, True), ("ring", 2, False)]
+    [("ring", 4, True), ("gather", 4, True), ("heads", 4, True)]
     + [
         pytest.param(exchange, degree, packed, marks=pytest.mark.slow)
         for exchange in ("ring", "gather", "heads")

@@ -12,7 +12,6 @@ SIZES = {
     "vocab_size": 61,
     "width": 24,
     "mlp_width": 32,
-    "num_layers": 2,
     "num_heads": 6,
     "num_kv_heads": 2,
     "head_dim": 8,
@@ -35,14 +34,20 @@ class Row:
         return any(isinstance(m, Attention) and m.rope and m.rope.follows_length for m in self.spec.pattern)
 
     @property
+    def turns_otherwise(self) -> bool:
+        """It differs from full attention in its frequencies alone: the parameters and their programs are the same."""
+        plain = all(isinstance(m, Attention) and m == Attention(rope=m.rope) for m in self.spec.pattern)
+        return plain and dataclasses.replace(self.spec, pattern=FULL.pattern) == FULL and self.spec != FULL
+
+    @property
     def counts_in_rows(self) -> bool:
         """What a token sees depends on its place in the row: a document behind another one differs by design."""
         return any(isinstance(m, Attention) and isinstance(m.pattern, Strided) for m in self.spec.pattern)
 
 
 def model(*pattern: Mixer, **fields: object) -> ModelSpec:
-    """A two-layer decoder with these mixers."""
-    return ModelSpec(**SIZES | {"pattern": pattern} | fields)
+    """A decoder with a layer of each of these mixers."""
+    return ModelSpec(**SIZES | {"num_layers": len(pattern), "pattern": pattern} | fields)
 
 
 FULL = model(Attention())
@@ -102,3 +107,6 @@ ROWS = {
         )
     ),
 }
+
+# Rows that only sweep numbers: CI keeps one that shares each one's code, the slow tests run all.
+SWEPT = {"window": "sink_window", "linear_rope": "yarn", "llama3": "yarn", "proportional": "yarn"}

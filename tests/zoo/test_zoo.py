@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Container
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,18 @@ from lcjax.cache import init_caches
 from lcjax.checkpoint.manager import CheckpointManager
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.spec import ModelSpec
-from tests.zoo.rows import LENGTH, ROWS, SIZES
+from tests.zoo.rows import LENGTH, ROWS, SIZES, SWEPT
 
 TOKENS = jax.random.randint(jax.random.key(1), (2, LENGTH), 0, SIZES["vocab_size"])
-every_row = pytest.mark.parametrize("name", ROWS)
+
+
+def rows(swept: Container[str]) -> pytest.MarkDecorator:
+    """Every row, those in `swept` as slow tests."""
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in swept)) for n in ROWS])
+
+
+every_row = rows(SWEPT)
+every_kind = rows({*SWEPT, *(name for name, row in ROWS.items() if row.turns_otherwise)})
 
 
 @functools.cache
@@ -94,7 +103,7 @@ def test_packed_equals_separate(name):
     np.testing.assert_allclose(got, want, atol=5e-5)
 
 
-@every_row
+@every_kind
 def test_every_parameter_learns_in_bfloat16(name):
     """Compute in bfloat16 keeps float32 gradients, none of them zero throughout, for every parameter."""
     spec = dataclasses.replace(ROWS[name].spec, dtype="bfloat16")
@@ -117,7 +126,7 @@ def test_every_parameter_learns_in_bfloat16(name):
         assert np.abs(leaf).max() > 0, path
 
 
-@every_row
+@every_kind
 def test_saved_and_restored(name, tmp_path):
     graphdef, params = parameters(ROWS[name].spec)
     manager = CheckpointManager(tmp_path)

@@ -23,25 +23,41 @@ def bootstrap_interval(
 
     Where all scores agree the bootstrap has no width; scores in {0, 1} take the Wilson interval instead, which does.
     """
-    values = np.asarray(scores, np.float64)
-    if values.size == 0:
+    return mean_interval([scores], confidence=confidence, resamples=resamples, seed=seed)
+
+
+def mean_interval(
+    groups: Sequence[Sequence[float]], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """`bootstrap_interval` of a mean of tasks: every group counts the same, and is drawn from by itself."""
+    values = [np.asarray(group, np.float64) for group in groups]
+    if not values or not all(group.size for group in values):
         raise ValueError("an interval needs at least one score; this cell has none")
-    mean = float(values.mean())
-    if np.isin(values, (0.0, 1.0)).all() and values.min() == values.max():
-        return wilson_interval(mean, values.size, confidence=confidence)
-    draws = np.random.default_rng(seed).integers(0, values.size, (resamples, values.size))
-    low, high = np.quantile(values[draws].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(mean, float(low), float(high), values.size)
+    together = np.concatenate(values)
+    mean = float(np.mean([group.mean() for group in values]))
+    if mean in (0.0, 1.0) and (together == mean).all():
+        return wilson_interval(mean, together.size, confidence=confidence)
+    return _bootstrap(values, confidence, resamples, seed)
 
 
-def paired_difference(left: Sequence[float], right: Sequence[float], *, seed: int = 0) -> Interval:
-    """Bootstrap of mean(right - left) over the same examples; lengths must agree, else ValueError."""
-    if len(left) != len(right):
-        raise ValueError(f"a paired difference needs equal counts; got {len(left)} and {len(right)} scores")
-    differences = np.asarray(right, np.float64) - np.asarray(left, np.float64)
-    draws = np.random.default_rng(seed).integers(0, differences.size, (2000, differences.size))
-    low, high = np.quantile(differences[draws].mean(axis=1), [0.025, 0.975])
-    return Interval(float(differences.mean()), float(low), float(high), differences.size)
+def paired_difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> Interval:
+    """Bootstrap of mean(right - left), each pair of scores over the same examples of one task; tasks count the same.
+
+    Raises ValueError for a pair of unequal lengths. Differences that all agree have an interval without width.
+    """
+    for left, right in pairs:
+        if len(left) != len(right):
+            raise ValueError(f"a paired difference needs equal counts; got {len(left)} and {len(right)} scores")
+    changes = [np.asarray(right, np.float64) - np.asarray(left, np.float64) for left, right in pairs]
+    return _bootstrap(changes, 0.95, 2000, seed)
+
+
+def _bootstrap(groups: Sequence[np.ndarray], confidence: float, resamples: int, seed: int) -> Interval:
+    rng = np.random.default_rng(seed)
+    drawn = [group[rng.integers(0, group.size, (resamples, group.size))].mean(axis=1) for group in groups]
+    low, high = np.quantile(np.mean(drawn, axis=0), [(1 - confidence) / 2, (1 + confidence) / 2])
+    mean = float(np.mean([group.mean() for group in groups]))
+    return Interval(mean, float(low), float(high), sum(group.size for group in groups))
 
 
 def wilson_interval(share: float, count: int, *, confidence: float = 0.95) -> Interval:

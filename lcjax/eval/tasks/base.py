@@ -10,7 +10,7 @@ from lcjax.eval.haystack import Haystack, load_haystack
 from lcjax.eval.metrics import metric
 from lcjax.eval.task import Example
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ A model with working long-range attention goes on copying; a small model that an
 `plants` are token rows for teacher-forced scoring (`lcjax.eval.copy_recall`); `CopyRecall` has the copy decoded.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
@@ -19,6 +21,8 @@ PASSAGE = 64
 CUE = 16
 SCORED = PASSAGE - CUE
 _CHARACTERS = 1_500_000
+_LONGEST = 32 * PASSAGE  # characters that surely hold a passage
+_BLANK_LINE = re.compile(r"\n\s*\n")
 
 
 def plants(
@@ -26,9 +30,13 @@ def plants(
 ) -> np.ndarray:
     """Token rows [count, length]: filler with a passage of 64 tokens at `depth` between blank lines, then the passage.
 
-    Score the last 48 tokens of a row; the 16 before are the cue. `filler` and `passages` are as in `read_text`.
+    Score the last 48 tokens of a row; the 16 before are the cue. `filler` and `passages` are as in `read_text`. Filler
+    begins anywhere, a passage where a paragraph does: in the middle of a sentence it would be harder to go on with.
+    Raises BudgetError for rows too short, ValueError for passages without 64 tokens.
     """
-    book, other = (_ids(tokenizer, source) for source in (filler, passages))
+    book, other = tokenizer.encode(_text(filler)), _text(passages)
+    starts = [0, *(found.end() for found in _BLANK_LINE.finditer(other))]
+    starts = [start for start in starts if start <= max(len(other) - _LONGEST, 0)]
     gap = list(tokenizer.encode("\n\n"))
     room = length - 2 * PASSAGE - 3 * len(gap)
     if room < 1:
@@ -36,18 +44,21 @@ def plants(
     rows = np.empty((count, length), np.int32)
     for i in range(count):
         rng = Random(f"copy_recall-{seed}-{i}")
-        passage = _slice(other, rng, PASSAGE)
+        start = rng.choice(starts)
+        passage = list(tokenizer.encode(other[start : start + _LONGEST]))[:PASSAGE]
+        if len(passage) < PASSAGE:
+            raise ValueError(f"copy_recall: {passages!r} has {len(passage)} tokens; a passage takes {PASSAGE}")
         straw = _slice(book, rng, room)
         before = int(depth * room)
         rows[i] = [*straw[:before], *gap, *passage, *gap, *straw[before:], *gap, *passage]
     return rows
 
 
-def _ids(tokenizer: Encoder, source: str) -> list[int]:
-    return list(tokenizer.encode(read_text(source)[:_CHARACTERS]))
+def _text(source: str) -> str:
+    return read_text(source)[:_CHARACTERS]
 
 
-def _slice(ids: list[int], rng: Random, count: int) -> list[int]:
+def _slice(ids: Sequence[int], rng: Random, count: int) -> list[int]:
     """`count` consecutive ids from a random place; the text repeats where it is too short."""
     start = rng.randrange(len(ids))
     return [ids[(start + i) % len(ids)] for i in range(count)]

@@ -19,44 +19,36 @@ from lcjax.eval.tasks import helmet as categories
 from lcjax.eval.tasks import needles
 from lcjax.eval.tasks.base import GeneratedTask
 from lcjax.eval.tasks.loaded import LoadedTask, Row
-from lcjax.eval.tasks.rows import read_rows
+from lcjax.eval.tasks.rows import RowError, read_rows
+
+_ASK = "Read the text, then answer the question briefly.\n\n{document}\n\nQuestion: "
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongQa(LoadedTask):
-    """Questions over a document, which is cut at its end as published. Rows: document, question, answers, and `options`
-    for multiple choice. Scores: the choice; else the judge's fluency x correctness / 3, or ROUGE-L F1."""
+    """Questions over a document, which is cut at its end as published. Rows: document, question, answers.
+
+    Score: the judge's fluency x correctness / 3, or ROUGE-L F1.
+    """
 
     truncation: Truncation = "head"
     judge: Judge | None = None
     kind: ClassVar[str] = "helmet_longqa"
 
     def rows(self) -> Iterator[Row]:
-        """One row a question."""
+        """One row a question. RowError for one with options, which has another score."""
         for number, row in enumerate(read_rows(self.source, ("document", "question", "answers"))):
-            options = row.get("options")
-            ask, new_tokens = row["question"], 10 if options else 100
-            answers = tuple(row["answers"])
-            if options:
-                letters = "ABCDEFGH"[: len(options)]
-                right = letters[options.index(answers[0])]
-                ask += "\n" + "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
-                ask += "\nReply with the letter of the right answer."
-                answers = (right, f"{right}. {answers[0]}")
-            template = f"Read the text, then answer the question briefly.\n\n{{document}}\n\nQuestion: {ask}"
-            facts = {"question": row["question"], "choice": bool(options)}
-            yield Row(
-                f"{self.name}-{number}", row["document"], template, Draft("", answers, new_tokens, metadata=facts)
-            )
+            if row.get("options"):
+                raise RowError(f"{self.source}, row {number + 1} has `options`: give it as helmet.longqa_choice")
+            draft = Draft("", tuple(row["answers"]), 100, metadata={"question": row["question"]})
+            yield Row(f"{self.name}-{number}", row["document"], _ASK + row["question"], draft)
 
     def score(self, example: Example, text: str) -> Mapping[str, float]:
-        """One number, by the kind of the question."""
-        if example.metadata["choice"]:
-            letter = re.match(r"\W*([A-H])\b", text)
-            hit = letter is not None and letter.group(1) == example.references[0]
-            return {"accuracy": max(float(hit), exact_match(text, example.references), self._whole(text, example))}
-        if self.judge is None or not text.strip():
+        """One number."""
+        if self.judge is None:
             return {"rougeL_proxy": ngram.rouge(text, example.references)}
+        if not text.strip():
+            return {"judged": 0.0}
         right = " | ".join(example.references)
         asked = (
             f"Question: {example.metadata['question']}\nRight answers: {right}\nAnswer: {text}\n\n"
@@ -66,13 +58,41 @@ class LongQa(LoadedTask):
         marks = ask_scores(self.judge, asked, ("fluency", "correctness"), low=0, high=3)
         return {"judged": min(marks.get("fluency", 0), 1) * marks.get("correctness", 0) / 3}
 
-    @staticmethod
-    def _whole(text: str, example: Example) -> float:
-        """ "A. option" written out counts."""
-        return normalised_substring(text, example.references[1:])
-
     def ideal(self, example: Example) -> str:
         """The first reference."""
+        return example.references[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongChoice(LoadedTask):
+    """Questions over a document with `options`, of which the first of `answers` is the right one. Score: the choice."""
+
+    truncation: Truncation = "head"
+    kind: ClassVar[str] = "helmet_longqa_choice"
+
+    def rows(self) -> Iterator[Row]:
+        """One row a question. RowError where the answer is none of the options."""
+        for number, row in enumerate(read_rows(self.source, ("document", "question", "answers", "options"))):
+            options, answer = row["options"], row["answers"][0]
+            if answer not in options:
+                raise RowError(f"{self.source}, row {number + 1}: the answer {answer!r} is none of its options")
+            letters = "ABCDEFGH"[: len(options)]
+            right = letters[options.index(answer)]
+            listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+            ask = f"{row['question']}\n{listed}\nReply with the letter of the right answer."
+            draft = Draft("", (right, f"{right}. {answer}"), 10)
+            yield Row(f"{self.name}-{number}", row["document"], _ASK + ask, draft)
+
+    def score(self, example: Example, text: str) -> float:
+        """Whether the answer begins with the right letter, is it, or holds "A. option" in full."""
+        letter = re.match(r"\W*([A-H])\b", text)
+        hit = letter is not None and letter.group(1) == example.references[0]
+        return max(
+            float(hit), exact_match(text, example.references), normalised_substring(text, example.references[1:])
+        )
+
+    def ideal(self, example: Example) -> str:
+        """The letter."""
         return example.references[0]
 
 
@@ -130,6 +150,7 @@ def helmet(
     rerank: str = "",
     cite: str = "",
     longqa: str = "",
+    longqa_choice: str = "",
     summ: str = "",
     num_examples: int = 100,
     judge: Judge | None = None,
@@ -141,6 +162,7 @@ def helmet(
     tasks += [categories.Rerank(source=rerank, num_examples=num_examples)] if rerank else []
     tasks += [categories.Cite(source=cite, num_examples=num_examples)] if cite else []
     tasks += [LongQa(source=longqa, judge=judge, limit=num_examples)] if longqa else []
+    tasks += [LongChoice(source=longqa_choice, limit=num_examples)] if longqa_choice else []
     return tasks + ([Summary(source=summ, judge=judge, limit=num_examples)] if summ else [])
 
 

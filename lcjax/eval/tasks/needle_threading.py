@@ -105,13 +105,17 @@ class MultiNeedle(ThreadTask):
         """Such as multi_needle_5 or conditional_needle_5_clustered."""
         return f"{self.kind}_{self.needles}" + ("_clustered" if self.clustered else "")
 
+    def depth(self, places: list[int], units: int) -> dict[str, float]:
+        """Where the needles are, when that is one place."""
+        return {"depth": places[0] / units} if self.clustered or self.needles == 1 else {}
+
     def draft(self, rng: Random, units: int, index: int) -> Draft:
         """Ask for the values in the order of the haystack."""
         pairs = self.pairs(rng, units)
         places = place(rng, units, self.needles, self.clustered)
         keys = ", ".join(f'"{pairs[i][0]}"' for i in places)
         question = f"What are the values of the keys {keys}? Reply with the values alone, one a line."
-        facts = {"needles": self.needles, "clustered": self.clustered, "depth": places[0] / units}
+        facts = {"needles": self.needles, "clustered": self.clustered, **self.depth(places, units)}
         return self.ask(pairs, question, [pairs[i][1] for i in places], facts)
 
 
@@ -133,7 +137,7 @@ class ConditionalNeedle(MultiNeedle):
         question = (
             f'What are the values of all keys that contain "{self.symbol}"? Reply with the values alone, one a line.'
         )
-        facts = {"needles": self.needles, "clustered": self.clustered, "depth": places[0] / units}
+        facts = {"needles": self.needles, "clustered": self.clustered, **self.depth(places, units)}
         return self.ask(pairs, question, [pairs[i][1] for i in places], facts)
 
 
@@ -183,7 +187,7 @@ class Threads(ThreadTask):
                 pairs[there][0] = pairs[here][1]
         starts = ", ".join(f'"{pairs[route[0]][0]}"' for route in routes)
         facts: dict[str, Any] = {"threads": self.threads, "thread_length": self.length, "direction": self.direction}
-        facts |= {"depth": routes[0][-1] / units, "needles": self.threads}
+        facts |= {"depth": routes[0][-1] / units} if self.threads == 1 else {}
         return self.ask(pairs, self._question(starts), [pairs[route[-1]][1] for route in routes], facts)
 
     def _question(self, starts: str) -> str:
@@ -229,7 +233,7 @@ class BranchedThread(Threads):
             "look it up, and go on until the value is a single string that is no key. Reply with that string alone."
         )
         facts = {"branches": self.branches, "thread_length": self.length, "direction": self.direction}
-        return self.ask(pairs, question, [pairs[route[-1]][1]], {**facts, "depth": route[-1] / units, "needles": 1})
+        return self.ask(pairs, question, [pairs[route[-1]][1]], {**facts, "depth": route[-1] / units})
 
 
 def needle_threading(

@@ -9,6 +9,8 @@ from typing import Any
 
 type Row = dict[str, Any]
 
+_ANSWERS = ("answers", "references", "outputs")
+
 
 class RowError(ValueError):
     """A row or file that does not have its data set's schema; the message names file, line and field."""
@@ -29,14 +31,18 @@ def read_rows(source: str, fields: Sequence[str], member: str = "") -> list[Row]
 
 
 def check_rows(rows: Iterable[Row], fields: Sequence[str], label: str) -> list[Row]:
-    """The rows as a list; RowError for no rows or a missing field."""
+    """The rows as a list; RowError for no rows, a missing field, and no answer in a list of them."""
     checked = []
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise RowError(f"{label}, row {number}: a JSON object is wanted, got {type(row).__name__}")
         missing = [name for name in fields if name not in row]
         if missing:
             raise RowError(
                 f"{label}, row {number}: the field {missing[0]!r} is missing; it has {', '.join(sorted(row))}"
             )
+        if empty := [name for name in _ANSWERS if name in fields and not row[name]]:
+            raise RowError(f"{label}, row {number}: `{empty[0]}` is empty; give at least one answer")
         checked.append(row)
     if not checked:
         raise RowError(f"{label} holds no rows")
@@ -73,17 +79,18 @@ def _read(path: Path, member: str) -> tuple[str, str]:
 
 def _parse(text: str, label: str) -> Iterator[Row]:
     if text.lstrip().startswith("["):
-        yield from json.loads(text)
+        yield from _json(text, label)
         return
     for number, line in enumerate(io.StringIO(text), 1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as cause:
-                raise RowError(f"{label}, line {number}: no JSON ({cause.msg}, column {cause.colno})") from None
-            if not isinstance(row, dict):
-                raise RowError(f"{label}, line {number}: a JSON object is wanted, got {type(row).__name__}")
-            yield row
+            yield _json(line, f"{label}, line {number}")
+
+
+def _json(text: str, label: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as cause:
+        raise RowError(f"{label}: no JSON ({cause.msg}, line {cause.lineno}, column {cause.colno})") from None
 
 
 def _download(name: str) -> Path:

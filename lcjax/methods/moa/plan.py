@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcjax.methods.base import Method, check_made_for
+from flax import nnx
+
+from lcjax.methods.base import Method, check_made_for, check_weights
 from lcjax.methods.moa.influence import check_full_attention
 from lcjax.models.elastic import Elastic
 from lcjax.models.family import period
@@ -19,13 +21,13 @@ FORMAT = 1
 class Plan:
     """Head h of layer l keeps alphas[l][h] + betas[l][h] N tokens of a request of N, in blocks of `block`.
 
-    model: sizes of the model that it was made for. source: that model's name. about: how it was found (JSON).
+    model: identity of the model that it was made for. source: that model's name. about: how it was found (JSON).
     """
 
     alphas: tuple[tuple[float, ...], ...]
     betas: tuple[tuple[float, ...], ...]
     block: int
-    model: Mapping[str, int]
+    model: Mapping[str, Any]
     source: str
     about: Mapping[str, Any]
 
@@ -76,6 +78,11 @@ class MoA(Method):
         plan = Plan.load(self.plan)
         check_made_for(f"MoA.plan {self.plan!r}", plan, spec)
         return under(spec, plan, self.length)
+
+    def check(self, params: nnx.State) -> None:
+        """Raises ValueError for a plan of other weights."""
+        if self.plan is not None:
+            check_weights(f"MoA.plan {self.plan!r}", Plan.load(self.plan), params)
 
 
 def under(spec: ModelSpec, plan: Plan, length: int | None = None) -> ModelSpec:
