@@ -20,8 +20,6 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
 class Linear(nnx.Module):
     """y = x W (+ b), contracting the last `inputs` axes of x; W is stored [*inputs, *outputs].
 
-    Of several outputs the mesh splits the first alone.
-
     `adapter` (see `lcjax.layers.adapter`) changes what W does without touching it.
     """
 
@@ -32,13 +30,9 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[Array, "*batch_and_outputs"]:
-        # Heads and their features as one axis, in the gradient too: libtpu scatters no small second-minor axis.
-        outputs = self.kernel.shape[self.inputs :]
-        kernel = self.kernel[...].astype(x.dtype).reshape(*self.kernel.shape[: self.inputs], -1)
-        kernel = whole(kernel, self.kernel.axes[: self.inputs + 1])
+        kernel = whole(self.kernel[...].astype(x.dtype), self.kernel.axes)
         last = tuple(range(x.ndim - self.inputs, x.ndim))
         y = jax.lax.dot_general(x, kernel, ((last, tuple(range(self.inputs))), ((), ())), precision=precision(x.dtype))
-        y = y.reshape(*y.shape[:-1], *outputs)
         if self.adapter is not None:
             y = self.adapter(x, y, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

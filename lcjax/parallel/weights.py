@@ -23,10 +23,12 @@ def whole(weight: Float[Array, "..."], axes: Sequence[str]) -> Float[Array, "...
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind == AxisType.Manual for kind in mesh.axis_types):
         return weight
-    spec = partition(axes, dict(mesh.shape))
+    # Heads and their features count as one axis, split as heads are: libtpu scatters no small second-minor axis.
+    flat = weight.reshape(*weight.shape[:-2], -1) if axes[-1] == "head_dim" else weight
+    spec = partition(axes[:-1] if axes[-1] == "head_dim" else axes, dict(mesh.shape))
     order = storage_axes(spec)
     steps = tuple(_without(spec, set(order[n:])) for n in range(len(order), -1, -1))
-    return _gathered(steps, weight) if order else weight
+    return _gathered(steps, flat).reshape(weight.shape) if order else weight
 
 
 def storage_axes(spec: PartitionSpec) -> tuple[str, ...]:
