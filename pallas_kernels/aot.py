@@ -46,7 +46,9 @@ def devices(topology: str, slices: int = 1) -> tuple[jax.Device, ...]:
         os.environ.setdefault(name, value)
     name = GENERATIONS.get(topology, topology)
     try:
-        found = topologies.get_topology_desc(topology_name=name, platform="tpu", num_slices=slices)
+        # The two cores of a v4 chip are one device to its users; libtpu takes them apart unless it is told.
+        cores = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu", num_slices=slices, **cores)
         return tuple(found.devices)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(

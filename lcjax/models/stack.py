@@ -42,6 +42,16 @@ def runs(kinds: list[Any]) -> list[tuple[int, int, int]]:
     return cut
 
 
+def scanned(kinds: list[Any]) -> list[tuple[int, ...]]:
+    """The layers, by number, that take turns in one body of `fold`'s scans; those that run alone are in none."""
+    return [
+        tuple(range(start + offset, start + period * repeats, period))
+        for start, period, repeats in runs(kinds)
+        if repeats > 1
+        for offset in range(period)
+    ]
+
+
 def fold(
     kinds: list[Any],
     states: list[Any],

@@ -20,6 +20,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "rank": (),
     "taps": (),
     "groups": (),
+    "layers": (),
     # activations
     "batch": ("data", "fsdp"),
     "length": ("context",),

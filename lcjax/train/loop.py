@@ -18,6 +18,7 @@ from lcjax.data.pipeline import Pipeline, build_pipeline, merge_states
 from lcjax.data.tokenizers import Tokenizer, load_tokenizer
 from lcjax.models.decoder import abstract
 from lcjax.models.flops import CONVENTION, flops_per_token
+from lcjax.models.stacked import stacked, unstacked
 from lcjax.observe.hardware import peak_flops, peak_memory_bytes
 from lcjax.observe.metrics import MetricsLog, plot_loss
 from lcjax.parallel.reading import Part, part_of_batch
@@ -27,7 +28,7 @@ from lcjax.serve import engine as serving
 from lcjax.train import state as states
 from lcjax.train.job import Train
 from lcjax.train.preempt import Preemption
-from lcjax.train.program import dtypes, flags_sharding, step_program
+from lcjax.train.program import dtypes, flags_sharding, state_stacks, step_program
 from lcjax.train.progress import Progress
 from lcjax.train.state import TrainState
 from lcjax.train.step import Batch
@@ -86,13 +87,16 @@ def prepare(job: Train, output: Path, config: str) -> Run:
     sections = job.sections(mesh, tokenizer.fingerprint, batches.fingerprint)
     manager = CheckpointManager(output / "checkpoints", keep=job.checkpoints.keep)
     start = states.Start(job.spec, job.optimizer.build(job.steps), job.seed, job.trainable, weights)
-    shapes = states.abstract_state(start, mesh)
+    shapes = states.abstract_state(start, mesh)  # layer by layer, as checkpoints are
     restored = manager.restore(shapes, sections, accept=job.checkpoints.accept)
     if restored is None:
         state, step = states.create(start, shapes), 0
     else:
         state, step = restored.state, restored.step
         batches.set_state(restored.data_state)
+    if stacks := state_stacks(job):
+        lie = states.shardings(states.abstract_state(start, mesh, stacks))
+        state = jax.device_put(stacked(state, stacks), lie)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.gin").write_text(config)
     return Run(job, output, config, mesh, part, tokenizer, batches, manager, sections, state, step)
@@ -202,7 +206,7 @@ def save(run: Run) -> None:
     with jax.transfer_guard("allow"):  # saving is a transfer that is meant
         states_by_part = dict(gather((run.part.index, run.batches.get_state())))
         data_state = merge_states([states_by_part[index] for index in range(run.part.count)])
-        run.manager.save(run.step, run.state, data_state, run.sections)
+        run.manager.save(run.step, unstacked(run.state), data_state, run.sections)
 
 
 class Reporter:
@@ -314,7 +318,8 @@ def sample(run: Run, progress: Progress) -> None:
     graphdef, _ = abstract(run.job.spec)
     ways = batch_ways(run.mesh)
     engine = serving.Engine(batch=-(-len(wanted.prompts) // ways) * ways)
-    generator = serving.Generator(graphdef, run.state.params, run.job.spec, run.tokenizer, engine, mesh=run.mesh)
+    params = unstacked(run.state.params)
+    generator = serving.Generator(graphdef, params, run.job.spec, run.tokenizer, engine, mesh=run.mesh)
     requests = [serving.Request(prompt, wanted.max_new_tokens, sampling=wanted.sampling) for prompt in wanted.prompts]
     for request, answer in zip(requests, generator.generate(requests), strict=True):
         progress.say(f"--- {request.prompt}{answer.text}")

@@ -7,6 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
+
+from lcjax.models.stacked import names, rank
 
 
 @runtime_checkable
@@ -106,13 +109,23 @@ class AdamW:
         )
 
     def decayed(self, params: Any) -> Any:
-        """True for every weight that weight decay acts on; a tree like `params`."""
+        """True for every weight that weight decay acts on; a tree like `params`.
 
-        def one(path: Any, leaf: Any) -> bool:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return leaf.ndim > 1 and not any(re.search(pattern, name) for pattern in self.no_decay)
+        Raises ValueError where patterns differ about layers whose weights are stacked.
+        """
 
-        return jax.tree_util.tree_map_with_path(one, params)
+        def one(path: Any, weight: Any) -> Any:
+            members = names(path, weight)
+            spared = [name for name in members if any(re.search(pattern, name) for pattern in self.no_decay)]
+            if len(spared) not in (0, len(members)):
+                raise ValueError(
+                    f"AdamW.no_decay names {spared[0]} but not all of the {len(members)} layers that are scanned with "
+                    "it: name all of them or none, or set StepOptions.scan = False"
+                )
+            decayed = rank(weight) > 1 and not spared
+            return weight.replace(decayed) if isinstance(weight, nnx.Variable) else decayed
+
+        return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 @dataclass(frozen=True)

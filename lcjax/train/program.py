@@ -11,10 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from lcjax.models.decoder import abstract
+from lcjax.models.stacked import Stacks, stacks
 from lcjax.parallel.rules import batch_sharding
 from lcjax.train import state as states
 from lcjax.train.job import Train
-from lcjax.train.state import TrainState
+from lcjax.train.state import TrainState, divide
 from lcjax.train.step import BATCH_DTYPES, Batch, Metrics, make_step
 
 
@@ -28,6 +29,13 @@ class StepProgram:
     function: Callable[..., tuple[TrainState, Metrics]]
     shapes: tuple[Any, ...]
     jitted: Any
+
+
+def state_stacks(job: Train) -> Stacks:
+    """How the state of a resolved job is stacked while it is stepped."""
+    if not job.options.scan:
+        return ()
+    return stacks(job.step_spec, *divide(abstract(job.spec)[1], job.trainable))
 
 
 def step_program(job: Train, shapes: TrainState, mesh: jax.sharding.Mesh) -> StepProgram:

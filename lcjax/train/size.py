@@ -8,7 +8,7 @@ from lcjax.parallel.slices import Slice
 from lcjax.parallel.work import count_flops
 from lcjax.train import state as states
 from lcjax.train.job import Train
-from lcjax.train.program import step_program
+from lcjax.train.program import state_stacks, step_program
 from lcjax.train.state import TrainState
 
 
@@ -21,7 +21,7 @@ def size_train(job: Train, where: Slice) -> Sizing:
     job.check_mesh(mesh)
     job, _ = job.resolve()
     start = states.Start(job.spec, job.optimizer.build(job.steps), job.seed, job.trainable)
-    shapes = states.abstract_state(start, mesh)
+    shapes = states.abstract_state(start, mesh, state_stacks(job))
     program = step_program(job, shapes, mesh)
     name = f"{job.spec.name}, step of {job.batch} x {job.length:,} tokens on {described(mesh, where)}"
     return size(name, where, mesh, program.jitted, program.shapes, step_work(job, shapes, mesh))

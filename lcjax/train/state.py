@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcjax.models.decoder import Decoder
 from lcjax.models.spec import ModelSpec
+from lcjax.models.stacked import Stacks, stacked
 from lcjax.models.weights import carry_over, cast, check_patterns, matching
 from lcjax.parallel.rules import partition
 
@@ -74,15 +75,15 @@ def divide(params: nnx.State, trainable: tuple[str, ...]) -> tuple[nnx.State, nn
 
 
 def create(start: Start, shapes: TrainState) -> TrainState:
-    """A fresh state on the devices that the abstract state `shapes` names, sharded from birth."""
+    """A fresh state on the devices that the abstract state `shapes`, unstacked, names; sharded from birth."""
     if start.weights is None and jax.tree.leaves(shapes)[0].sharding.mesh.size > 1:
         return jax.jit(start.state, out_shardings=shardings(shapes))()
     # One weight at a time compiles one small program per shape; the whole model in one takes 20 s of compiling.
     return jax.device_put(start.state(), shardings(shapes))
 
 
-def abstract_state(start: Start, mesh: Mesh) -> TrainState:
-    """The state's shapes with their shardings on `mesh`: nothing is allocated."""
+def abstract_state(start: Start, mesh: Mesh, stacks: Stacks = ()) -> TrainState:
+    """The shapes of the state, stacked as said, with their shardings on `mesh`: nothing is allocated."""
     sizes = dict(mesh.shape)
 
     def place(path: Any, leaf: Any) -> Any:
@@ -94,7 +95,7 @@ def abstract_state(start: Start, mesh: Mesh) -> TrainState:
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
         return leaf.replace(shape) if isinstance(leaf, nnx.Variable) else shape
 
-    shapes = jax.eval_shape(start.state)
+    shapes = jax.eval_shape(lambda: stacked(start.state(), stacks))
     return jax.tree_util.tree_map_with_path(place, shapes, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
+from lcjax.models.stacked import stacked_like, unstacked
 from lcjax.parallel.adjoint import Adjoint, through_recurrences
 from lcjax.parallel.layout import Exchange, attention_exchange
 from lcjax.train.losses import Loss, LossSums
@@ -52,13 +53,15 @@ def make_step(
     A step whose loss or gradient is not finite leaves parameters and optimiser state bit for bit as they were; it is
     counted in `skipped`. `accumulate` > 1 cuts the batch's rows into that many micro-batches: the update is that of
     the whole batch, since losses are summed and divided by the batch's total weight. Only parameters that `trainable`
-    matches (empty: all) have gradients and optimiser state; the others pass through.
+    matches (empty: all) have gradients and optimiser state; the others pass through. The state may be stacked (see
+    `lcjax.models.stacked`), which changes no number either.
     """
 
     def gradients(trained: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Any, LossSums]:
         def grad(trained: nnx.State, batch: Batch) -> tuple[Any, LossSums]:
             with attention_exchange(options.exchange), through_recurrences(options.adjoint):
-                return loss.gradients(graphdef, trained, frozen, batch, options)
+                grads, sums = loss.gradients(graphdef, unstacked(trained), unstacked(frozen), batch, options)
+            return stacked_like(grads, trained), sums
 
         if options.accumulate == 1:
             return grad(trained, batch)

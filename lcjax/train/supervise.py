@@ -26,11 +26,16 @@ REFUSED = 2
 
 @dataclass(frozen=True)
 class Policy:
-    """How often a run is started again, after how many seconds, and how long survivors of a loss may take to end."""
+    """How often a run is started again, and after how many seconds.
+
+    grace: seconds that survivors of a loss may take to end. saving: those that the processes of a run that is stopped
+    may take to save their last step and end.
+    """
 
     restarts: int = 3
     wait: float = 5.0
     grace: float = 30.0
+    saving: float = 600.0
 
 
 def supervise(start: Callable[[int], Sequence[subprocess.Popen]], policy: Policy, say: Callable[[str], None]) -> int:
@@ -38,20 +43,24 @@ def supervise(start: Callable[[int], Sequence[subprocess.Popen]], policy: Policy
     attempt = 0
     while True:
         processes = start(attempt)
-        asked: list[int] = []
+        asked: list[float] = []  # when, by the monotonic clock
         previous = {number: signal.signal(number, _pass_on(processes, asked)) for number in STOPS}
         try:
-            index, status = _first_failure(processes)
-            if asked or status in STOPPED:  # the others are saving the same step
-                for process in processes:
-                    process.wait()
+            late = lambda asked=asked: bool(asked) and time.monotonic() > asked[0] + policy.saving
+            index, status = _first_failure(processes, late)
+            if status in STOPPED:
+                asked.append(time.monotonic())  # the others are saving the same step
+            if asked and _killed(processes, late):
+                status = -signal.SIGKILL
+                say(
+                    f"stopped, but not all processes had ended after {policy.saving:g} s (--saving): killed them; "
+                    "the checkpoint before the stop is intact"
+                )
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if index is None:
-            return 0
-        if asked or status in STOPPED:
-            return status if status > 0 else 128 - status
+        if asked or index is None:
+            return status if status >= 0 else 128 - status
         if status == REFUSED:
             _stop(processes, policy.grace)
             return status
@@ -72,25 +81,38 @@ def cause(status: int) -> str:
     return f"ended with status {status}"
 
 
-def _pass_on(processes: Sequence[subprocess.Popen], asked: list[int]) -> Callable[..., None]:
+def _pass_on(processes: Sequence[subprocess.Popen], asked: list[float]) -> Callable[..., None]:
     def handler(signum: int, frame: object) -> None:
-        asked.append(signum)
+        asked.append(time.monotonic())
         for process in processes:
             process.send_signal(signum)
 
     return handler
 
 
-def _first_failure(processes: Sequence[subprocess.Popen]) -> tuple[int | None, int]:
-    """(which process failed first, its status), or (None, 0) when all ended well."""
-    while True:
+def _first_failure(processes: Sequence[subprocess.Popen], late: Callable[[], bool]) -> tuple[int | None, int]:
+    """(which process failed first, its status), or (None, 0) when all ended well or it is late."""
+    while not late():
         statuses = [process.poll() for process in processes]
         if failed := [(n, status) for n, status in enumerate(statuses) if status]:
             # A process that was killed tells more than the ones that its loss aborted within the same moment.
             return min(failed, key=lambda one: one[1] != -signal.SIGKILL)
         if all(status == 0 for status in statuses):
-            return None, 0
+            break
         time.sleep(0.05)
+    return None, 0
+
+
+def _killed(processes: Sequence[subprocess.Popen], late: Callable[[], bool]) -> bool:
+    """Wait for processes that save and end; whether it got late and the rest were killed."""
+    while any(process.poll() is None for process in processes):
+        if late():
+            for process in processes:
+                process.kill()
+                process.wait()
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _stop(processes: Sequence[subprocess.Popen], grace: float) -> None:
@@ -115,10 +137,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes on this host (default 1)")
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help="starts after the first (default 3)")
     parser.add_argument("--wait", type=float, default=5.0, metavar="SECONDS", help="before a restart (default 5)")
+    parser.add_argument(
+        "--saving", type=float, default=600.0, metavar="SECONDS", help="for a stopped run (default 600)"
+    )
     parser.add_argument("rest", nargs="*", metavar="-- FLAGS", help="flags of train.py")
     args = parser.parse_args(argv)
-    if args.processes < 1 or args.restarts < 0:
-        parser.error(f"--processes={args.processes} must be at least 1 and --restarts={args.restarts} at least 0")
+    for name, least in (("processes", 1), ("restarts", 0), ("wait", 0), ("saving", 0)):
+        if (number := getattr(args, name)) < least:
+            parser.error(f"--{name}={number:g} must be at least {least}")
 
     def start(attempt: int) -> list[subprocess.Popen]:
         flags: list[list[str]] = [[]]
@@ -129,4 +155,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return [subprocess.Popen([*command, *own], env=dict(os.environ)) for own in flags]
 
     say = lambda text: print(f"launch.py: {text}", file=sys.stderr, flush=True)
-    return supervise(start, Policy(args.restarts, args.wait), say)
+    return supervise(start, Policy(args.restarts, args.wait, saving=args.saving), say)

@@ -54,6 +54,26 @@ def test_a_signal_reaches_every_process_and_ends_the_run():
     assert signal.getsignal(signal.SIGTERM) is started_handler
 
 
+def test_a_stopped_run_that_does_not_end_is_killed():
+    """One process has saved and ended, the other waits for it forever."""
+    said, codes = [], (f"raise SystemExit({128 + signal.SIGTERM})", SLEEPS)
+    status = supervise(lambda attempt: processes(*codes), Policy(saving=0.5), said.append)
+    assert status == 128 + signal.SIGKILL
+    assert said == [
+        "stopped, but not all processes had ended after 0.5 s (--saving): killed them; "
+        "the checkpoint before the stop is intact"
+    ]
+
+
+def test_a_signal_that_no_process_heeds():
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    started = [subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)]
+    assert started[0].stdout.readline(), "deaf from here on"
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGTERM]).start()
+    assert supervise(lambda attempt: started, Policy(saving=0.5), print) == 128 + signal.SIGKILL
+    started[0].stdout.close()
+
+
 def test_the_watchdog_names_where_each_process_stands(tmp_path, capsys):
     ended = []
     (tmp_path / "process-1.json").write_text('{"step": 6, "line": "loop.py:9 in steps: pass", "time": 0}')

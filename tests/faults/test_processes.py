@@ -130,9 +130,10 @@ def test_processes_with_different_configurations_all_stop(many):
 
 @pytest.mark.slow
 def test_a_sample_is_decoded_by_all_processes_where_the_parameters_lie(many, unbroken):
-    """The corpus is prepared by the unbroken run."""
+    """Of scanned layers, whose weights lie stacked until then. The corpus is prepared by the unbroken run."""
     run = many("sampled")
     sample = ("train.sample = @Sample()", "Sample.prompts = ('Document',)", "Sample.max_new_tokens = 4")
-    processes = run.start_all(2, "train.steps = 8", *sample)
+    scan = ("ModelSpec.num_layers = 2", "train.options = @StepOptions()", "StepOptions.scan = True")
+    processes = run.start_all(2, "train.steps = 8", *sample, *scan)
     assert [process.wait(PATIENCE) for process in processes] == [0, 0], run.log.read_text()
     assert run.log.read_text().count("--- Document") == 1, "process 0 tells"

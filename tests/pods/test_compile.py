@@ -10,7 +10,8 @@ import pytest
 
 from lcjax import settings
 from lcjax.models.decoder import abstract
-from lcjax.models.spec import ModelSpec
+from lcjax.models.recurrent import GatedLinear
+from lcjax.models.spec import Attention, ModelSpec
 from lcjax.parallel.mesh import MeshSpec
 from lcjax.parallel.slices import named_slice
 from lcjax.serve import Engine
@@ -54,7 +55,7 @@ def sized(job):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("run", QUICK, ids=lambda run: run.stem)
 def test_two_layers_of_a_pod_configuration(run):
-    """Layers are scanned, so two of them move what all do; each layer has its own optimiser, whose code takes time."""
+    """Layers are scanned, so two of them move what all do."""
     job, _ = settings.load("train", [run])
     two = sized(dataclasses.replace(job, model=dataclasses.replace(job.model, num_layers=2)))
     layer = [c for c in two.traffic if c.times == 2]
@@ -78,6 +79,24 @@ def test_decoding_of_a_small_model():
         assert cache < sizing.arguments < 1.5 * cache
         assert sizing.peak < 2 * cache, "no second cache"
     assert "4 requests of 8,192 tokens on v5e:2x2 (4 chips): data=2 tensor=2" in decoding.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("where", ["v4:2x2x2", "v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"])
+def test_a_whole_step_for_every_generation(where):
+    """Full, windowed and linear attention over a split sequence, on eight devices of each (v5p: the runs above)."""
+    job, _ = settings.load("train", QUICK)
+    mixers = (Attention(), Attention(window=256, sink=64), GatedLinear(feature_map="softmax", conv_width=4))
+    spec = ModelSpec(
+        vocab_size=512, width=256, mlp_width=512, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=128,
+        max_length=4096, pattern=mixers, tie_embeddings=False,
+    )  # fmt: skip
+    job = dataclasses.replace(job, model=spec, batch=8, length=4096, mesh=MeshSpec(fsdp=4, context=2))
+    sizing = size_train(job, named_slice(where))
+    print(sizing.text())
+    assert sizing.fits, sizing.text()
+    assert {"all-gather", "reduce-scatter"} <= {c.kind for c in sizing.traffic}
 
 
 @pytest.mark.slow

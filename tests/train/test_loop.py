@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from lcjax import settings
+from lcjax.checkpoint.run import load_run
 from lcjax.models.recurrent import GatedLinear
 from lcjax.models.spec import Attention
 from lcjax.train import loop
@@ -34,8 +36,13 @@ def run(job, output):
 
 
 @pytest.fixture(scope="module")
-def plain(job, tmp_path_factory):
-    return run(job, tmp_path_factory.mktemp("plain"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("plain")
+
+
+@pytest.fixture(scope="module")
+def plain(job, folder):
+    return run(job, folder)
 
 
 def test_metrics_of_a_run(plain):
@@ -45,7 +52,7 @@ def test_metrics_of_a_run(plain):
     assert {"tokens_per_second", "grad_norm", "learning_rate", "memory_gib", "data_share", "skipped"} <= plain[0].keys()
 
 
-def test_mesh_remat_scan_and_micro_batches_change_no_number(job, plain, tmp_path, capsys):
+def test_mesh_remat_scan_and_micro_batches_change_no_number(job, plain, folder, tmp_path, capsys):
     other = dataclasses.replace(
         job,
         mesh=MeshSpec(data=2, fsdp=2, tensor=2),
@@ -56,6 +63,8 @@ def test_mesh_remat_scan_and_micro_batches_change_no_number(job, plain, tmp_path
     metrics = run(other, tmp_path)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose([m[name] for m in metrics], [m[name] for m in plain], rtol=2e-4)
+    saved, expected = (load_run(output, dtype="float32").params for output in (tmp_path, folder))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), saved, expected)  # layer by layer
     assert list((tmp_path / "profile").rglob("*.xplane.pb")), "the profile window leaves a trace"
     assert list((tmp_path / "tensorboard").iterdir())
     assert (tmp_path / "loss.png").stat().st_size > 1000
