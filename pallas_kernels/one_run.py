@@ -5,6 +5,7 @@ The parts of dual chunk attention are such masks: a query reads its own chunk, t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,12 +13,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from pallas_kernels.plan import INF, Plan
-from pallas_kernels.pytrees import record
 
 MOST = 2**22  # pairs of a stretch of rows and a column that are looked at
 
 
-@record()
+@dataclass(frozen=True, eq=False)
 class OneRun:
     """Keys [begin, stop) that the rows of each stretch read, but for causality; both only grow with the row.
 

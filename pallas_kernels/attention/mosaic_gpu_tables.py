@@ -357,11 +357,9 @@ def column_table(
     block_2, block_end_2 = jnp.maximum(pair(begin_2, jnp.min), block_end_1), pair(end_2, jnp.max)
     oldest, newest = jnp.zeros(shape, jnp.int32), jnp.asarray(columns.full_end)[None]
     if columns.full_second is not None:  # of two intervals only one is read without a mask
-        later = (newest <= key) & (jnp.asarray(columns.full_second)[None, ..., 1] > 0)
-        oldest, newest = (
-            jnp.where(later, x, y)
-            for x, y in zip(jnp.moveaxis(jnp.asarray(columns.full_second)[None], -1, 0), (oldest, newest), strict=True)
-        )
+        start, stop = (jnp.asarray(columns.full_second)[None, ..., n] for n in (0, 1))
+        later = (newest <= key) & (stop > 0)
+        oldest, newest = jnp.where(later, start, oldest), jnp.where(later, stop, newest)
     oldest = jnp.maximum(oldest, key + UNIT - 1) if plan.causal else oldest
     inner = ceil(local(oldest))
     whole = (key + UNIT <= length) & (segs is None)
