@@ -116,7 +116,10 @@ def states_along(transition, added, start) -> tuple[Array, Array]:
 
 def exchange(transition, added, start, axis_name: str) -> tuple[Array, Array]:
     """The state that enters this shard `[B, H, Dk, Dv]`, and the one after the last shard."""
-    entries, last = states_along(*jax.lax.all_gather((transition, added), axis_name), start)
+    # As one array: alone, libtpu scatters no cotangent of a diagonal, whose last axis is 1.
+    columns = transition.shape[-1]
+    summaries = jax.lax.all_gather(jnp.concatenate([transition, added], axis=-1), axis_name)
+    entries, last = states_along(summaries[..., :columns], summaries[..., columns:], start)
     return entries[jax.lax.axis_index(axis_name)], of_last_shard(last, axis_name)
 
 
