@@ -6,13 +6,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lcjax import settings
 from lcjax.models.decoder import abstract
 from lcjax.models.recurrent import GatedLinear
 from lcjax.models.spec import Attention, ModelSpec
+from lcjax.parallel import ops
 from lcjax.parallel.mesh import MeshSpec
+from lcjax.parallel.sizing import size
 from lcjax.parallel.slices import named_slice
 from lcjax.serve import Engine
 from lcjax.serve.job import Generate
@@ -79,6 +83,23 @@ def test_decoding_of_a_small_model():
         assert cache < sizing.arguments < 1.5 * cache
         assert sizing.peak < 2 * cache, "no second cache"
     assert "4 requests of 8,192 tokens on v5e:2x2 (4 chips): data=2 tensor=2" in decoding.name
+
+
+def test_a_recurrence_with_one_decay_a_head():
+    """Its gradient scatters cotangents of the shards' states and decays, and libtpu none whose last axis is 1."""
+    where = named_slice("v6e:2x4")
+    mesh = MeshSpec(fsdp=1, context=8).build(where.devices)
+    wide = NamedSharding(mesh, PartitionSpec(None, "context", None, None))
+    narrow = NamedSharding(mesh, PartitionSpec(None, "context", None))
+    x = jax.ShapeDtypeStruct((1, 1024, 16, 128), jnp.bfloat16, sharding=wide)
+    decay = jax.ShapeDtypeStruct((1, 1024, 16), jnp.float32, sharding=narrow)
+
+    def gradient(q, k, v, decay, cotangent):
+        return jax.vjp(lambda *x: ops.gated_linear(*x)[0], q, k, v, decay)[1](cotangent)
+
+    sizing = size("recurrence", where, mesh, jax.jit(gradient), (x, x, x, decay, x))
+    scattered = [c for c in sizing.traffic if c.kind == "reduce-scatter"]
+    assert [c.bytes for c in scattered] == [8 * 16 * 128 * 129 * 4], "one exchange of states, with their decays"
 
 
 @pytest.mark.slow
