@@ -67,7 +67,7 @@ def block_sparse_attention(
       whole: the known (o, lse) of attention over a larger set of keys, of which these are a part. It is returned as it
         is; the gradients in q, k and v are this part's share, so that a backward pass can go through parts one by one
         (ring attention) without computing any forward again.
-      deterministic: gradients of two runs are equal to the bit. Without it 'mosaic_gpu' is faster, and sums its
+      deterministic: gradients of two runs are equal to the bit. Without it 'mosaic_gpu' may be faster, and sum its
         gradient in q in an order that is left to the chip. 'cudnn' declines; the others are deterministic in any case.
       implementation: 'xla', 'mosaic_tpu', 'mosaic_gpu', 'cudnn' (plain causal or full masks) or 'reference'; None picks
         the first of the platform's order that can.

@@ -151,18 +151,19 @@ def compare(case: Case, attend, tolerance: float = 6e-3) -> None:
         assert relative(actual, want) < tolerance, f"d{name}"
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", [n if n in SMALL else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
-def test_interpreted(name: str, deterministic: bool) -> None:
-    case = dataclasses.replace(CASES[name], deterministic=deterministic)
-    compare(case, functools.partial(mosaic_gpu.attend, interpret=True))
+def test_interpreted(name: str, fused: bool) -> None:
+    tiles = BackwardTiles(fused=fused)
+    compare(CASES[name], functools.partial(mosaic_gpu.attend, backward_tiles=tiles, interpret=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "stride", "lists"])
 def test_interpreted_halves_of_the_head_dim(name: str) -> None:
     """At 128 columns of dQ each warpgroup has its half, at 64 they take turns."""
-    compare(dataclasses.replace(CASES[name], dim=128), functools.partial(mosaic_gpu.attend, interpret=True))
+    attend = functools.partial(mosaic_gpu.attend, backward_tiles=BackwardTiles(fused=True), interpret=True)
+    compare(dataclasses.replace(CASES[name], dim=128), attend)
 
 
 def test_interpreted_columns_forward() -> None:
@@ -175,11 +176,17 @@ def test_interpreted_columns_forward() -> None:
     np.testing.assert_allclose(lse, want_lse, atol=2e-3)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+WINDOWED = Causal() & (Sink(64) | Window(512))
+STRIDED = Causal() & (Sink(64) | Window(512) | Stride(block=64, every=8))
+
+
+@pytest.mark.parametrize(
+    ("mask", "deterministic", "kernels"),
+    [(WINDOWED, False, 2), (STRIDED, False, 3), pytest.param(WINDOWED, True, 3, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("dim", [128, pytest.param(64, marks=pytest.mark.slow)])
-def test_lowers_for_cuda(dim: int, deterministic: bool) -> None:
-    """Two kernels, or three where dQ has its own."""
-    mask = Causal() & (Sink(64) | Window(512) | Stride(block=64, every=8))
+def test_lowers_for_cuda(dim: int, mask: Mask, deterministic: bool, kernels: int) -> None:
+    """Two kernels, or three where dQ has its own: for columns that many rows read, and in a fixed order of sums."""
 
     def loss(q, k, v):
         options = {"deterministic": deterministic, "return_lse": True, "implementation": "mosaic_gpu"}
@@ -189,7 +196,7 @@ def test_lowers_for_cuda(dim: int, deterministic: bool) -> None:
     shapes = [jax.ShapeDtypeStruct((1, 1000, heads, dim), jnp.bfloat16) for heads in (6, 2, 2)]
     with target_platform("gpu"):
         text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu") == (3 if deterministic else 2)
+    assert text.count("@mosaic_gpu") == kernels
 
 
 @pytest.mark.parametrize("name", ["lists", "packed_sink_stride"])
@@ -202,7 +209,7 @@ def test_gradients_lower_for_cuda(name: str) -> None:
 
     with target_platform("gpu"):
         text = jax.jit(gradients).trace(call.q, call.k, call.v).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu") == 2
+    assert text.count("@mosaic_gpu") == (2 if name == "lists" else 3)
 
 
 @pytest.mark.parametrize("name", ["packed_sinks", "packed_stride", "packed_sink_stride"])
@@ -288,9 +295,10 @@ def test_refuses_float32_and_other_platforms() -> None:
 class TestOnDevice:
     @pytest.mark.parametrize("name", CASES)
     @pytest.mark.parametrize("dim", [64, 128])
-    @pytest.mark.parametrize("deterministic", [False, True])
-    def test_matches_reference(self, name: str, dim: int, deterministic: bool) -> None:
-        compare(dataclasses.replace(CASES[name], dim=dim, deterministic=deterministic), mosaic_gpu.attend)
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_matches_reference(self, name: str, dim: int, fused: bool) -> None:
+        attend = functools.partial(mosaic_gpu.attend, backward_tiles=BackwardTiles(fused=fused))
+        compare(dataclasses.replace(CASES[name], dim=dim), attend)
 
     @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 2055])
     def test_lengths(self, length: int) -> None:
