@@ -11,6 +11,7 @@ from lcjax.eval.perplexity import Perplexity, perplexity
 from lcjax.eval.plots import by_position
 from lcjax.eval.report import write_report
 from lcjax.eval.runner import Suite
+from lcjax.methods.base import Method
 from lcjax.models.decoder import abstract
 from lcjax.positions.laws import Rope
 from lcjax.positions.remap import Remap
@@ -21,11 +22,15 @@ SLIDING = "sliding context"
 
 @dataclass(frozen=True)
 class Law:
-    """A frequency law, perhaps with a remap, in place of the model's own. `rope` None: the model's."""
+    """A frequency law, perhaps with a remap, in place of the model's own. `rope` None: the model's.
+
+    method: what changes the positions beyond that, such as a plan of DPE.
+    """
 
     name: str
     rope: Rope | None = None
     remap: Remap | None = None
+    method: Method | None = None
 
     def apply(self, model: Loaded, max_length: int | None = None) -> Loaded:
         """The model under this law, with the same weights; `max_length` tokens are to fit its context."""
@@ -33,6 +38,9 @@ class Law:
         if not own:
             raise ValueError(f"compare_laws: {model.source} has no rotary positions")
         spec = model.spec.with_positions(self.rope or own[0], self.remap, max_length)
+        if self.method is not None:
+            self.method.check(model.params)
+            spec = self.method.model(spec)
         return model._replace(graphdef=abstract(spec)[0], spec=spec)
 
 
