@@ -132,7 +132,7 @@ class CompareLaws:
             found = suite.outcome(law.apply(model, max(suite.lengths)), folder)
             together.setting = found.setting
             named = lambda task, law=law: f"{task}/{law.name}"
-            together.cells += [replace(cell, task=named(cell.task)) for cell in found.cells]
+            together.cells += [replace(cell, task=named(cell.task), category="") for cell in found.cells]
             together.missing += [(named(task), length, reason) for task, length, reason in found.missing]
         write_report(output, together)
         return {name: table for name, table in together.tables().items() if name != f"{self.name}_mean"}
