@@ -65,6 +65,7 @@ class OneLetter:
     """A letter at a depth of the filler."""
 
     name: str = "one_letter"
+    category: str = ""
 
     def examples(self, tokenizer, budget, seed):
         for index, letter in enumerate(LETTERS):
