@@ -146,7 +146,11 @@ def _stage(
 
 def accuracy(model: Model, questions: Mapping[int, np.ndarray], answer: int) -> dict[str, float]:
     """Share of the questions of each length whose answer tokens would all be chosen, one after the other."""
-    return {str(length): float(np.mean(found(model, rows, answer))) for length, rows in questions.items()}
+    table = {}
+    for length, rows in questions.items():
+        table[str(length)] = float(np.mean(found(model, rows, answer)))
+        print(f"{length:,} tokens: {table[str(length)]:.2f}", flush=True)
+    return table
 
 
 def found(model: Model, rows: np.ndarray, answer: int) -> np.ndarray:

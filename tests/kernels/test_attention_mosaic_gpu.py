@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcjax.models.documents import DocumentBlocks
 from pallas_kernels import Unsupported, block_sparse_attention
 from pallas_kernels.attention import mosaic_gpu, reference
 from pallas_kernels.attention import mosaic_gpu_tables as tables
@@ -98,6 +99,7 @@ CASES = {
     "sink_window": Case(Causal() & (Sink(20) | Window(50)), length=200, heads=(3, 1)),
     "stride": Case(STRIDE, length=260),
     "intervals": Case(Causal() & spans(260, 64), length=260),
+    "documents": Case(DocumentBlocks(64, 4).mask(2, 1), length=384),
     "own_chunk": Case(chunk_masks(128, 300)[0], length=300),
     "chunk_before": Case(chunk_masks(128, 333)[1], length=333),
     "older_chunks": Case(chunk_masks(64, 333)[2], length=333),
