@@ -20,7 +20,7 @@ from lcjax.positions.remap import Remap
 from lcjax.serve.source import Loaded
 
 SLIDING = "sliding context"
-BLOCK = 512  # tokens whose mean loss is one sample of an interval
+BLOCK, FEWEST = 512, 8  # tokens whose mean loss is one sample of an interval, and samples of one
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def ratios(name: str, nll: np.ndarray, base: np.ndarray, lengths: tuple[int, ...
     found: dict[str, Table] = {f"{name}/ratio": {str(n): perplexity(nll[:n] - base[:n]) for n in lengths}}
     for n in lengths:
         mine, theirs = (x[: n // BLOCK * BLOCK].reshape(-1, BLOCK).mean(axis=1).tolist() for x in (nll, base))
-        if len(mine) > 1:  # neighbouring tokens are alike: stretches are drawn, not tokens
+        if len(mine) >= FEWEST:  # neighbouring tokens are alike: stretches are drawn, not tokens
             _, low, high, _ = paired_difference([(theirs, mine)])
             found.setdefault(f"{name}/ratio_low", {})[str(n)] = math.exp(low)
             found.setdefault(f"{name}/ratio_high", {})[str(n)] = math.exp(high)

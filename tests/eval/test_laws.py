@@ -53,15 +53,15 @@ def test_ratios_have_intervals():
     rng = np.random.default_rng(0)
     base = rng.normal(3, 1, 40 * BLOCK)
     worse = base + np.repeat(rng.normal(0.1, 0.2, 40), BLOCK)
-    found = ratios("text/law", worse, base, (BLOCK, 40 * BLOCK))
+    found = ratios("text/law", worse, base, (7 * BLOCK, 40 * BLOCK))
     (ratio, low, high) = (found[f"text/law/{name}"][str(40 * BLOCK)] for name in ("ratio", "ratio_low", "ratio_high"))
     assert low < ratio < high
     assert math.log(ratio) == pytest.approx(float(np.mean(worse - base)))
     spread = float(np.std((worse - base)[::BLOCK]))
     assert math.log(high / low) == pytest.approx(2 * 1.96 * spread / 40**0.5, rel=0.1)
-    assert found["text/law/ratio_low"].keys() == {str(40 * BLOCK)}, "one stretch has no interval"
-    same = ratios("text/law", base, base, (2 * BLOCK,))
-    assert [table[str(2 * BLOCK)] for table in same.values()] == [1.0, 1.0, 1.0]
+    assert found["text/law/ratio_low"].keys() == {str(40 * BLOCK)}, "a few stretches have no interval"
+    same = ratios("text/law", base, base, (8 * BLOCK,))
+    assert [table[str(8 * BLOCK)] for table in same.values()] == [1.0, 1.0, 1.0]
 
 
 def test_a_suite_runs_under_a_law_beyond_the_trained_length(model, tmp_path):
