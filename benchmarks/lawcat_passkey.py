@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["softmax", "lawcat"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
-    parser.add_argument("--stretch", type=float, default=45.0, help="half of a row of 1K times 45 stands for 23K tokens")
+    parser.add_argument("--stretch", type=float, default=45.0, help="half of a 1K row times 45 stands for 23K tokens")
     parser.add_argument("--text", help="a text file that no row was taken from")
     parser.add_argument("--keys", type=int, default=20, help="for each of five depths")
     parser.add_argument("--rows", type=int, default=4096, help="training rows")
