@@ -125,8 +125,9 @@ class Perplexity:
 
     def _leading_up(self, model: Loaded, tokens: np.ndarray, length: int) -> float:
         """Perplexity of the last targets, given the `length` tokens up to each end."""
-        rows = np.concatenate([self._bos(model), tokens[-length - 1 :]])[None]
-        return perplexity(score(model, rows, self.chunk, self.targets))
+        bos = self._bos(model)
+        rows = np.concatenate([bos, tokens[-length - 1 :]])[None]
+        return perplexity(score(model, rows, self.chunk, self.targets, len(bos) + max(self.lengths)))
 
     def _bos(self, model: Loaded) -> np.ndarray:
         if not self.add_bos:
@@ -183,16 +184,19 @@ class Perplexity:
         return nll
 
 
-def score(model: Loaded, rows: np.ndarray, chunk: int, last: int | None = None) -> np.ndarray:
+def score(
+    model: Loaded, rows: np.ndarray, chunk: int, last: int | None = None, longest: int | None = None
+) -> np.ndarray:
     """rows `[B,N+1]` of tokens -> negative log-likelihood `[B,N]` (float64) of each token given all before it.
 
-    With `last`, only that of the last tokens, `[B,last]`.
+    With `last`, only that of the last tokens, `[B,last]`. With `longest`, the largest N of several calls, one program
+    serves all of them.
     """
     batch, count = rows.shape[0], rows.shape[1] - 1
     chunk = min(chunk, count)
-    capacity = -(-count // chunk) * chunk
-    model = model.at(capacity)
-    caches = init_caches(model.spec, batch, capacity)
+    whole = lambda tokens: -(-tokens // chunk) * chunk
+    model = model.at(whole(count))
+    caches = init_caches(model.spec, batch, whole(longest or count))
     first = 0 if last is None else count - last
     pieces = []
     console = Console(stderr=True)
