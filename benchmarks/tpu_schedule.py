@@ -2,6 +2,7 @@
 
     python -m benchmarks.tpu_schedule --generations v5p v6e --tiles 512,512,512 1024,1024,512
     python -m benchmarks.tpu_schedule --op decode --tiles 64,512,1 --heads 32
+    python -m benchmarks.tpu_schedule --op dual_chunk --tiles 512,512,512 1024,1024,512
 
 libtpu's compiler writes each kernel's VLIW schedule: one bundle is one cycle, stalls aside. The hot region is the
 straight-line block that does a visited tile's products without a token mask; its bundles and the share of its matrix
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -37,7 +39,9 @@ CODES = {
     "attention": ("ours_fwd", "ours_bwd", "splash_fwd", "splash_bwd"),
     "decode": ("ours_decode", "ragged_decode"),
     "linear": ("linear_fwd", "linear_bwd"),
+    "dual_chunk": tuple(f"{part}_{way}" for way in ("fwd", "bwd") for part in ("ours", "own", "before", "older")),
 }
+PARTS = ("own", "before", "older")  # the chunks that the three calls of dual chunk attention read
 BATCH, GROUP = 64, 4  # of decoding
 MATRIX = ("MXU", "MATMUL")
 LABEL = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT))?\s*:")
@@ -131,7 +135,10 @@ def compile_code(code: str, generation: str, tiles: tuple[int, int, int], length
     from pallas_kernels import aot
 
     makers = {"ours_decode": _our_decode, "ragged_decode": _ragged_decode, "linear_fwd": _linear, "linear_bwd": _linear}
-    maker = makers.get(code, _ours if code.startswith("ours") else _splash)
+    parts = {
+        f"{part}_{way}": functools.partial(_ours, part=n) for n, part in enumerate(PARTS) for way in ("fwd", "bwd")
+    }
+    maker = (makers | parts).get(code, _ours if code.startswith("ours") else _splash)
     forward, shapes = maker(tiles, length, heads, dim)
 
     def backward(*x):
@@ -140,16 +147,20 @@ def compile_code(code: str, generation: str, tiles: tuple[int, int, int], length
     aot.compile_for(generation, backward if code.endswith("bwd") else forward, *shapes)
 
 
-def _ours(tiles, length, heads, dim):
+def _ours(tiles, length, heads, dim, part=None):
+    """Causal attention, or a part of dual chunk attention whose text has four chunks."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.attention import mosaic_tpu
     from pallas_kernels.attention.call import Call
+    from pallas_kernels.dual_chunk import chunk_masks
     from pallas_kernels.masks import Causal
 
+    mask = Causal() if part is None else chunk_masks(length // 4, length)[part]
+
     def forward(q, k, v):
-        call = Call(q, k, v, Causal(), None, None, 0, None, dim**-0.5, None, False)
+        call = Call(q, k, v, mask, None, None, 0, None, dim**-0.5, None, False)
         return mosaic_tpu.attend_with(call, *tiles)[0]
 
     return forward, [jax.ShapeDtypeStruct((1, length, heads, dim), jnp.bfloat16)] * 3
@@ -291,6 +302,10 @@ def _report(options: argparse.Namespace, rows: list[dict]) -> dict:
 
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
     call = {"length": options.length, "heads": options.heads, "mask": "causal", "dtype": "bfloat16"}
+    if options.op == "dual_chunk":
+        call["mask"] = (
+            f"ours: causal; others: the chunks of {options.length // 4} tokens that dual chunk attention reads"
+        )
     if options.op == "decode":
         call |= {"requests": BATCH, "kv_heads": options.heads // GROUP}
     when = time.strftime("%Y-%m-%d")

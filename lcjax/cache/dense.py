@@ -134,6 +134,16 @@ class DenseCache:
         rows = jnp.asarray(self.start)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         return attend_direct(q, self.k, self.v, visible(plan, rows, columns), **options)
 
+    def stretch(self, first: Int[Array, "B"], tokens: int) -> "DenseCache":
+        """Copies of `tokens` slots of each request from `first` on; what was at `first` is at 0, `length` with it."""
+        at = jnp.minimum(first[:, None] + jnp.arange(tokens, dtype=jnp.int32), self.capacity - 1)
+        rows = jnp.arange(at.shape[0])[:, None]
+        scales = [
+            None if x is None else jnp.take_along_axis(x, at[:, None], axis=2) for x in (self.k_scale, self.v_scale)
+        ]
+        counts = (jnp.asarray(x) - first for x in (self.length, self.start))
+        return DenseCache(self.k[rows, at], self.v[rows, at], *scales, *counts)
+
     def fork(self, rows: Counts) -> "DenseCache":
         """Copies of the rows."""
         return DenseCache(*take_rows(rows, self.k, self.v, self.k_scale, self.v_scale, self.length, self.start))

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lcjax.eval.contour import effective_lengths
-from lcjax.eval.outcome import MEAN, Cell, Outcome
+from lcjax.eval.outcome import Cell, Outcome
 
 DEPTH_BINS = 5
 WIDEST = 11.6  # inches of all panels in a row
@@ -60,7 +60,7 @@ def score_figure(outcome: Outcome) -> Figure:
         for axis, name in zip(axes, names, strict=True):
             cells = [cell for n in lengths if (cell := outcome.find(name, n))]
             if len(names) > 1 and len(means) > 1:
-                axis.plot(list(means), list(means.values()), color="#b9bec6", linewidth=1.2, label=MEAN)
+                axis.plot(list(means), list(means.values()), color="#b9bec6", linewidth=1.2, label=outcome.mean_name)
             if chance := cells[0].places[0].get("chance"):
                 axis.axhline(100 * chance, color="#8a8f98", linestyle=":", linewidth=1, label="chance")
             draw_scores(axis, cells, COLOURS[0])
@@ -219,7 +219,7 @@ def comparison_figure(outcomes: Mapping[str, Outcome]) -> Figure:
 
 
 def memory_figure(outcomes: Mapping[str, Outcome]) -> Figure | None:
-    """Mean of tasks with its interval against the cache of one request; a line a run. None where no cache is known."""
+    """The mean with its interval against the cache of one request; a line a run. None where no cache is known."""
     curves = {}
     for name, outcome in outcomes.items():
         sizes = {n: max(cell.cache_bytes for cell in outcome.cells if cell.length == n) for n in outcome.lengths}
@@ -242,6 +242,6 @@ def memory_figure(outcomes: Mapping[str, Outcome]) -> Figure | None:
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_ylim(-4, 104)
         axis.set_xlabel("cache of one request, MiB")
-        axis.set_ylabel(f"{MEAN}, %")
+        axis.set_ylabel(f"{next(iter(outcomes.values())).mean_name}, %")
         axis.legend()
         return figure

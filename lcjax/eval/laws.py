@@ -1,32 +1,39 @@
 """One model under several position laws: perplexity of the same targets and retrieval, each in one table and figure."""
 
-import itertools
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from lcjax.eval.metrics.statistics import paired_difference
 from lcjax.eval.outcome import Outcome, Table
-from lcjax.eval.perplexity import Perplexity
+from lcjax.eval.perplexity import Perplexity, perplexity
 from lcjax.eval.plots import by_position
 from lcjax.eval.report import write_report
 from lcjax.eval.runner import Suite
+from lcjax.methods.base import Method
 from lcjax.models.decoder import abstract
 from lcjax.positions.laws import Rope
 from lcjax.positions.remap import Remap
 from lcjax.serve.source import Loaded
 
 SLIDING = "sliding context"
+BLOCK, FEWEST = 512, 8  # tokens whose mean loss is one sample of an interval, and samples of one
 
 
 @dataclass(frozen=True)
 class Law:
-    """A frequency law, perhaps with a remap, in place of the model's own. `rope` None: the model's."""
+    """A frequency law, perhaps with a remap, in place of the model's own. `rope` None: the model's.
+
+    method: what changes the positions beyond that, such as a plan of DPE.
+    """
 
     name: str
     rope: Rope | None = None
     remap: Remap | None = None
+    method: Method | None = None
 
     def apply(self, model: Loaded, max_length: int | None = None) -> Loaded:
         """The model under this law, with the same weights; `max_length` tokens are to fit its context."""
@@ -34,6 +41,9 @@ class Law:
         if not own:
             raise ValueError(f"compare_laws: {model.source} has no rotary positions")
         spec = model.spec.with_positions(self.rope or own[0], self.remap, max_length)
+        if self.method is not None:
+            self.method.check(model.params)
+            spec = self.method.model(spec)
         return model._replace(graphdef=abstract(spec)[0], spec=spec)
 
 
@@ -66,41 +76,54 @@ class CompareLaws:
             one.check()
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
-        """{text/law: {length: perplexity}, text/law/ratio: ..., task/law: {length: score}}."""
+        """{text/law: {length: perplexity}, text/law/ratio: ..., task/law: {length: score}}.
+
+        Also text/law/ratio_low and ratio_high, the ratio's 95 % bootstrap interval over stretches of BLOCK tokens;
+        text/law/by_position: {end of a window: perplexity}; text/law/seconds of the longest length, with compilation.
+        """
         tables: dict[str, Table] = {}
+        places: dict[str, Table] = {}
         for one in self.perplexities:
-            tables |= self._perplexity(one, model, output)
+            found, windows = self._perplexity(one, model, output)
+            tables |= found
+            places |= windows
         if self.suite is not None:
             tables |= self._scores(self.suite, model, output)
         text = table_of(tables)
         (output / f"{self.name}.txt").write_text(text + "\n", encoding="utf-8")
         print(text, flush=True)
-        return tables
+        return tables | places
 
-    def _perplexity(self, one: Perplexity, model: Loaded, output: Path) -> dict[str, Table]:
+    def _perplexity(self, one: Perplexity, model: Loaded, output: Path) -> tuple[dict[str, Table], dict[str, Table]]:
+        """Tables by length, and those by position."""
         tokens = one.tokens(model)
-        sliding = replace(one, context=model.spec.max_length)
-        losses = {SLIDING: sliding.losses(model, tokens)}
-        for law in self.laws:
-            losses[law.name] = one.losses(law.apply(model), tokens)
-            print(f"{one.name}, {law.name}: {math.exp(losses[law.name].mean()):.2f}", flush=True)
-        edges = np.arange(0, len(tokens), one.window)
-        mean = lambda nll, a, b: math.exp(float(np.mean(nll[a:b])))
-        curves = {
-            name: (edges, np.array([mean(nll, a, b) for a, b in itertools.pairwise(edges)]))
-            for name, nll in losses.items()
-        }
-        if len(edges) > 1:
-            title = f"{Path(one.text).stem}, windows of {one.window:,} tokens"
-            path = output / f"{self.name}_{one.name}.png"
-            by_position(curves, title=title, path=path, trained=model.spec.max_length)
+        runs = {SLIDING: (replace(one, context=model.spec.max_length), model)}
+        runs |= {law.name: (one, law.apply(model)) for law in self.laws}
+        losses: dict[str, np.ndarray] = {}
         found: dict[str, Table] = {}
-        for name, nll in losses.items():
-            found[f"{one.name}/{name}"] = {str(n): mean(nll, 0, n) for n in one.lengths}
-            found[f"{one.name}/{name}/ratio"] = {
-                str(n): mean(nll, 0, n) / mean(losses[SLIDING], 0, n) for n in one.lengths
-            }
-        return found
+        for name, (measure, changed) in runs.items():
+            began = time.perf_counter()
+            nll = losses[name] = measure.losses(changed, tokens)
+            seconds = time.perf_counter() - began
+            found[f"{one.name}/{name}"] = {str(n): perplexity(nll[:n]) for n in one.lengths}
+            if name != SLIDING:
+                found |= ratios(f"{one.name}/{name}", nll, losses[SLIDING], one.lengths)
+            found[f"{one.name}/{name}/seconds"] = {str(max(one.lengths)): seconds}
+            print(f"{one.name}, {name}: {perplexity(nll):.2f}, {seconds:.1f} s", flush=True)
+        windows = {name: one.windows(nll) for name, nll in losses.items()}
+        self._draw(one, model, windows, output)
+        places = {
+            f"{one.name}/{name}/by_position": {str(end): value for end, value in mine.items()}
+            for name, mine in windows.items()
+        }
+        return found, places
+
+    def _draw(self, one: Perplexity, model: Loaded, windows: dict[str, dict[int, float]], output: Path) -> None:
+        """All laws in one figure."""
+        curves = {name: (np.array([0, *mine]), np.array([*mine.values()])) for name, mine in windows.items() if mine}
+        if curves:
+            path = output / f"{self.name}_{one.name}.png"
+            by_position(curves, title=one.title, path=path, trained=model.spec.max_length)
 
     def _scores(self, suite: Suite, model: Loaded, output: Path) -> dict[str, Table]:
         """The suite under every law, and one report in which each law's heat map stands beside the others."""
@@ -111,10 +134,22 @@ class CompareLaws:
             found = suite.outcome(law.apply(model, max(suite.lengths)), folder)
             together.setting = found.setting
             named = lambda task, law=law: f"{task}/{law.name}"
-            together.cells += [replace(cell, task=named(cell.task)) for cell in found.cells]
+            together.cells += [replace(cell, task=named(cell.task), category="") for cell in found.cells]
             together.missing += [(named(task), length, reason) for task, length, reason in found.missing]
         write_report(output, together)
         return {name: table for name, table in together.tables().items() if name != f"{self.name}_mean"}
+
+
+def ratios(name: str, nll: np.ndarray, base: np.ndarray, lengths: tuple[int, ...]) -> dict[str, Table]:
+    """Perplexity over that of `base` on the same first targets, {name/ratio: ..., name/ratio_low: ...}, by length."""
+    found: dict[str, Table] = {f"{name}/ratio": {str(n): perplexity(nll[:n] - base[:n]) for n in lengths}}
+    for n in lengths:
+        mine, theirs = (x[: n // BLOCK * BLOCK].reshape(-1, BLOCK).mean(axis=1).tolist() for x in (nll, base))
+        if len(mine) >= FEWEST:  # neighbouring tokens are alike: stretches are drawn, not tokens
+            _, low, high, _ = paired_difference([(theirs, mine)])
+            found.setdefault(f"{name}/ratio_low", {})[str(n)] = math.exp(low)
+            found.setdefault(f"{name}/ratio_high", {})[str(n)] = math.exp(high)
+    return found
 
 
 def table_of(tables: dict[str, Table]) -> str:

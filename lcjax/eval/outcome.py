@@ -9,7 +9,7 @@ from lcjax.eval.metrics.statistics import Interval, bootstrap_interval, mean_int
 
 type Table = dict[str, float]
 
-MEAN = "mean of tasks"
+MEAN, BY_CATEGORY = "mean of tasks", "mean of categories"
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Cell:
     """One task at one length: a row for each example, as the JSON lines hold it.
 
     A row has `scores` (by name, the headline first), `where` (such as the depth of the needle) and `cache_bytes` of one
-    request. `seconds` were spent on it in this run; `dropped` documents were over the budget.
+    request. `seconds` were spent on it in this run; `dropped` documents were over the budget. `category`: see `Task`.
     """
 
     task: str
@@ -25,6 +25,7 @@ class Cell:
     rows: list[dict[str, Any]]
     seconds: float = 0.0
     dropped: int = 0
+    category: str = ""
 
     @property
     def scores(self) -> dict[str, list[float]]:
@@ -95,14 +96,34 @@ class Outcome:
         """The cell of a task at a length, None where it is missing."""
         return next((cell for cell in self.cells if (cell.task, cell.length) == (task, length)), None)
 
+    @property
+    def mean_name(self) -> str:
+        """What `means` are means of."""
+        return BY_CATEGORY if any(cell.category for cell in self.cells) else MEAN
+
     def means(self) -> dict[int, Interval]:
-        """{length: mean of the tasks' headlines}, where no task is missing."""
+        """{length: mean of the headlines of the categories, or else of the tasks}, where no task is missing."""
+        return {n: _mean([cell for cell in self.cells if cell.length == n]) for n in self._whole}
+
+    def categories(self) -> dict[str, dict[int, Interval]]:
+        """{category: {length: mean of its tasks' headlines}}, where no task is missing."""
+        cells = [cell for cell in self.cells if cell.category and cell.length in self._whole]
+        found: dict[str, dict[int, list[Cell]]] = {}
+        for cell in cells:
+            found.setdefault(cell.category, {}).setdefault(cell.length, []).append(cell)
+        return {name: {n: _mean(mine) for n, mine in at.items()} for name, at in found.items()}
+
+    @property
+    def _whole(self) -> list[int]:
+        """Lengths at which every task has a cell."""
         gaps = {length for _, length, _ in self.missing}
-        groups = {n: [cell.headline for cell in self.cells if cell.length == n] for n in self.lengths if n not in gaps}
-        return {n: mean_interval(scores) for n, scores in groups.items()}
+        return [n for n in self.lengths if n not in gaps]
 
     def tables(self) -> dict[str, Table]:
-        """{task: {length: mean}}; further metrics as task.metric; the mean of several tasks as {suite}_mean."""
+        """{task: {length: mean}}; further metrics as task.metric.
+
+        The mean of several tasks is {suite}_mean, that of a category {suite}_mean.{category}.
+        """
         tables: dict[str, Table] = {}
         for cell in self.cells:
             for place, (metric, scores) in enumerate(cell.scores.items()):
@@ -111,6 +132,8 @@ class Outcome:
         means = self.means()
         if len(self.tasks) > 1 and means:
             tables[f"{self.suite}_mean"] = {str(n): found.mean for n, found in means.items()}
+        for name, at in self.categories().items():
+            tables[f"{self.suite}_mean.{name}"] = {str(n): found.mean for n, found in at.items()}
         return tables
 
     def summary(self) -> dict[str, Any]:
@@ -122,8 +145,10 @@ class Outcome:
             cells.setdefault(cell.task, {})[str(cell.length)] = facts
         missing = [{"task": task, "length": length, "reason": reason} for task, length, reason in self.missing]
         about = {"suite": self.suite, "model": self.model, "setting": self.setting}
-        means = {str(n): found._asdict() for n, found in self.means().items()}
-        return {**about, "cells": cells, "means": means, "missing": missing}
+        record = lambda at: {str(n): found._asdict() for n, found in at.items()}
+        categories = {name: record(at) for name, at in self.categories().items()}
+        means = {"means": record(self.means()), "categories": categories}
+        return {**about, "cells": cells, **means, "missing": missing}
 
 
 class Compared(NamedTuple):
@@ -151,16 +176,27 @@ def compare(outcomes: Mapping[str, Outcome]) -> list[Compared]:
             rows.append(Compared(task, length, base.interval if base else None, changes))
         if len(there) > 1:
             changes = [_difference(there, length, first, other) for other in others]
-            rows.append(Compared(MEAN, length, first.means().get(length), changes))
+            rows.append(Compared(first.mean_name, length, first.means().get(length), changes))
     return rows
 
 
 def _difference(tasks: list[str], length: int, first: Outcome, other: Outcome) -> Interval | None:
     """What the other run scores more over the same examples of all `tasks`."""
-    pairs = []
+    pairs, cells = [], []
     for task in tasks:
         left, right = first.find(task, length), other.find(task, length)
         if left is None or right is None or left.ids != right.ids:
             return None
         pairs.append((left.headline, right.headline))
-    return paired_difference(pairs)
+        cells.append(left)
+    return paired_difference(pairs, _weights(cells))
+
+
+def _mean(cells: list[Cell]) -> Interval:
+    return mean_interval([cell.headline for cell in cells], _weights(cells))
+
+
+def _weights(cells: list[Cell]) -> list[float]:
+    """Of each cell in a mean: categories weigh the same, and so do the tasks of one."""
+    names = [(cell.category, "" if cell.category else cell.task) for cell in cells]
+    return [1 / names.count(name) for name in names]

@@ -2,6 +2,7 @@
 
 import base64
 import html
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from lcjax.eval.figures import (
     short,
 )
 from lcjax.eval.metrics.statistics import Interval, bootstrap_interval
-from lcjax.eval.outcome import MEAN, Cell, Outcome, compare
+from lcjax.eval.outcome import BY_CATEGORY, MEAN, Cell, Outcome, compare
 
 DPI = 130
 _SAMPLES = 2  # wrong answers shown a task
@@ -119,7 +120,7 @@ def score_table(outcome: Outcome) -> str:
         scores = [_score_cell(cell.interval if cell else None) for cell in cells]
         last = [_tokens(effective[task][0]), _counts(there), f"{sum(cell.seconds for cell in there):.1f}"]
         rows.append(f"<tr><td>{_text(task)}</td>{''.join(scores)}{_cells(last)}</tr>")
-    rows.append(_mean_row(outcome))
+    rows += [*_category_rows(outcome), _mean_row(outcome)]
     note = (
         "Mean score in % with its 95 % bootstrap interval (Wilson where all examples agree). Effective context: tokens "
         f"up to which the score stays at {THRESHOLD:.0%} or more, interpolated in the logarithm of the length; a dash "
@@ -127,6 +128,20 @@ def score_table(outcome: Outcome) -> str:
         f"none.{_weighted(outcome)}"
     )
     return f"<table>{''.join(rows)}</table><p class='note'>{note}</p>"
+
+
+def _category_rows(outcome: Outcome) -> list[str]:
+    """The mean of each category that has several tasks."""
+    sizes = Counter(category for _, category in {(cell.task, cell.category) for cell in outcome.cells})
+    rows = []
+    for name, means in outcome.categories().items():
+        if sizes[name] > 1:
+            scores = "".join(_score_cell(means.get(n)) for n in outcome.lengths)
+            effective = effective_length({n: found.mean for n, found in means.items()}, THRESHOLD)
+            rows.append(
+                f"<tr><td>{_text(name)}, {sizes[name]} tasks</td>{scores}{_cells([_tokens(effective), '', ''])}</tr>"
+            )
+    return rows
 
 
 def _mean_row(outcome: Outcome) -> str:
@@ -137,7 +152,7 @@ def _mean_row(outcome: Outcome) -> str:
     scores = "".join(_score_cell(means.get(n)) for n in outcome.lengths)
     effective = effective_length({n: found.mean for n, found in means.items()}, THRESHOLD)
     last = [_tokens(effective), "", f"{sum(cell.seconds for cell in outcome.cells):.1f}"]
-    return f"<tr class='sum'><td>{MEAN}</td>{scores}{_cells(last)}</tr>"
+    return f"<tr class='sum'><td>{outcome.mean_name}</td>{scores}{_cells(last)}</tr>"
 
 
 def _weighted(outcome: Outcome) -> str:
@@ -168,7 +183,7 @@ def difference_table(outcomes: Mapping[str, Outcome]) -> str:
     rows = [_row(["task", "context", *map(_text, outcomes)], "th")]
     for line in compare(outcomes):
         shown = _cells([_text(line.task), f"{short(line.length)} tokens"])
-        kind = " class='sum'" if line.task == MEAN else ""
+        kind = " class='sum'" if line.task in (MEAN, BY_CATEGORY) else ""
         rows.append(f"<tr{kind}>{shown}{_score_cell(line.base)}{''.join(map(_change_cell, line.changes))}</tr>")
     note = (
         "Scores in %; differences to the first run over the same examples with their 95 % bootstrap interval, in "

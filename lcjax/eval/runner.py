@@ -130,7 +130,8 @@ class Runner:
                 self._write(rows)
         seconds = time.perf_counter() - began
         rows = [self._known[one.key] for one in asked]
-        return Cell(task.name, length, rows, seconds, max(one.example.metadata.get("dropped", 0) for one in asked))
+        dropped = max(one.example.metadata.get("dropped", 0) for one in asked)
+        return Cell(task.name, length, rows, seconds, dropped, task.category)
 
     def _ask(self, example: Example, length: int) -> Asked:
         ids = tuple(prompt_ids(self._model.tokenizer, example.prompt))

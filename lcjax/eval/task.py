@@ -30,6 +30,11 @@ class Task(Protocol):
         """Name in tables."""
         ...
 
+    @property
+    def category(self) -> str:
+        """Tasks of one category weigh as one task in a suite's mean; "" stands for itself."""
+        ...
+
     def examples(self, tokenizer: Any, budget: int, seed: int) -> Iterator[Example]:
         """Examples within the budget; the same seed gives the same bytes. BudgetError when one cannot fit."""
         ...

@@ -2,6 +2,7 @@
 
 from lcjax.methods.base import Method, MethodConflict, adapt_job, adapt_model
 from lcjax.methods.blockrank import BlockRank
+from lcjax.methods.dpe import DetectedDPE
 from lcjax.methods.duo import Duo, DuoGates
 from lcjax.methods.linearize import Lawcat, Lolcats
 from lcjax.methods.longgen import LongGen
@@ -12,6 +13,7 @@ from lcjax.methods.positions import Positions
 
 __all__ = [
     "BlockRank",
+    "DetectedDPE",
     "Duo",
     "DuoGates",
     "Lawcat",

@@ -68,7 +68,12 @@ class Decoder(nnx.Module):
             )
             for law, remap in self.spec.laws
         }
-        return Context(frequencies, tables, reached + 1, segment_ids, valid)
+        return Context(frequencies, tables, reached + 1, segment_ids, valid, positions)
+
+    def context_of_rows(self, tokens: Int[Array, "B T"]) -> Context:
+        """Of whole rows from position 0 on: what the layers share when they are run one by one."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return self.context(positions, 0, None, None)
 
     def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
         """What the first layer reads."""

@@ -86,12 +86,18 @@ def _in_turn(bodies: list[Any], states: list[Any], x: Any) -> tuple[Any, list[An
     return x, outs
 
 
+def parts(blocks: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Graph definitions and states of blocks, as `fold` takes them."""
+    split = [nnx.split(block) for block in blocks]
+    return [kind for kind, _ in split], [state for _, state in split]
+
+
 def apply_stacked(blocks: list[Any], x: jax.Array, context: Any, remat: str, scan: bool) -> jax.Array:
     """Pass x through uncached blocks, rematerialised and scanned as asked."""
-    parts = [nnx.split(block) for block in blocks]
+    kinds, states = parts(blocks)
 
     def body(kind: Any, state: Any, x: jax.Array) -> tuple[jax.Array, None]:
         apply = lambda state, x: nnx.merge(kind, state)(x, context)[0]
         return rematerialised(apply, remat)(state, x), None
 
-    return fold([kind for kind, _ in parts], [state for _, state in parts], body, x, scan)[0]
+    return fold(kinds, states, body, x, scan)[0]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lcjax.models.decoder import Decoder, abstract
@@ -50,6 +51,20 @@ def _drawn(spec: ModelSpec, paths: Collection[tuple[Any, ...]], key: jax.Array) 
 
     drawn = jax.jit(draw)(key)
     return {path: drawn[dotted(path)] for path in paths}
+
+
+def mean(params: nnx.State, other: nnx.State) -> nnx.State:
+    """The mean of two models' parameters, taken in float32. Raises ValueError where they are not of the same shapes."""
+    mine, theirs = (dict(nnx.to_flat_state(state)) for state in (params, other))
+    for path, variable in mine.items():
+        shape = theirs[path].shape if path in theirs else "missing"
+        if shape != variable.shape:
+            raise ValueError(
+                f"a mean of weights needs two models of the same shapes; {dotted(path)} is {variable.shape} in one and "
+                f"{shape} in the other"
+            )
+    halfway = lambda a, b: ((a.astype(jnp.float32) + b.astype(jnp.float32)) / 2).astype(a.dtype)
+    return nnx.from_flat_state([(path, jax.tree.map(halfway, mine[path], theirs[path])) for path in mine])
 
 
 def cast(params: nnx.State, dtype: Any) -> nnx.State:

@@ -1,12 +1,15 @@
 """DPE, dimension-wise positional embeddings manipulation (Lu et al., arXiv 2504.18857), and how its numbers are found.
 
-1. `detect_factors`: for each group of pairs, the compression under which the model still finds needles.
-2. `pair_contributions` and `select_pairs`: the pairs of each head that carry most of its scores.
+1. `pair_contributions` and `select_pairs`: the pairs of each head that carry most of its scores.
+2. `detect_factors`: for each group of pairs, the compression under which the model still finds needles.
 3. `DPE`: beyond a window, those pairs turn to positions compressed by their group's factor.
+
+`lcjax.eval.dpe` does the first two for a model.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +19,38 @@ from lcjax.positions.remap import Keys, Queries, SelfExtend, Where
 
 
 @dataclass(frozen=True)
-class DPE(SelfExtend):
+class ByPair(SelfExtend):
+    """Base: Self-Extend with a factor for each pair, on chosen pairs of each head; `group` stays 1."""
+
+    @property
+    def factor_of_pair(self) -> Int[Array | np.ndarray, " n"]:
+        """By how much positions are divided beyond the window."""
+        raise NotImplementedError
+
+    def chosen(self, heads: int) -> Bool[Array | np.ndarray, "H n"] | None:
+        """Which pairs of each query head are compressed, the others keep their true positions; None: all are."""
+        raise NotImplementedError
+
+    def queries(self, positions: Int[Array, "B T"]) -> tuple[Where, ...]:
+        factor = self.factor_of_pair
+        return positions, positions[..., None] // factor + (self.window - self.window // factor)
+
+    def keys(self, positions: Int[Array, "B T"]) -> tuple[Where, ...]:
+        return positions, positions[..., None] // self.factor_of_pair
+
+    def far(self, queries: Queries, keys: Keys) -> tuple[Float[Array, "B T H E"], Float[Array, "B S K E"]]:
+        """One dot product over both rotations: a head's query is zero where it does not use one of them."""
+        (true, scaled), chosen = queries, self.chosen(queries[0].shape[2])
+        if chosen is None:
+            return super().far(queries, keys)
+        rest = true.shape[-1] - 2 * chosen.shape[-1]  # features that do not turn, once
+        chosen = jnp.pad(jnp.tile(chosen, 2), ((0, 0), (0, rest)))  # [H,D]
+        q = jnp.concatenate([jnp.where(chosen, scaled, 0), jnp.where(chosen, 0, true)], axis=-1)
+        return q, jnp.concatenate([keys[1], keys[0]], axis=-1)
+
+
+@dataclass(frozen=True)
+class DPE(ByPair):
     """Self-Extend with a factor for each group of pairs, on chosen pairs of each head.
 
     factors: one whole number a group; the groups are equal runs of the pairs, fast ones first. selected: for each query
@@ -42,34 +76,37 @@ class DPE(SelfExtend):
             raise ValueError(f"DPE.selected must name pairs in 0..{self.pairs - 1}")
 
     @property
-    def factor_of_pair(self) -> np.ndarray:
-        """int32 [n]."""
+    def factor_of_pair(self) -> Int[np.ndarray, " n"]:
+        """The factor of each pair's group."""
         return np.repeat(np.asarray(self.factors, np.int32), self.pairs // len(self.factors))
 
-    def queries(self, positions: Int[Array, "B T"]) -> tuple[Where, ...]:
-        factor = self.factor_of_pair
-        return positions, positions[..., None] // factor + (self.window - self.window // factor)
-
-    def keys(self, positions: Int[Array, "B T"]) -> tuple[Where, ...]:
-        return positions, positions[..., None] // self.factor_of_pair
-
-    def chosen(self, heads: int) -> Bool[np.ndarray, "H n"]:
-        """Which pairs of each head are compressed."""
-        assert self.selected is not None
+    def chosen(self, heads: int) -> Bool[np.ndarray, "H n"] | None:
+        """The selected pairs as a mask."""
+        if self.selected is None:
+            return None
         if len(self.selected) != heads:
             raise ValueError(f"DPE.selected lists {len(self.selected)} heads, the model has {heads}")
         return np.array([np.isin(np.arange(self.pairs), head) for head in self.selected])
 
-    def far(self, queries: Queries, keys: Keys) -> tuple[Float[Array, "B T H E"], Float[Array, "B S K E"]]:
-        """One dot product over both rotations: a head's query is zero where it does not use one of them."""
-        if self.selected is None:
-            return super().far(queries, keys)
-        (true, scaled), rest = queries, queries[0].shape[-1] - 2 * self.pairs
-        chosen = np.pad(
-            np.tile(self.chosen(true.shape[2]), 2), ((0, 0), (0, rest))
-        )  # [H,D]: features that do not turn, once
-        q = jnp.concatenate([jnp.where(chosen, scaled, 0), jnp.where(chosen, 0, true)], axis=-1)
-        return q, jnp.concatenate([keys[1], keys[0]], axis=-1)
+
+@dataclass(frozen=True, eq=False)
+class Trial(ByPair):
+    """DPE whose numbers are still sought and may be traced: `factor` `[n]` of each pair, `mask` `[H,n]` as in `chosen`.
+
+    Its positions (`queries`, `keys`) need no mask.
+    """
+
+    factor: Any = 1
+    mask: Any = None
+
+    @property
+    def factor_of_pair(self) -> Int[Array, " n"]:
+        """As given."""
+        return self.factor
+
+    def chosen(self, heads: int) -> Bool[Array, "H n"] | None:
+        """As given."""
+        return self.mask
 
 
 def pair_contributions(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"]) -> Float[Array, "H n"]:

@@ -249,15 +249,13 @@ class LongRoPE(Rope):
     def __post_init__(self):
         super().__post_init__()
         require(self.original_length > 1, self, f"original_length must be above 1, got {self.original_length}")
-        require(self.factor > 0, self, f"factor must be positive, got {self.factor}")
+        require(self.factor >= 1, self, f"factor must be at least 1, got {self.factor}")
 
     @property
     def magnitude(self) -> float:
         """What multiplies cos and sin."""
         if self.attention_factor is not None:
             return self.attention_factor
-        if self.factor <= 1:
-            return 1.0
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
 
     def frequencies(self, head_dim: int, length: Length = None) -> Frequencies:

@@ -89,12 +89,30 @@ class DualChunk(Remap):
         return ops.dual_chunk_attention(queries, keys[0], v, chunk=self.chunk, **options)
 
     def attend_cached(self, queries: Queries, keys: Keys, cache: Any, **options: Any) -> Float[Array, "B T H Dv"]:
+        if queries[0].shape[1] == 1:
+            return self._step(queries, cache, **options)
         masks = pk.chunk_masks(self.chunk, cache.capacity)
         sinks = options.pop("sink_logits", None)
         parts = [
             cache.attend(q, mask, sink_logits=sinks if n == 0 else None, **options)
             for n, (q, mask) in enumerate(zip(queries, masks, strict=True))
         ]
+        return pk.merge_attention(*parts)[0]
+
+    def _step(self, queries: Queries, cache: Any, **options: Any) -> Float[Array, "B 1 H Dv"]:
+        """One new token a request: each part is a run of keys that ends a cache, so that no key is read for another.
+
+        Requests are at different places in their chunks: the keys of their own chunk are copied to one place.
+        """
+        if cache.capacity <= self.chunk:
+            return cache.attend(queries[0], Causal(), **options | {"return_lse": False})[0]
+        place = jnp.asarray(cache.start)
+        begin = place - place % self.chunk
+        parts = [cache.stretch(begin, self.chunk).attend(queries[0], Causal(), **options)]
+        options.pop("sink_logits", None)
+        for n, mask in enumerate((Causal() & Window(self.chunk), Causal())):
+            end = jnp.maximum(begin - n * self.chunk, 0)
+            parts.append(replace(cache, start=end - 1, length=end).attend(queries[n + 1], mask, **options))
         return pk.merge_attention(*parts)[0]
 
 

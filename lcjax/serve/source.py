@@ -1,6 +1,6 @@
 """Where a model to decode or evaluate comes from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from lcjax.methods.lora import merge
 from lcjax.methods.positions import solve_flows
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.spec import ModelSpec
-from lcjax.models.weights import carry_over
+from lcjax.models.weights import carry_over, mean
 from lcjax.serve.fetch import KNOWN, fetch
 
 
@@ -39,13 +39,16 @@ class Pretrained:
     (config.json and *.safetensors), the output folder of a training run, or 'hf:org/name'.
 
     dtype: of weights, activations and cache, 'float32' or 'bfloat16'. tokenizer: where it is not the model's own.
-    methods: changes of the model that need no training. Adapters of a run are merged into its weights.
+    methods: changes of the model that need no training. Adapters of a run are merged into its weights. averaged_with:
+    another source of the same shapes, such as the model before training; the weights are the mean of both (the last
+    step of LongRecipe, arXiv 2409.00509), all else is this one's.
     """
 
     source: str
     dtype: str = "float32"
     tokenizer: str | None = None
     methods: tuple[Method, ...] = ()
+    averaged_with: str | None = None
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -70,6 +73,8 @@ class Pretrained:
             method.check(params)
         if adapted != spec:
             spec, params = adapted, carry_over(adapted, params)
+        if self.averaged_with is not None:
+            params = mean(params, replace(self, source=self.averaged_with, averaged_with=None).read().params)
         return hf.Pretrained(spec, params, self.tokenizer or found.tokenizer_source)
 
 

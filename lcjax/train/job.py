@@ -82,6 +82,7 @@ class Stage:
     data: DataSpec | RankingData | None = None
     batch: int | None = None
     length: int | None = None
+    positions: Sampler | None = None
     trainable: tuple[str, ...] | None = None
 
 

@@ -380,3 +380,16 @@ def test_decoding_is_in_place_with_small_temporaries(name):
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= held
     assert memory.temp_size_in_bytes < 0.05 * held
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_a_stretch_is_a_cache_of_its_own(dtype):
+    """From another slot in each request; a stretch beyond the capacity holds what is there, as its length says."""
+    k, v = jax.random.normal(jax.random.key(0), (2, B, T, K, D))
+    cache = dense(dtype).append(k[:, :40], v[:, :40]).append(k[:, 40:42], v[:, 40:42])
+    found = cache.stretch(jnp.array([16, 36]), 16)
+    np.testing.assert_array_equal(found.length, [26, 6])
+    np.testing.assert_array_equal(found.start, [24, 4])
+    for mine, whole in zip(found.floats(jnp.float32), cache.floats(jnp.float32), strict=True):
+        np.testing.assert_array_equal(mine[0], whole[0, 16:32])
+        np.testing.assert_array_equal(mine[1, :12], whole[1, 36:])

@@ -1,10 +1,12 @@
 """Several laws in one evaluation: the same targets, a sliding baseline, one report, and what is refused."""
 
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 
-from lcjax.eval.laws import CompareLaws, Law
+from lcjax.eval.laws import BLOCK, CompareLaws, Law, ratios
 from lcjax.eval.perplexity import Perplexity
 from lcjax.eval.runner import Suite
 from lcjax.eval.tasks.passkey import Passkey
@@ -37,8 +39,29 @@ def test_laws_are_compared_on_the_same_targets(model, tmp_path):
     assert whole["dynamic YaRN"] != pytest.approx(whole["plain"], rel=1e-5)
     sliding = tables["perplexity/sliding context"]["256"]
     assert tables["perplexity/plain/ratio"]["256"] == pytest.approx(whole["plain"] / sliding)
+    windows = tables["perplexity/dual chunk/by_position"]
+    assert windows.keys() == {"64", "128", "192", "256"}
+    assert math.prod(windows.values()) == pytest.approx(whole["dual chunk"] ** 4, rel=1e-5)
+    assert tables["perplexity/dual chunk/seconds"].keys() == {"256"}
+    assert "by_position" not in (tmp_path / "laws.txt").read_text()
     for name in ("laws.txt", "laws_perplexity.png"):
         assert (tmp_path / name).stat().st_size > 0
+
+
+def test_ratios_have_intervals():
+    """The interval is that of stretches, each an independent sample; equal losses have one without width."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(3, 1, 40 * BLOCK)
+    worse = base + np.repeat(rng.normal(0.1, 0.2, 40), BLOCK)
+    found = ratios("text/law", worse, base, (7 * BLOCK, 40 * BLOCK))
+    (ratio, low, high) = (found[f"text/law/{name}"][str(40 * BLOCK)] for name in ("ratio", "ratio_low", "ratio_high"))
+    assert low < ratio < high
+    assert math.log(ratio) == pytest.approx(float(np.mean(worse - base)))
+    spread = float(np.std((worse - base)[::BLOCK]))
+    assert math.log(high / low) == pytest.approx(2 * 1.96 * spread / 40**0.5, rel=0.1)
+    assert found["text/law/ratio_low"].keys() == {str(40 * BLOCK)}, "a few stretches have no interval"
+    same = ratios("text/law", base, base, (8 * BLOCK,))
+    assert [table[str(8 * BLOCK)] for table in same.values()] == [1.0, 1.0, 1.0]
 
 
 def test_a_suite_runs_under_a_law_beyond_the_trained_length(model, tmp_path):

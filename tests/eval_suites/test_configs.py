@@ -1,5 +1,6 @@
 """Every gin file of a suite builds its job, and bad bindings are refused before anything runs."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from lcjax import settings
 from lcjax.eval.compare import Compare, Variant, comparison
 from lcjax.eval.metrics.judge import HttpJudge
 from lcjax.eval.outcome import Cell, Outcome
-from lcjax.eval.report import write_comparison
+from lcjax.eval.report import score_table, write_comparison
 from lcjax.eval.runner import Suite, flatten
+from lcjax.eval.tasks.helmet_documents import helmet
+from lcjax.positions import DualChunk
 from tests.eval_suites import fixtures
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "eval"
@@ -53,6 +56,15 @@ def test_a_macro_names_the_texts_of_an_extended_model():
     assert [task.text for task in job.tasks[:4]] == ["a.txt", "b.txt"] * 2
     with pytest.raises(settings.SettingsError, match="SECOND"):
         settings.load("evaluate", [FOLDER / "extended.gin"], books[:1])
+
+
+def test_books_of_a_million_tokens_are_one_binding():
+    job, _ = settings.load("evaluate", [FOLDER / "million.gin"], ["BOOKS = ('a.txt', 'b.txt')"])
+    (compared,) = job.tasks
+    (measure,), (law,) = compared.perplexities, compared.laws
+    assert measure.text == ("a.txt", "b.txt")
+    assert max(measure.lengths) == 2**20 == 64 * measure.chunk == 16 * measure.window
+    assert law.remap == DualChunk(6144, 1024)
 
 
 def test_copy_recall_and_compare_build():
@@ -112,6 +124,38 @@ def test_a_comparison_names_differences_and_gaps():
     assert table[3].endswith("missing")
     with pytest.raises(ValueError, match="changes nothing"):
         Variant("same")
+
+
+def test_helmets_mean_is_of_its_categories(tmp_path):
+    """Four tasks of recall weigh as much as one of rag; the intervals are of the same mean."""
+    scores = {"kv": 1.0, "mk2": 1.0, "mk3": 1.0, "mv": 0.0, "rag": 0.0, "icl": 0.5}
+    category = lambda task: task if task in ("rag", "icl") else "recall"
+    cells = [Cell(t, 1024, rows([s - 0.25, s + 0.25] * 8), category=category(t)) for t, s in scores.items()]
+    found = Outcome("helmet", cells=cells)
+    tables = found.tables()
+    assert tables["helmet_mean.recall"] == {"1024": 0.75}
+    assert tables["helmet_mean"] == {"1024": pytest.approx((0.75 + 0 + 0.5) / 3)}
+    mean = found.means()[1024]
+    error = (1 / 3) * (0.25 / 4) * (1 / 4 + 1 + 1) ** 0.5  # of three means; 16 scores a task, deviations of 0.25
+    assert mean.high - mean.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    better = Outcome("helmet", cells=[Cell(c.task, 1024, rows([1.0] * 16), category=c.category) for c in cells])
+    line = comparison({"base": found, "better": better}).split("\n")[-1]
+    assert line.startswith("mean of categories")
+    assert f"+{100 - 100 * mean.mean:.1f}" in line
+    page = score_table(found)
+    assert "recall, 4 tasks" in page
+    assert "rag, 1 tasks" not in page
+    assert found.summary()["categories"]["recall"]["1024"]["count"] == 64
+    gap = Outcome("helmet", cells=cells[1:], missing=[("kv", 1024, "no file")])
+    assert not gap.means()
+    assert "helmet_mean" not in gap.tables()
+
+
+def test_helmet_has_seven_categories(tmp_path):
+    made = helmet(rag="a", rerank="b", cite="c", longqa="d", longqa_choice="e", summ="f")
+    assert Counter(task.category for task in made) == {
+        "recall": 4, "longqa": 2, "rag": 1, "rerank": 1, "cite": 1, "summ": 1, "icl": 1
+    }  # fmt: skip
 
 
 def test_the_page_of_a_comparison_leaves_out_what_is_not_there(tmp_path):

@@ -196,6 +196,11 @@ def test_a_mean_of_tasks_counts_every_task_the_same():
     error = math.sqrt((0.25 / 10 + 0.25 / 400) / 4)  # of the mean of two independent means
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     assert mean_interval([[1.0] * 10, [1.0] * 10]) == wilson_interval(1.0, 20)
+    third = mean_interval([[1.0] * 10, [1.0, 0.0] * 5, [0.0] * 10], [0.5, 0.5, 1.0])
+    assert third.mean == (1 + 0.5) / 2 / 2
+    assert third.high - third.low == pytest.approx(2 * 1.96 * 0.25 * math.sqrt(0.25 / 10), rel=0.1)
+    one = paired_difference([([0.0] * 10, [1.0] * 10), ([0.5] * 400, [0.5] * 400)], [3.0, 1.0])
+    assert one.mean == 0.75
     both = paired_difference([([0.0] * 10, [1.0] * 10), ([0.5] * 400, [0.5] * 400)])
     assert both.mean == 0.5
     with pytest.raises(ValueError, match="at least one score"):

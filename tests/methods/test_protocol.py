@@ -14,6 +14,7 @@ from lcjax.methods import (
     Lora,
     Method,
     MethodConflict,
+    Positions,
     adapt_job,
     adapt_model,
 )
@@ -22,6 +23,7 @@ from lcjax.methods.linearize import STUDENT
 from lcjax.models.decoder import abstract
 from lcjax.models.recurrent import GatedLinear, Linearized
 from lcjax.models.spec import Attention, ModelSpec
+from lcjax.positions import DualChunk
 
 SPEC = ModelSpec(
     vocab_size=61, width=32, mlp_width=48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -58,7 +60,13 @@ class Writer(Method):
         return replace(job, trainable=(*job.trainable, "x"))
 
 
-@pytest.mark.parametrize(("identity", "acting"), [(LongGen(full=4), LongGen(layers=(0, 1, 3)))])
+@pytest.mark.parametrize(
+    ("identity", "acting"),
+    [
+        (LongGen(full=4), LongGen(layers=(0, 1, 3))),
+        (Positions(), Positions(remap=DualChunk(size=48, local=8), max_length=4096)),
+    ],
+)
 def test_methods_without_a_recipe(identity, acting):
     spec = replace(SPEC, pattern=(Attention(),))
     assert identity.model(spec) == spec

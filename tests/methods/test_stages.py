@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from lcjax.train.optimizers import Cosine
 from lcjax.train.preempt import Preemption
 from lcjax.train.transfer import AttentionTransfer
 from tests.faults.runs import TINY, TinyRun, write_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,17 @@ def test_bad_stages(job):
         dataclasses.replace(job, stages=(Stage("a"), Stage("a")))
     with pytest.raises(ValueError, match=r"call Train\.resolve first"):
         _ = dataclasses.replace(job, model=Pretrained("somewhere")).spec
+
+
+def test_longrecipe_spreads_positions_in_its_first_stage_only(tmp_path):
+    job, _ = settings.load("train", [ROOT / "configs/run/extend/longrecipe.gin"])
+    (spread, _), (anneal, folder) = job.runs(tmp_path)
+    assert spread.positions.target == spread.methods[0].max_length == 32768
+    assert (anneal.positions, anneal.methods) == (None, ())
+    assert anneal.model.source == str(tmp_path / "spread")
+    assert folder == tmp_path / "anneal"
+    assert (spread.steps, anneal.steps) == (90, 30)
+    assert anneal.optimizer.schedule.peak == pytest.approx(spread.optimizer.schedule.peak / 10)
 
 
 def test_passkey_texts_are_the_tests_questions_with_answers():

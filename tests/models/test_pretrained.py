@@ -1,5 +1,6 @@
 """Weights in and out: exact round trips, GGUF layouts, sharded loading, and what is refused."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ from lcjax.models.registry import family_of_gguf, spec_from_hf, spec_to_hf
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.parallel.mesh import make_mesh
 from lcjax.positions import Rope
+from lcjax.serve.source import Pretrained
 
 SIZES = {
     "vocab_size": 24,
@@ -69,6 +71,25 @@ def test_round_trip_is_exact(name, tmp_path):
     loaded = load_pretrained(tmp_path)
     assert loaded.spec == spec
     assert_equal(loaded.params, params)
+
+
+def test_the_mean_of_two_models(tmp_path):
+    """Another source of the same shapes; in bfloat16 the mean is rounded once."""
+    spec = SPECS["llama"]
+    _, params = random_params(spec)
+    other = jax.tree.map(lambda x: 3 * x + 1, params)
+    for name, weights in (("a", params), ("b", other)):
+        (tmp_path / name).mkdir()
+        export_pretrained(spec, weights, tmp_path / name)
+    (tmp_path / "c").mkdir()
+    small = dataclasses.replace(spec, mlp_width=8)
+    export_pretrained(small, jax.tree.map(lambda x: jnp.zeros(x.shape), abstract(small)[1]), tmp_path / "c")
+    source = Pretrained(str(tmp_path / "a"), averaged_with=str(tmp_path / "b"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 2 * y + 0.5, atol=1e-6), source.read().params, params)
+    same = dataclasses.replace(source, averaged_with=source.source, dtype="bfloat16")
+    assert_equal(same.read().params, load_pretrained(tmp_path / "a", dtype="bfloat16").params)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down.kernel is \(32, 16\) in one and \(8, 16\) in the other"):
+        dataclasses.replace(source, averaged_with=str(tmp_path / "c")).read()
 
 
 def test_sharded_and_bfloat16(tmp_path):

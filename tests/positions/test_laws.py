@@ -17,6 +17,7 @@ from lcjax.positions import (
     Giraffe,
     Linear,
     Llama3,
+    LongRoPE,
     MRope,
     MRopePlus,
     Rope,
@@ -116,6 +117,15 @@ def test_a_table_that_follows_the_length(law):
     want = np.cos(FAR[..., None] * np.asarray(frequencies, np.float64)) * factor
     np.testing.assert_allclose(cos, want, atol=8e-7)
     assert law.frequencies(D, 20_000)[0][31] < Rope(1e5).frequencies(D)[0][31] / 2
+
+
+def test_laws_that_are_others_in_other_words():
+    """E2-LLM serves by linear scaling; a base 50 times as large is NTK-aware scaling by 50 ** (126 / 128) (ABF)."""
+    linear = Linear(1e5, factor=4.0)
+    np.testing.assert_array_equal(FOLLOWING[0].frequencies(D, 32_768)[0], linear.frequencies(D)[0])
+    base, ntk = Rope(5e5), NTK(1e4, factor=50 ** (126 / 128))
+    np.testing.assert_allclose(base.frequencies(128)[0], ntk.frequencies(128)[0], rtol=1e-6)
+    assert ntk.factor == pytest.approx(47.04, abs=5e-3)
 
 
 def test_dynamic_yarn_is_yarn_at_its_factor():
@@ -227,6 +237,7 @@ def test_hf_has_no_name_for_ours():
         (lambda: Tabulated(original_length=8, max_factor=3), "rows must hold the factors 2..3, got 0"),
         (lambda: XPos(scale_base=0.0), "scale_base must be positive"),
         (lambda: MRope(sections=(1, 2, 3)).axis_of_pair(64), r"sections \(1, 2, 3\) must sum to 32 pairs"),
+        (lambda: LongRoPE(original_length=8, factor=0.5), "LongRoPE: factor must be at least 1, got 0.5"),
         (lambda: MRopePlus(factor=0.5), "factor must be at least 1"),
     ],
 )

@@ -12,7 +12,20 @@ from lcjax.cache import init_caches
 from lcjax.methods.positions import solve_flows
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.spec import Attention, ModelSpec
-from lcjax.positions import CLEX, DPE, DualChunk, DynamicNTK, DynamicYaRN, Rope, SelfExtend, XPos, YaRN, apply_rope
+from lcjax.positions import (
+    CLEX,
+    DPE,
+    DualChunk,
+    DynamicNTK,
+    DynamicYaRN,
+    MRope,
+    Rope,
+    SelfExtend,
+    XPos,
+    YaRN,
+    apply_rope,
+    grid_positions,
+)
 from lcjax.positions.dpe import detect_factors, pair_contributions, select_pairs
 from lcjax.positions.rotary import angles
 from lcjax.positions.tables import of_tokens
@@ -156,6 +169,22 @@ def test_keys_turn_with_the_length_at_which_they_are_read(law):
     np.testing.assert_allclose(out[:, 0], hidden(spec, TOKENS[:, :17])[:, -1], atol=2e-5)
     plain = hidden(SPEC.with_positions(LAW), TOKENS[:, :40])
     assert not np.allclose(hidden(spec, TOKENS[:, :40])[:, -1], plain[:, -1], atol=1e-3)
+
+
+def test_a_token_behind_a_grid_is_decoded_at_its_place():
+    """M-RoPE: a token's own positions on three axes; behind the grid those are its index plus the grid's delta."""
+    spec = SPEC.with_positions(MRope(1e4, sections=(2, 3, 3)))
+    graphdef, params, run = model(spec)
+    places, delta = grid_positions((3, (3, 2, 2), 5))
+    assert delta < 0
+    places, tokens = jnp.asarray(places)[:, None].repeat(2, 1), TOKENS[:, :20]
+    want = run(params, tokens, positions=places)[:, -1]
+    step = jax.jit(lambda p, c, t, at: nnx.merge(graphdef, p).hidden(t, caches=c, positions=at))
+    caches = init_caches(spec, 2, 80)
+    for n in range(20):
+        at = places[:, :, n : n + 1] if n < 15 else jnp.full((3, 2, 1), n + delta)
+        out, caches = step(params, caches, tokens[:, n : n + 1], at)
+    np.testing.assert_allclose(out[:, 0], want, atol=2e-5)
 
 
 def test_a_clex_model_is_solved_for_serving():

@@ -27,21 +27,33 @@ def bootstrap_interval(
 
 
 def mean_interval(
-    groups: Sequence[Sequence[float]], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    groups: Sequence[Sequence[float]],
+    weights: Sequence[float] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
-    """`bootstrap_interval` of a mean of tasks: every group counts the same, and is drawn from by itself."""
+    """`bootstrap_interval` of a mean of tasks: every group is drawn from by itself. weights: None: all the same.
+
+    Raises ValueError for no scores.
+    """
     values = [np.asarray(group, np.float64) for group in groups]
     if not values or not all(group.size for group in values):
         raise ValueError("an interval needs at least one score; this cell has none")
     together = np.concatenate(values)
-    mean = float(np.mean([group.mean() for group in values]))
-    if mean in (0.0, 1.0) and (together == mean).all():
-        return wilson_interval(mean, together.size, confidence=confidence)
-    return _bootstrap(values, confidence, resamples, seed)
+    if together[0] in (0.0, 1.0) and (together == together[0]).all():
+        return wilson_interval(float(together[0]), together.size, confidence=confidence)
+    return _bootstrap(values, weights, confidence, resamples, seed)
 
 
-def paired_difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> Interval:
-    """Bootstrap of mean(right - left), each pair of scores over the same examples of one task; tasks count the same.
+def paired_difference(
+    pairs: Sequence[tuple[Sequence[float], Sequence[float]]],
+    weights: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap of mean(right - left), each pair of scores over the same examples of one task; weights as above.
 
     Raises ValueError for a pair of unequal lengths. Differences that all agree have an interval without width.
     """
@@ -49,14 +61,17 @@ def paired_difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], 
         if len(left) != len(right):
             raise ValueError(f"a paired difference needs equal counts; got {len(left)} and {len(right)} scores")
     changes = [np.asarray(right, np.float64) - np.asarray(left, np.float64) for left, right in pairs]
-    return _bootstrap(changes, 0.95, 2000, seed)
+    return _bootstrap(changes, weights, 0.95, 2000, seed)
 
 
-def _bootstrap(groups: Sequence[np.ndarray], confidence: float, resamples: int, seed: int) -> Interval:
+def _bootstrap(
+    groups: Sequence[np.ndarray], weights: Sequence[float] | None, confidence: float, resamples: int, seed: int
+) -> Interval:
     rng = np.random.default_rng(seed)
     drawn = [group[rng.integers(0, group.size, (resamples, group.size))].mean(axis=1) for group in groups]
-    low, high = np.quantile(np.mean(drawn, axis=0), [(1 - confidence) / 2, (1 + confidence) / 2])
-    mean = float(np.mean([group.mean() for group in groups]))
+    means = np.average(drawn, axis=0, weights=weights)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    mean = float(np.average([group.mean() for group in groups], weights=weights))
     return Interval(mean, float(low), float(high), sum(group.size for group in groups))
 
 

@@ -19,12 +19,14 @@ class GeneratedTask:
 
     A subclass gives `draft`, a pure function of (rng, units, index). `units` is the amount of haystack (words, lines,
     sentences, pairs, ...); `step` is the first guess of it, `least` the smallest that makes sense.
-    `chat=None` uses the tokenizer's chat template where it has one. `haystack` is as in `load_haystack`.
+    `chat=None` uses the tokenizer's chat template where it has one. `haystack` is as in `load_haystack`, `category` as
+    in `Task`.
     """
 
     num_examples: int = 50
     chat: bool | None = None
     haystack: str = "python"
+    category: str = ""
 
     kind: ClassVar[str] = ""
     metric: ClassVar[str] = "all_substrings"

@@ -7,7 +7,7 @@ proxies, carry `_proxy` in their names and are not comparable with published one
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lcjax.eval.budget import Draft, Truncation
 from lcjax.eval.metrics import ngram
@@ -155,15 +155,20 @@ def helmet(
     num_examples: int = 100,
     judge: Judge | None = None,
 ) -> list[GeneratedTask | LoadedTask]:
-    """The seven categories. Recall and many-shot learning are made offline; the others where their file is given."""
-    tasks: list[GeneratedTask | LoadedTask] = [kind(num_examples=num_examples) for kind in _RECALL]
-    tasks.append(categories.ManyShot(num_examples=num_examples))
-    tasks += [categories.Rag(source=rag, num_examples=num_examples)] if rag else []
-    tasks += [categories.Rerank(source=rerank, num_examples=num_examples)] if rerank else []
-    tasks += [categories.Cite(source=cite, num_examples=num_examples)] if cite else []
-    tasks += [LongQa(source=longqa, judge=judge, limit=num_examples)] if longqa else []
-    tasks += [LongChoice(source=longqa_choice, limit=num_examples)] if longqa_choice else []
-    return tasks + ([Summary(source=summ, judge=judge, limit=num_examples)] if summ else [])
+    """The seven categories. Recall and many-shot learning are made offline; the others where their file is given.
+
+    A suite's mean over them is HELMET's: of the categories' means, each of which is that of its tasks.
+    """
+    count: dict[str, Any] = {"num_examples": num_examples}
+    tasks: list[GeneratedTask | LoadedTask] = [kind(category="recall", **count) for kind in _RECALL]
+    tasks.append(categories.ManyShot(category="icl", **count))
+    tasks += [categories.Rag(source=rag, category="rag", **count)] if rag else []
+    tasks += [categories.Rerank(source=rerank, category="rerank", **count)] if rerank else []
+    tasks += [categories.Cite(source=cite, category="cite", **count)] if cite else []
+    part: dict[str, Any] = {"category": "longqa", "limit": num_examples}
+    tasks += [LongQa(source=longqa, judge=judge, **part)] if longqa else []
+    tasks += [LongChoice(source=longqa_choice, **part)] if longqa_choice else []
+    return tasks + ([Summary(source=summ, judge=judge, category="summ", limit=num_examples)] if summ else [])
 
 
 _RECALL = (categories.JsonKv, needles.NiahMultikey2, needles.NiahMultikey3, needles.NiahMultivalue)

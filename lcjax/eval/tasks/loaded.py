@@ -34,12 +34,14 @@ class LoadedTask:
     `truncation` is what happens to a document that is over the budget: "error" (default), "drop" (left out; every
     example's metadata say how many were), "head" or "tail" (the part that is kept) or "middle" (its first and last
     half are). `limit`: at most so many questions, None for all. `chat=None`: the tokenizer's template, if any.
+    `category`: see `Task`.
     """
 
     source: str
     truncation: Truncation = "error"
     limit: int | None = None
     chat: bool | None = None
+    category: str = ""
 
     kind: ClassVar[str] = ""
 

@@ -34,13 +34,14 @@ class LongWrite:
 
     `source`: JSON lines of {prompt, length, type}; empty: the ruler, eight subjects of ours at each of `lengths` words.
     New tokens are two a required word, and no more than the budget leaves: an item that could not be written within the
-    budget is an error. `judge` answers a prompt with six scores of 1 to 5.
+    budget is an error. `judge` answers a prompt with six scores of 1 to 5. `category`: see `Task`.
     """
 
     source: str = ""
     lengths: tuple[int, ...] = (1000, 2000, 5000)
     judge: Judge | None = None
     chat: bool | None = None
+    category: str = ""
     kind: ClassVar[str] = "longbench_write"
 
     @property

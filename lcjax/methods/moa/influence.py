@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lcjax.layers.linear import precision
 from lcjax.models.spec import Attention, ModelSpec
-from lcjax.models.stack import fold
+from lcjax.models.stack import fold, parts
 from lcjax.parallel import ops
 from pallas_kernels.masks import Causal, Sink, Window, per_head
 
@@ -95,8 +95,8 @@ def profile(
     if tokens.shape[1] % block:
         raise ValueError(f"MoA: a profile of {tokens.shape[1]} tokens does not divide into blocks of {block}")
     check_full_attention(model.spec)
-    context = _context(model, tokens)
-    kinds, states = _parts(model)
+    context = model.context_of_rows(tokens)
+    kinds, states = parts(list(model.layers))
     forward = lambda kind, state, x: (nnx.merge(kind, state)(x, context)[0], x)
     x, inputs = fold(kinds, states, forward, model.embedded(tokens), scan=True)
 
@@ -125,7 +125,7 @@ def loss_under(
     Windows are arrays, so that one program tries every plan.
     """
     check_full_attention(model.spec)
-    context = _context(model, tokens)
+    context = model.context_of_rows(tokens)
 
     def body(kind: Any, held: tuple[Any, Array], x: Array) -> tuple[Array, None]:
         layer, windows = nnx.merge(kind, held[0]), held[1]
@@ -135,18 +135,6 @@ def loss_under(
         o = ops.attention(q, k, v, per_head(masks, of_head), scale=layer.mixer.mixer.scale)
         return layer.after_mixer(x, layer.mixer.out(o)), None
 
-    kinds, states = _parts(model)
+    kinds, states = parts(list(model.layers))
     x, _ = fold(kinds, list(zip(states, windows, strict=True)), body, model.embedded(tokens), scan=True)
     return response_nll(model, x, tokens, answered)
-
-
-def _context(model: Any, tokens: Int[Array, "B T"]) -> Any:
-    """Of whole rows from position 0 on."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return model.context(positions, 0, None, None)
-
-
-def _parts(model: Any) -> tuple[list[Any], list[Any]]:
-    """Graph definition and state of each layer."""
-    parts = [nnx.split(layer) for layer in model.layers]
-    return [kind for kind, _ in parts], [state for _, state in parts]
