@@ -75,7 +75,7 @@ def _model(args: argparse.Namespace) -> Loaded:
 
 
 class Run:
-    """Programs for one batch and context, and the arguments they take; the prompt is read in chunks (None: one)."""
+    """Programs for one batch and context, and the arguments they take; prompts are read in chunks (None: one)."""
 
     def __init__(
         self,
@@ -97,16 +97,16 @@ class Run:
         self.settings = stack([Sampling()] * batch), Limits(jnp.full(batch, 2**30, jnp.int32), jnp.array([-1]))
         self.programs.prepare(*self.settings, extend=context > chunk)
         tokens = jax.random.randint(jax.random.key(batch), (batch, context), 0, model.spec.vocab_size)
-        self.chunks = [
-            (tokens[:, at : at + chunk], jnp.ones((batch, chunk), bool), jnp.full(batch, at + chunk == context))
-            for at in range(0, context, chunk)
-        ]
+        self.chunks = [tokens[:, at : at + chunk] for at in range(0, context, chunk)]
+        self.valid = jnp.ones((batch, chunk), bool)
+        self.last = {end: jnp.full(batch, end) for end in (False, True)}
 
-    def begin(self) -> DecodeState:
-        """A filled cache and the first token."""
-        state = self.programs.begin(*self.chunks[0], *self.settings)
-        for chunk in self.chunks[1:]:
-            state = self.programs.extend(state, *chunk, *self.settings)
+    def begin(self, chunks: int | None = None) -> DecodeState:
+        """A filled cache and the first token, after so many chunks of the prompt (None: all)."""
+        read = self.chunks[:chunks]
+        for n, tokens in enumerate(read, 1):
+            arguments = tokens, self.valid, self.last[n == len(read)], *self.settings
+            state = self.programs.begin(*arguments) if n == 1 else self.programs.extend(state, *arguments)
         return state
 
 
