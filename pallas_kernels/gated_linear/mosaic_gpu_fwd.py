@@ -114,19 +114,19 @@ def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interp
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()
         pl.when(i + 1 < place.count)(lambda: load(i + 1))  # after a barrier: every warp is done with the other slot
-        first, second = (mm([(g.at[slot].transpose((1, 0)), sums.at[n])]).sum(1) for n in (Sums.FIRST, Sums.SECOND))
+        first, second = (parts.over_tokens(g.at[slot], sums.at[n], mm) for n in (Sums.FIRST, Sums.SECOND))
         suffix = jnp.exp(mm([(sums.at[Sums.SUFFIX], g.at[slot])]))
         plgpu.barrier_wait(signal(slot * 3))
         weighted[...] = bf16(read(k.at[slot]) * suffix)
         half[0], half[1] = first, second
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(half, halves_gmem.at[place.sums(place.first + i)])
-        plgpu.barrier_wait(signal(slot * 3 + 1))
-        total = jax.lax.broadcast_in_dim(jnp.exp(first + second), (WIDTH, WIDTH), (0,))
-        new = mm([(weighted.transpose((1, 0)), v.at[slot])], state * total)
+        total = jnp.exp(first + second)
         if keys_gmem:
-            keys = keys * jnp.exp(first + second) + mm([(weighted.transpose((1, 0)), sums.at[Sums.ALL])]).sum(1)
-        return new, strongest, keys
+            keys = keys * total + parts.over_tokens(weighted, sums.at[Sums.ALL], mm)
+        plgpu.barrier_wait(signal(slot * 3 + 1))
+        state = state * jax.lax.broadcast_in_dim(total, (WIDTH, WIDTH), (0,))
+        return mm([(weighted.transpose((1, 0)), v.at[slot])], state), strongest, keys
 
     start = (parts.zeros(), parts.vector(), parts.vector() if keys_gmem else None)
     state_gmem[unit], strongest_gmem[unit], keys = jax.lax.fori_loop(0, place.count, chunk, start)
@@ -176,11 +176,10 @@ class Carried(NamedTuple):
 
     def add(self, weighted, v, sums, mm) -> "Carried":
         """With the chunk's keys, decayed as the state is."""
-        keys = weighted.transpose((1, 0))
-        state = mm([(keys, v)], self.state)
+        state = mm([(weighted.transpose((1, 0)), v)], self.state)
         if self.keys is None:
             return Carried(state, None)
-        return Carried(state, self.keys + mm([(keys, sums.at[Sums.OUTPUTS_ALL])]).sum(1))
+        return Carried(state, self.keys + parts.over_tokens(weighted, sums.at[Sums.OUTPUTS_ALL], mm))
 
 
 def _read(row, scores, v, state_tile, keys_ref, mm):
