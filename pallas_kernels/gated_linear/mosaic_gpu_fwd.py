@@ -182,13 +182,14 @@ class Carried(NamedTuple):
         return Carried(state, self.keys + parts.over_tokens(weighted, sums.at[Sums.OUTPUTS_ALL], mm))
 
 
-def _read(row, scores, v, state_tile, keys_ref, mm):
-    """Each query's sum of values, and (with the normaliser) of weights, over the chunk and the state before it."""
-    o = mm([(row, state_tile), (scores, v)])
-    if keys_ref is None:
-        return o, None
-    before = row.astype(jnp.float32) * parts.per_column(keys_ref)
-    return o, before.sum(1) + scores.astype(jnp.float32).sum(1)
+def _weights_before(row, keys_ref):
+    """Each query's sum of weights over the state, with the normaliser."""
+    return None if keys_ref is None else (row.astype(jnp.float32) * parts.per_column(keys_ref)).sum(1)
+
+
+def _weights(before, scores):
+    """The same with the chunk's."""
+    return None if before is None else before + scores.astype(jnp.float32).sum(1)
 
 
 def _mild_chunk(tiles, half, sums, mm, carried: Carried):
@@ -200,9 +201,11 @@ def _mild_chunk(tiles, half, sums, mm, carried: Carried):
     carried = carried.decayed(half.at[0])
     carried.store(state_tile, keys_ref)
     plgpu.commit_smem()
-    scores = bf16(jnp.where(parts.causal(), mm([(row, weighted.transpose((1, 0)))]), 0.0))
-    found = _read(row, scores, v, state_tile, keys_ref, mm)
-    return found, carried.add(weighted, v, sums, mm).decayed(half.at[1])
+    before = _weights_before(row, keys_ref)
+    scores = jnp.where(parts.causal(), mm([(row, weighted.transpose((1, 0)))]), 0.0)
+    weights = _weights(before, scores)
+    o = mm([(row, state_tile), (bf16(scores), v)])
+    return (o, weights), carried.add(weighted, v, sums, mm).decayed(half.at[1])
 
 
 def _strong_chunk(tiles, half, sums, mm, carried: Carried):
@@ -223,8 +226,9 @@ def _strong_chunk(tiles, half, sums, mm, carried: Carried):
     row = bf16(read(q) * jnp.exp(parts.per_column(half.at[0]) + exponent))
     carried.store(state_tile, keys_ref)
     plgpu.commit_smem()
-    found = _read(row, scores, v, state_tile, keys_ref, mm)
-    return found, carried.decayed(half.at[0]).decayed(half.at[1]).add(weighted, v, sums, mm)
+    weights = _weights(_weights_before(row, keys_ref), scores)
+    o = mm([(row, state_tile), (scores, v)])
+    return (o, weights), carried.decayed(half.at[0]).decayed(half.at[1]).add(weighted, v, sums, mm)
 
 
 def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float, also: Also, interpret: bool):
