@@ -169,7 +169,7 @@ def zeros(rows: int = WIDTH, columns: int = WIDTH):
 
 
 def over_tokens(x, marks, mm):
-    """Each channel's sum over the marked tokens of a `[tokens, channels]` tile, `[64]`: a product eight columns wide."""
+    """Each channel's sum over the marked tokens of a `[tokens, channels]` tile: a product eight columns wide."""
     return mm([(x.transpose((1, 0)), marks.at[pl.ds(0, 8)].transpose((1, 0)))]).sum(1)
 
 
