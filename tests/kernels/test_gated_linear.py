@@ -209,11 +209,19 @@ class TestMosaicTpu:
 class TestMosaicGpu:
     """The Hopper kernels as far as the interpreter reaches (products are plain ones there), and their CUDA lowering."""
 
-    @pytest.mark.parametrize("lengths", [slow(None), (40, 89)], ids=["mild decays", "packed, strong and mild"])
-    def test_matches_the_reference(self, lengths, monkeypatch):
-        """A document that ends inside a chunk makes its decays strong: of three chunks the first and the last."""
+    @pytest.fixture(autouse=True)
+    def two_segments(self, monkeypatch):
+        """Of two chunks and one."""
         split = mosaic_gpu_parts.choose_split
-        monkeypatch.setattr(mosaic_gpu_parts, "choose_split", lambda *args: split(*args[:-1], 2))  # 2 and 1 chunks
+        units = lambda batch, heads, widths: 2 * batch * heads * widths[0] * widths[1] // 64**2
+        limited = lambda batch, heads, tokens, widths, slots: split(
+            batch, heads, tokens, widths, min(slots, units(batch, heads, widths))
+        )
+        monkeypatch.setattr(mosaic_gpu_parts, "choose_split", limited)
+
+    @pytest.mark.parametrize("lengths", [slow(None), (40, 89)], ids=["mild decays", "packed, strong and mild"])
+    def test_matches_the_reference(self, lengths):
+        """A document that ends inside a chunk makes its decays strong: of three chunks the first and the last."""
         ids = None if lengths is None else packed(lengths, 130)
         case = make_case(130, mean=-1.0, shape=(1, 1, 32, 64), dtype=jnp.bfloat16, segment_ids=ids)
         with op.interpret(plgpu.InterpretGPUParams()):
@@ -224,6 +232,25 @@ class TestMosaicGpu:
         assert_near(found_grads[decay], expected_grads[decay], 2.5e-2)
         rest = lambda grads: [grad for n, grad in enumerate(grads) if n != decay]
         assert_close(rest(found_grads), rest(expected_grads), 5e-2)
+
+    @pytest.mark.parametrize("widths", [(64, 64), slow((128, 72))])
+    def test_sums_of_weights_beside_the_values(self, widths):
+        """Where no gradient is asked for, the normaliser is no column of the values; strong and mild chunks."""
+        case = make_case(
+            130, mean=-1.0, shape=(1, 1, *widths), dtype=jnp.bfloat16, segment_ids=packed((40, 89), 130), normalise=True
+        )
+        with op.interpret(plgpu.InterpretGPUParams()):
+            found = forward(case, "mosaic_gpu")
+        assert_close(found, forward(case, "reference"), 2e-2)
+
+    @pytest.mark.slow
+    def test_gradient_with_the_normaliser(self):
+        case = make_case(130, mean=-1.0, shape=(1, 1, 64, 40), dtype=jnp.bfloat16, normalise=True)
+        with op.interpret(plgpu.InterpretGPUParams()):
+            found, found_grads = with_gradients(case, "mosaic_gpu")
+        expected, expected_grads = with_gradients(case, "reference")
+        assert_close(found, expected, 5e-2)
+        assert_near(found_grads, expected_grads, 2.5e-2)
 
     @pytest.mark.parametrize("dim", [64, slow(128)])
     def test_lowers_for_cuda(self, dim):
@@ -236,6 +263,15 @@ class TestMosaicGpu:
         with op.target_platform("gpu"):
             traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(shape, shape, shape, shape)
             assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    def test_the_normaliser_lowers_without_a_wider_copy_of_the_values(self):
+        shape = jax.ShapeDtypeStruct((1, 4096, 4, 64), jnp.bfloat16)
+        call = functools.partial(gated_linear_attention, normalise=True, implementation="mosaic_gpu")
+        with op.target_platform("gpu"):
+            text = jax.jit(call).trace(shape, shape, shape).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
+        assert "x4x65x" not in text
+        assert "x4x128x" not in text
 
     def test_refuses_float32(self):
         case = make_case(20, dtype=np.float32)
