@@ -87,8 +87,10 @@ def visible_pairs(mask: Mask, length: int) -> float:
     return float(rows.sum() - length / 2) if sink >= length else float(rows.sum())
 
 
-def ours(mask: Mask, implementation: str | None) -> Callable:
-    return lambda q, k, v: block_sparse_attention(q, k, v, mask, implementation=implementation)
+def ours(mask: Mask, implementation: str | None, deterministic: bool = False) -> Callable:
+    return lambda q, k, v: block_sparse_attention(
+        q, k, v, mask, implementation=implementation, deterministic=deterministic
+    )
 
 
 def rivals(name: str) -> dict[str, Callable]:
@@ -140,8 +142,11 @@ def measure(names: list[str], sizes: list[Sizes], implementation: str | None) ->
         runners = {"ours": ours(PATTERNS[name], implementation), **rivals(name)}
         if name in LIBRARY_PATTERNS and implementation is None:
             runners["ours, mosaic_gpu"] = ours(PATTERNS[name], "mosaic_gpu")
+        runners["ours, deterministic"] = ours(PATTERNS[name], "mosaic_gpu", deterministic=True)
         shapes = jax.eval_shape(size.inputs)
         for (who, attend), backward in itertools.product(runners.items(), (False, True)):
+            if who == "ours, deterministic" and not backward:
+                continue  # only gradients differ
             key = f"{name} {size.length} {who} {'fwd+bwd' if backward else 'fwd'}"
             jobs[key] = (with_gradient(attend), shapes) if backward else (attend, shapes[:3])
             rows.append((key, name, size, who, backward))

@@ -23,6 +23,7 @@ from lcjax.methods.lora import merge
 from lcjax.models.decoder import abstract
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.models.stack import fold
+from lcjax.positions.sampling import Sampler
 from lcjax.train.losses import CrossEntropy, Loss
 from lcjax.train.optimizers import AdamW, Cosine
 from lcjax.train.state import Start
@@ -57,7 +58,10 @@ class Texts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Rows an update, updates of the two stages and their peak rates. full: finetune every weight, not adapters."""
+    """Rows an update, updates of the two stages and their peak rates. full: finetune every weight, not adapters.
+
+    sampler: of the positions of finetuning, where the method is `stretched`.
+    """
 
     batch: int = 32
     transfer_steps: int = 400
@@ -67,6 +71,7 @@ class Plan:
     rank: int = 16
     full: bool = False
     scan: bool = True
+    sampler: Sampler | None = None
 
     @property
     def tuned(self) -> tuple[str, ...]:
@@ -94,6 +99,8 @@ def distil(
     adapted = adapt_model([lora], spec)
     optimizer = AdamW(Cosine(plan.finetune_peak, warmup=min(50, plan.finetune_steps // 4)), weight_decay=0.0)
     start = Start(adapted, optimizer.build(plan.finetune_steps), 1, plan.tuned, params)
+    if not getattr(method, "stretched", False):
+        plan = dataclasses.replace(plan, sampler=None)
     params, report["finetune"] = _stage("finetune", start, optimizer, CrossEntropy(), rows, plan, tell)
     return Model(*merge(adapted, params)), report
 
@@ -118,7 +125,10 @@ def _stage(
     found, began = [], time.perf_counter()
     for i in range(steps):
         chosen = np.sort(order.choice(count, plan.batch, replace=False))
-        state, metrics = compiled(state, {field: jnp.asarray(array[chosen]) for field, array in rows.items()})
+        batch = {field: array[chosen] for field, array in rows.items()}
+        if name == "finetune" and plan.sampler is not None:
+            batch["positions"] = plan.sampler.positions(batch["inputs"], start.seed, i, 0)
+        state, metrics = compiled(state, jax.tree.map(jnp.asarray, batch))
         found.append(metrics["loss"])
         if i in (0, steps - 1) or (i + 1) % 50 == 0:
             tell(f"{name} {i + 1}/{steps}: loss {float(found[-1]):.4f}, {time.perf_counter() - began:.0f} s")
@@ -136,7 +146,11 @@ def _stage(
 
 def accuracy(model: Model, questions: Mapping[int, np.ndarray], answer: int) -> dict[str, float]:
     """Share of the questions of each length whose answer tokens would all be chosen, one after the other."""
-    return {str(length): float(np.mean(found(model, rows, answer))) for length, rows in questions.items()}
+    table = {}
+    for length, rows in questions.items():
+        table[str(length)] = float(np.mean(found(model, rows, answer)))
+        print(f"{length:,} tokens: {table[str(length)]:.2f}", flush=True)
+    return table
 
 
 def found(model: Model, rows: np.ndarray, answer: int) -> np.ndarray:

@@ -176,7 +176,13 @@ def score(args: argparse.Namespace) -> None:
             (args.output / f"{name}_speed.json").write_text(
                 json.dumps(speed(outcome, lines, args.batch), indent=1) + "\n"
             )
-    compare_singles(args, model.tokenizer, lines)
+    if compared := compare_singles(args, model.tokenizer, lines):
+        (args.output / "singles_speed.json").write_text(json.dumps(compared, indent=1) + "\n")
+        print(
+            "batch {batch} is {times_as_fast:.1f} x as fast; {same} of {examples} scores are the same".format(
+                **compared
+            )
+        )
 
 
 def speed(outcome: Outcome, lines: dict[tuple[str, int, int], dict[str, Any]], batch: int) -> dict[str, Any]:
@@ -187,24 +193,33 @@ def speed(outcome: Outcome, lines: dict[tuple[str, int, int], dict[str, Any]], b
         times = {name: round(line[name], 3) for name in ("seconds", "prefill_seconds", "decode_seconds")}
         summary["cells"][cell.task][str(cell.length)] |= times
     facts = {name: found[0][name] for name in ("device", "dtype", "batch", "commit")}
+    facts["model"] = Path(summary["model"]).stem
+    del summary["setting"]  # that of the scoring
     return {**summary, **facts, "compile_seconds": round(sum(line["compile_seconds"] for line in found), 1)}
 
 
 def compare_singles(
     args: argparse.Namespace, tokenizer: Any, lines: dict[tuple[str, int, int], dict[str, Any]]
-) -> None:
-    """Print the speed of a batch over one by one, and the share of examples with the same score."""
-    same, single, batched = [], 0.0, 0.0
+) -> dict[str, Any]:
+    """Seconds an example in a batch and one by one, and how many scores agree; empty where none were given singly."""
+    same: list[bool] = []
+    seconds = {"single": 0.0, "batched": 0.0}
+    facts: dict[str, Any] = {}
     for _, task, length in cells(args):
         one, many = lines.get((task.name, length, 1)), lines.get((task.name, length, args.batch))
         if not one or not many:
             continue
         for example, key in zip(task.examples(tokenizer, length, 0), one["answers"], strict=False):
             same.append(task.score(example, one["answers"][key]) == task.score(example, many["answers"][key]))
-        single += one["seconds"] / len(one["answers"])
-        batched += many["seconds"] / len(many["answers"])
-    if same:
-        print(f"batch {args.batch} is {single / batched:.1f} x as fast; {sum(same)} of {len(same)} scores are the same")
+        seconds["single"] += one["seconds"] / len(one["answers"])
+        seconds["batched"] += many["seconds"] / len(many["answers"])
+        facts = {name: many[name] for name in ("device", "dtype", "batch", "commit")} | {"length": length}
+    if not same:
+        return {}
+    faster = seconds["single"] / seconds["batched"]
+    return {**facts, "examples": len(same), "same": sum(same), "seconds_of_one_of_each_task": seconds} | {
+        "times_as_fast": faster
+    }
 
 
 if __name__ == "__main__":

@@ -7,32 +7,42 @@
 The second command adds its rows to the first one's table. Each variant is distilled and finetuned from the same
 weights on the same rows: passkey questions of about 100 to 1,000 tokens and one row in ten of Python's library. Five
 depths x 20 keys a length; a question counts when greedy decoding would give the key and then a full stop. "softmax" is
-the given model, not trained at all.
+the given model, not trained at all; "lawcat" the published layer. `--text` adds perplexity by position of a book.
 """
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from random import Random
 
 import numpy as np
 
-from benchmarks.distillation import Model, Plan, Texts, accuracy, distil, softmax_layers
+from benchmarks.distillation import CHUNK, Model, Plan, Texts, accuracy, distil, softmax_layers
 from lcjax.data.packing import first_fit, pairs, render
 from lcjax.data.tokenizers import Tokenizer
+from lcjax.eval.measure import Table
 from lcjax.eval.passkey_texts import PasskeyTexts
+from lcjax.eval.perplexity import Perplexity
 from lcjax.eval.results import describe_run
 from lcjax.eval.tasks.passkey import Passkey
 from lcjax.methods import Lawcat, Lolcats, Method
-from lcjax.serve.source import Pretrained
+from lcjax.models.decoder import abstract
+from lcjax.positions.sampling import Stretch
+from lcjax.serve.source import Loaded, Pretrained
 
 LENGTHS = (1024, 2048, 4096, 8192, 12288, 16384, 22528)
 ROW = 1024
 ANSWER = 6  # five digits and a full stop, a token each
-OTHER_WEIGHT = 0.1  # of tokens that are not an answer, in the finetuning loss
+OTHER_WEIGHT = 0.03  # of tokens that are not an answer, in the finetuning loss
+FAR = 45.0  # a row of 1K tokens, half of whose lines count 45 times, stands for 23K
+LONG = (16.0, 65536.0)  # horizons
 VARIANTS: dict[str, Method | None] = {
     "softmax": None,
     "lawcat": Lawcat(),
+    "horizons": Lawcat(horizons=LONG),
+    "stretched": Lawcat(horizons=LONG, stretched=True),
+    "stretched_only": Lawcat(stretched=True),
     "no_gate": Lawcat(decay="none"),
     "no_conv": Lawcat(conv_width=0),
     "no_normaliser": Lawcat(normalise=False),
@@ -49,6 +59,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["softmax", "lawcat"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--text", help="a text file that no row was taken from")
     parser.add_argument("--keys", type=int, default=20, help="for each of five depths")
     parser.add_argument("--rows", type=int, default=4096, help="training rows")
     parser.add_argument("--batch", type=int, default=Plan.batch)
@@ -56,25 +67,36 @@ def main() -> None:
     args = parser.parse_args()
     loaded = Pretrained(args.model, dtype="bfloat16").load()
     texts = make_texts(loaded.tokenizer, args.rows, tuple(args.lengths), args.keys)
-    plan = Plan(batch=args.batch, transfer_steps=args.steps[0], finetune_steps=args.steps[1])
+    stretch = Stretch(FAR, tuple(loaded.tokenizer.encode("\n")))
+    plan = Plan(batch=args.batch, transfer_steps=args.steps[0], finetune_steps=args.steps[1], sampler=stretch)
     table = json.loads(args.output.read_text()) if args.output.exists() else {}
     for name in args.variants:
-        table[name] = run_variant(Model(loaded.spec, loaded.params), VARIANTS[name], texts, plan)
+        model, table[name] = run_variant(Model(loaded.spec, loaded.params), VARIANTS[name], texts, plan)
+        if args.text:
+            table[name]["perplexity"] = by_position(loaded, model, args.text)
         table["_run"] = describe_run(f"# {vars(args)}")
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(table, indent=1) + "\n")
         print(name, table[name]["accuracy"], flush=True)
 
 
-def run_variant(teacher: Model, method: Method | None, texts: Texts, plan: Plan) -> dict:
-    """One row of the table."""
+def run_variant(teacher: Model, method: Method | None, texts: Texts, plan: Plan) -> tuple[Model, dict]:
+    """The model, and its row of the table."""
     report: dict = {"method": repr(method)}
     model = teacher
     if method is not None:
         model, stages = distil(teacher, method, texts.rows, plan)
         report |= {"plan": repr(plan), **stages}
     report["growing_layers"] = softmax_layers(model.spec)
-    return report | {"accuracy": accuracy(model, texts.questions, texts.answer)}
+    return model, report | {"accuracy": accuracy(model, texts.questions, texts.answer)}
+
+
+def by_position(teacher: Loaded, model: Model, text: str) -> Table:
+    """Perplexity of windows of 2,048 tokens, named by where they end."""
+    measure = Perplexity(text, start=20_000, lengths=(32_768,), chunk=CHUNK)
+    student = teacher._replace(graphdef=abstract(model.spec)[0], params=model.params, spec=model.spec)
+    with tempfile.TemporaryDirectory() as folder:
+        return measure.run(student, Path(folder))["perplexity_by_position"]
 
 
 def make_texts(tokenizer: Tokenizer, count: int, lengths: tuple[int, ...], keys: int) -> Texts:
@@ -95,7 +117,10 @@ def _rows(tokenizer: Tokenizer, count: int) -> dict[str, np.ndarray]:
         ends = np.cumsum([pairs(piece) for piece in row])
         for end in ends:
             fields["loss_weights"][end - ANSWER : end] = 1.0
-    made += [render([piece], ROW, 0) for piece in _library(tokenizer, count // 10)]
+    library = [render([piece], ROW, 0) for piece in _library(tokenizer, count // 10)]
+    for fields in library:
+        fields["loss_weights"] *= OTHER_WEIGHT
+    made += library
     return {name: np.stack([fields[name] for fields in made]) for name in made[0]}
 
 

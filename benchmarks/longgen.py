@@ -86,6 +86,7 @@ def trained(spec: ModelSpec, args: argparse.Namespace) -> dict[str, Any]:
         steps=args.repeats, packed=False,
     )  # fmt: skip
     found = train_step.measure(spec, how, devices=1)
+    print(spec.name, json.dumps(found), flush=True)
     gc.collect()
     return {"train_seconds": found["seconds"], "train": found}
 

@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--loss", choices=("auto", "chunked", "tokamax"), default="chunked")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--unpacked", dest="packed", action="store_false", help="rows without segment ids")
+    parser.add_argument("--commit", help="of the code, where it runs outside of its repository")
     parser.add_argument("--out", default=str(common.RESULTS / "train_step.json"))
     args = parser.parse_args()
     found = []
@@ -139,7 +140,7 @@ def main() -> None:
             found.append(measure(spec(args.layers, args.length, pattern), args, devices))
             print(common.table(found[-1:], columns), flush=True)
     memory = jax.local_devices()[0].memory_stats() or {}
-    record = {**common.environment(), "flop_convention": CONVENTION, "rows": found}
+    record = {**common.environment(args.commit), "flop_convention": CONVENTION, "rows": found}
     common.write(args.out, record | {"peak_bytes": memory.get("peak_bytes_in_use")})
 
 

@@ -113,6 +113,11 @@ class Plan:
         lives = columns.end > least
         if columns.second is not None:
             lives |= columns.second[..., 1] > xp.maximum(columns.second[..., 0], least)
+        if columns.second is not None:
+            # A tile of rows visits from its first living column on: those that open every row's list and never end
+            # would drag in all that ended before it, and go with the sinks.
+            forever = xp.cumprod(columns.end >= np.int32(rows), axis=1).sum(1, dtype=np.int32)
+            sink_tiles = xp.maximum(sink_tiles, forever)
         lives &= xp.arange(tiles) >= sink_tiles[:, None]
         gaps, window = _has_gaps(xp, columns, lives), self.window
         if gaps and self.causal and columns.second is None and xp is np:
@@ -159,8 +164,8 @@ class Columns:
 class RowRuns:
     """Key tiles that a tile of rows visits, as three ascending runs that do not overlap.
 
-    Sink tiles, then long-lived columns older than the window, then window tiles up to the diagonal. `run` gives their
-    lengths for any rows; `nth` gives the tile of a visit.
+    Sink tiles (and others in front that all rows read), then long-lived columns older than the window, then window
+    tiles up to the diagonal. `run` gives their lengths for any rows; `nth` gives the tile of a visit.
     """
 
     causal: bool

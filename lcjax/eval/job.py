@@ -1,10 +1,11 @@
 """The job behind `evaluate.py`: one model, several measures, one results.json."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcjax.eval.results import describe_run, write_results
+from lcjax.eval.results import describe_run, peak_device_bytes, write_results
 from lcjax.serve.source import Pretrained
 
 
@@ -28,10 +29,13 @@ class Evaluate:
         run = describe_run(config)
         model = self.model.load()
         tables: dict[str, dict[str, float]] = {}
+        seconds: list[float] = []
         for task in self.tasks:
+            began = time.perf_counter()
             found = task.run(model, output)
+            seconds.append(round(time.perf_counter() - began, 3))
             if twice := tables.keys() & found.keys():
                 raise ValueError(f"evaluate.tasks gives {sorted(twice)[0]!r} twice; give one of the two another name")
             tables |= {name: dict(table) for name, table in found.items()}
-            write_results(output, tables, run)
+            write_results(output, tables, run | {"seconds": seconds, "peak_device_bytes": peak_device_bytes()})
         return tables

@@ -1,14 +1,13 @@
 """One model under several position laws: perplexity of the same targets and retrieval, each in one table and figure."""
 
-import itertools
-import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from lcjax.eval.outcome import Outcome, Table
-from lcjax.eval.perplexity import Perplexity
+from lcjax.eval.perplexity import Perplexity, perplexity
 from lcjax.eval.plots import by_position
 from lcjax.eval.report import write_report
 from lcjax.eval.runner import Suite
@@ -66,41 +65,55 @@ class CompareLaws:
             one.check()
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
-        """{text/law: {length: perplexity}, text/law/ratio: ..., task/law: {length: score}}."""
+        """{text/law: {length: perplexity}, text/law/ratio: ..., task/law: {length: score}}.
+
+        Also text/law/by_position: {end of a window: perplexity}, and text/law/seconds of the longest length, with
+        compilation.
+        """
         tables: dict[str, Table] = {}
+        places: dict[str, Table] = {}
         for one in self.perplexities:
-            tables |= self._perplexity(one, model, output)
+            found, windows = self._perplexity(one, model, output)
+            tables |= found
+            places |= windows
         if self.suite is not None:
             tables |= self._scores(self.suite, model, output)
         text = table_of(tables)
         (output / f"{self.name}.txt").write_text(text + "\n", encoding="utf-8")
         print(text, flush=True)
-        return tables
+        return tables | places
 
-    def _perplexity(self, one: Perplexity, model: Loaded, output: Path) -> dict[str, Table]:
+    def _perplexity(self, one: Perplexity, model: Loaded, output: Path) -> tuple[dict[str, Table], dict[str, Table]]:
+        """Tables by length, and those by position."""
         tokens = one.tokens(model)
-        sliding = replace(one, context=model.spec.max_length)
-        losses = {SLIDING: sliding.losses(model, tokens)}
-        for law in self.laws:
-            losses[law.name] = one.losses(law.apply(model), tokens)
-            print(f"{one.name}, {law.name}: {math.exp(losses[law.name].mean()):.2f}", flush=True)
-        edges = np.arange(0, len(tokens), one.window)
-        mean = lambda nll, a, b: math.exp(float(np.mean(nll[a:b])))
-        curves = {
-            name: (edges, np.array([mean(nll, a, b) for a, b in itertools.pairwise(edges)]))
-            for name, nll in losses.items()
-        }
-        if len(edges) > 1:
-            title = f"{Path(one.text).stem}, windows of {one.window:,} tokens"
-            path = output / f"{self.name}_{one.name}.png"
-            by_position(curves, title=title, path=path, trained=model.spec.max_length)
+        runs = {SLIDING: (replace(one, context=model.spec.max_length), model)}
+        runs |= {law.name: (one, law.apply(model)) for law in self.laws}
+        losses: dict[str, np.ndarray] = {}
         found: dict[str, Table] = {}
-        for name, nll in losses.items():
-            found[f"{one.name}/{name}"] = {str(n): mean(nll, 0, n) for n in one.lengths}
-            found[f"{one.name}/{name}/ratio"] = {
-                str(n): mean(nll, 0, n) / mean(losses[SLIDING], 0, n) for n in one.lengths
-            }
-        return found
+        for name, (measure, changed) in runs.items():
+            began = time.perf_counter()
+            nll = losses[name] = measure.losses(changed, tokens)
+            seconds = time.perf_counter() - began
+            mean = {str(n): perplexity(nll[:n]) for n in one.lengths}
+            base = {str(n): perplexity(losses[SLIDING][:n]) for n in one.lengths}
+            found[f"{one.name}/{name}"] = mean
+            found[f"{one.name}/{name}/ratio"] = {n: mean[n] / base[n] for n in mean}
+            found[f"{one.name}/{name}/seconds"] = {str(max(one.lengths)): seconds}
+            print(f"{one.name}, {name}: {perplexity(nll):.2f}, {seconds:.1f} s", flush=True)
+        windows = {name: one.windows(nll) for name, nll in losses.items()}
+        self._draw(one, model, windows, output)
+        places = {
+            f"{one.name}/{name}/by_position": {str(end): value for end, value in mine.items()}
+            for name, mine in windows.items()
+        }
+        return found, places
+
+    def _draw(self, one: Perplexity, model: Loaded, windows: dict[str, dict[int, float]], output: Path) -> None:
+        """All laws in one figure."""
+        curves = {name: (np.array([0, *mine]), np.array([*mine.values()])) for name, mine in windows.items() if mine}
+        if curves:
+            path = output / f"{self.name}_{one.name}.png"
+            by_position(curves, title=one.title, path=path, trained=model.spec.max_length)
 
     def _scores(self, suite: Suite, model: Loaded, output: Path) -> dict[str, Table]:
         """The suite under every law, and one report in which each law's heat map stands beside the others."""

@@ -34,17 +34,17 @@ PIECE = 64  # tokens whose logits exist at a time
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of the file `text` for each of `lengths`.
+    """Perplexity of the file `text` for each of `lengths`; several files are read one after another, as one text.
 
     start: first input token. window: tokens averaged for one point by position. max_chars: only the beginning of the
-    file is tokenized. context: None for one context of all tokens; else a sliding context of at most this many tokens
+    text is tokenized. context: None for one context of all tokens; else a sliding context of at most this many tokens
     (each target sees at least half of it, the first ones what there is). targets: None, or how many tokens at the
     end of tokens[start : start + max(lengths)] are scored for every length; N then counts backwards. add_bos: put
     the beginning-of-text token before the inputs; the targets stay the same. chunk: tokens read at a time. batch:
     sliding contexts read together.
     """
 
-    text: str
+    text: str | tuple[str, ...]
     start: int = 0
     lengths: tuple[int, ...] = (4096,)
     window: int = 2048
@@ -57,6 +57,8 @@ class Perplexity:
     name: str = "perplexity"
 
     def __post_init__(self):
+        if not self.text:
+            raise ValueError("perplexity.text is empty; name a file or several")
         for name in ("window", "max_chars", "chunk", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"perplexity.{name} must be positive, got {getattr(self, name)}")
@@ -73,8 +75,21 @@ class Perplexity:
 
     def check(self) -> None:
         """Refuse a missing text before the model is loaded."""
-        if not Path(self.text).is_file():
-            raise FileNotFoundError(f"perplexity.text names {self.text!r}, which is not a file; correct the path")
+        for path in self.files:
+            if not path.is_file():
+                raise FileNotFoundError(f"perplexity.text names {str(path)!r}, which is not a file; correct the path")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the text, in order."""
+        return tuple(map(Path, (self.text,) if isinstance(self.text, str) else self.text))
+
+    @property
+    def title(self) -> str:
+        """Of figures."""
+        others = len(self.files) - 1
+        named = self.files[0].stem + (f" and {others} more" if others else "")
+        return f"{named}, windows of {self.window:,} tokens"
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
         """{name: {N: perplexity}, name_by_position: {end of window: perplexity of its targets}}."""
@@ -86,31 +101,32 @@ class Perplexity:
         began = time.perf_counter()
         nll = self.losses(model, tokens)
         rate = len(nll) / (time.perf_counter() - began)
-        table = {str(n): _perplexity(nll[:n]) for n in self.lengths}
-        windows = {
-            end: _perplexity(nll[end - self.window : end]) for end in range(self.window, len(nll) + 1, self.window)
-        }
+        table = {str(n): perplexity(nll[:n]) for n in self.lengths}
+        windows = self.windows(nll)
         self._write(windows, model, output)
         print(f"{self.name}: {table}, {rate:,.0f} tokens/s with compilation", flush=True)
         return {self.name: table, f"{self.name}_by_position": {str(end): value for end, value in windows.items()}}
 
     def _write(self, windows: dict[int, float], model: Loaded, output: Path) -> None:
         """The curve by position as JSON lines and as a figure."""
+        names = [path.name for path in self.files]
         with (output / f"{self.name}.jsonl").open("w") as file:
             for end, value in windows.items():
-                row = {"text": Path(self.text).name, "begin": end - self.window, "end": end, "perplexity": value}
+                row = {"text": names, "begin": end - self.window, "end": end, "perplexity": value}
                 file.write(json.dumps(row) + "\n")
         if windows:
             curve = np.array([0, *windows]), np.array(list(windows.values()))
-            title = f"{Path(self.text).stem}, windows of {self.window:,} tokens"
-            by_position(
-                {model.source: curve}, title=title, path=output / f"{self.name}.png", trained=model.spec.max_length
-            )
+            path = output / f"{self.name}.png"
+            by_position({model.source: curve}, title=self.title, path=path, trained=model.spec.max_length)
+
+    def windows(self, nll: np.ndarray) -> dict[int, float]:
+        """{end of a window: perplexity of its targets}; the last one is left out where it is not whole."""
+        return {end: perplexity(nll[end - self.window : end]) for end in range(self.window, len(nll) + 1, self.window)}
 
     def _leading_up(self, model: Loaded, tokens: np.ndarray, length: int) -> float:
         """Perplexity of the last targets, given the `length` tokens up to each end."""
         rows = np.concatenate([self._bos(model), tokens[-length - 1 :]])[None]
-        return _perplexity(score(model, rows, self.chunk, self.targets))
+        return perplexity(score(model, rows, self.chunk, self.targets))
 
     def _bos(self, model: Loaded) -> np.ndarray:
         if not self.add_bos:
@@ -124,8 +140,7 @@ class Perplexity:
     def tokens(self, model: Loaded) -> np.ndarray:
         """The inputs of the longest length and one more."""
         self.check()
-        with Path(self.text).open(encoding="utf-8") as file:
-            ids = model.tokenizer.encode(file.read(self.max_chars), add_bos=False)
+        ids = model.tokenizer.encode(self._read(), add_bos=False)
         needed = self.start + max(self.lengths) + 1
         if len(ids) < needed:
             raise ValueError(
@@ -133,6 +148,15 @@ class Perplexity:
                 f"start {self.start} and length {max(self.lengths)} need {needed}; use a longer text or shorter lengths"
             )
         return np.array(ids[self.start : needed], np.int32)
+
+    def _read(self) -> str:
+        """The beginning of the text, `max_chars` long where the files have as much."""
+        parts, left = [], self.max_chars
+        for path in self.files:
+            with path.open(encoding="utf-8") as file:
+                parts.append(file.read(left))
+            left -= len(parts[-1])
+        return "".join(parts)
 
     def losses(self, model: Loaded, tokens: np.ndarray) -> np.ndarray:
         """Negative log-likelihood in nats of each token after the first."""
@@ -229,5 +253,6 @@ def token_losses(model: Any, hidden: Float[Array, "B T width"], targets: Int[Arr
     return lax.map(losses, (hidden, targets)).swapaxes(0, 1).reshape(batch, -1)[:, :length]
 
 
-def _perplexity(nll: np.ndarray) -> float:
+def perplexity(nll: np.ndarray) -> float:
+    """Of targets with these losses, in nats."""
     return math.exp(float(np.mean(nll)))

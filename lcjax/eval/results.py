@@ -1,4 +1,7 @@
-"""results.json: `{task: {length: value}, "_run": {schema, commit, device, versions, config}}`."""
+"""results.json: `{task: {length: value}, "_run": {schema, commit, device, versions, config}}`.
+
+Under `_run` an evaluation adds `seconds`, one for each of its tasks with compilation, and `peak_device_bytes`.
+"""
 
 import importlib.metadata
 import json
@@ -32,6 +35,13 @@ def describe_device() -> str:
     if devices[0].platform == "cpu":
         return f"cpu ({len(os.sched_getaffinity(0))} cores)"
     return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def peak_device_bytes() -> int | None:
+    """The most bytes that this process has held on one of its devices; None where the platform does not say (CPU)."""
+    found = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in found if stats and "peak_bytes_in_use" in stats]
+    return max(peaks, default=None)
 
 
 def commit() -> str | None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, cast
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from lcjax.cache.base import AttentionCache, SlotCache
 from lcjax.layers.linear import Linear
@@ -21,7 +21,7 @@ from lcjax.positions.tables import Tables, of_slots, rotates_at_read
 
 class Context(NamedTuple):
     """What every layer of one forward pass shares: frequencies per law, rotary tables per law and remap, each row's
-    running length (the largest position + 1), segments, and which tokens are real.
+    running length (the largest position + 1), segments, which tokens are real, and the positions themselves.
     """
 
     frequencies: dict[Rope, Frequencies]
@@ -29,6 +29,7 @@ class Context(NamedTuple):
     length: Int[Array, " B"]
     segment_ids: Int[Array, "B T"] | None = None
     valid: Bool[Array, "B T"] | None = None
+    positions: Num[Array, "*A B T"] | None = None
 
 
 class HeadProjections(nnx.Module):

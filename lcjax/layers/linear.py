@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lcjax.layers.weight import Weight
+from lcjax.layers.weight import Draw, Weight
 from lcjax.parallel.weights import whole
 
 
@@ -20,13 +20,25 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
 class Linear(nnx.Module):
     """y = x W (+ b), contracting the last `inputs` axes of x; W is stored [*inputs, *outputs].
 
+    bias: True for one that starts at 0, or what draws it.
+
     `adapter` (see `lcjax.layers.adapter`) changes what W does without touching it.
     """
 
-    def __init__(self, kernel: Weight, *, inputs: int = 1, bias: bool = False, rngs: nnx.Rngs, param_dtype: DTypeLike):
+    def __init__(
+        self,
+        kernel: Weight,
+        *,
+        inputs: int = 1,
+        bias: bool | Draw = False,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ):
         self.inputs = inputs
         self.kernel = kernel.param(rngs, param_dtype)
-        self.bias = Weight(kernel.shape[inputs:], kernel.axes[inputs:]).param(rngs, param_dtype) if bias else None
+        draw = None if isinstance(bias, bool) else bias
+        outputs = Weight(kernel.shape[inputs:], kernel.axes[inputs:], draw=draw)
+        self.bias = outputs.param(rngs, param_dtype) if bias else None
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[Array, "*batch_and_outputs"]:

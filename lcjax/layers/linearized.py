@@ -1,5 +1,6 @@
 """Softmax attention made linear: the student layers of LAWCAT (arXiv 2509.18467) and LoLCATs (arXiv 2410.10254)."""
 
+import functools
 from typing import Any
 
 import jax
@@ -35,6 +36,21 @@ def identity_taps(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.full(shape, OTHER_TAPS).at[-1].set(1.0)
 
 
+def decay_logits(horizons: tuple[float, float] | None, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`[G, 2f]`: gate biases at which feature i of each half decays to 1/e in h_i tokens, h from first to last."""
+    if horizons is None:
+        return jnp.zeros(shape)
+    tokens = jnp.geomspace(*horizons, shape[-1] // 2)
+    return jnp.broadcast_to(jnp.tile(-jnp.log(jnp.expm1(GATE_TEMPERATURE / tokens)), 2), shape)
+
+
+def time_steps(context: Context) -> Float[Array, "B T"]:
+    """How far each token's position lies beyond that of the one before; 1 where a document begins."""
+    assert context.positions is not None
+    steps = jnp.diff(context.positions, axis=-1, prepend=context.positions[..., :1] - 1)
+    return jnp.where(steps > 0, steps, 1).astype(jnp.float32)
+
+
 def hedgehog(x: Float[Array, "B T H D"], maps: Float[Array, "H D f"]) -> Float[Array, "B T H f2"]:
     """[softmax(W x), softmax(-W x)] of each head: non-negative, with sum 2."""
     u = jnp.einsum("bthd,hdf->bthf", x, maps.astype(x.dtype), precision=precision(x.dtype)).astype(jnp.float32)
@@ -61,7 +77,8 @@ class LinearizedLayer(HeadProjections):
         up = Weight((mixer.decay_rank, groups, keys), ("rank", "kv_heads", "head_dim"), std=GATE_STD)
         gated = mixer.decay == "vector"
         self.decay_down = Linear(down, **init) if gated else None
-        self.decay_up = Linear(up, bias=True, **init) if gated else None
+        biases = functools.partial(decay_logits, mixer.horizons)
+        self.decay_up = Linear(up, bias=biases, **init) if gated else None
         logit = Weight((heads,), ("heads",), fill=mixer.window_logit)
         self.window_logit = logit.param(rngs, param_dtype) if mixer.window else None
         self.window_scale = mixer.teacher.scale or dim**-0.5
@@ -104,7 +121,11 @@ class LinearizedLayer(HeadProjections):
         else:
             streams = {"q": turned_q, "k": turned_k, "v": v} if self.mixer.rotate else {"q": q, "k": k, "v": v}
             phi_q, phi_k, v, tails = self._features(streams, context, cache)
-            inputs = Inputs(phi_q.astype(x.dtype), phi_k.astype(x.dtype), v, self._log_decay(x))
+            log_decay = self._log_decay(x)
+            if self.mixer.stretched and cache is None:
+                steps = time_steps(context)[..., None, None]
+                phi_k, log_decay = phi_k * steps, None if log_decay is None else log_decay * steps
+            inputs = Inputs(phi_q.astype(x.dtype), phi_k.astype(x.dtype), v, log_decay)
             y, state = recur(inputs, context, cache, normalise=self.mixer.normalise, scale=1.0)
         after = None if cache is None else cache.advance(state, tails, x.shape[1], context.valid)
         return y.astype(x.dtype), after

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+type Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -20,7 +22,7 @@ class Weight:
     axes: tuple[str, ...]
     std: float | None = None
     fill: float = 0.0
-    draw: Callable[[jax.Array, tuple[int, ...]], jax.Array] | None = None
+    draw: Draw | None = None
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):

@@ -22,6 +22,7 @@ class Lawcat(Method):
 
     layers: the layers to convert, counted from 0; None: every softmax layer. The others stay as they are (a hybrid).
     The other fields are those of `Linearized`; decay='none', conv_width=0 and normalise=False are the ablations.
+    `horizons` and `stretched` are ours, for texts far longer than the rows of training.
     layers=() is the identity.
     """
 
@@ -31,6 +32,8 @@ class Lawcat(Method):
     conv_width: int = 4
     conv_value: bool = False
     decay: str = "vector"
+    horizons: tuple[float, float] | None = None
+    stretched: bool = False
     normalise: bool = True
     rotate: bool = False
     window: int = 0
@@ -44,6 +47,8 @@ class Lawcat(Method):
                 conv_width=self.conv_width,
                 conv_value=self.conv_value,
                 decay=self.decay,
+                horizons=self.horizons,
+                stretched=self.stretched,
                 normalise=self.normalise,
                 rotate=self.rotate,
                 window=self.window,

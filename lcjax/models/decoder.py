@@ -68,7 +68,7 @@ class Decoder(nnx.Module):
             )
             for law, remap in self.spec.laws
         }
-        return Context(frequencies, tables, reached + 1, segment_ids, valid)
+        return Context(frequencies, tables, reached + 1, segment_ids, valid, positions)
 
     def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
         """What the first layer reads."""

@@ -91,6 +91,9 @@ class Linearized(RecurrentMixer):
 
     teacher: the attention layer that this one stands for; its rotary law and scale serve the window branch.
     features: f, by default half the head dimension. tied: one map for queries and keys. decay: 'vector' or 'none'.
+    horizons: tokens in which a head's first and last feature decay to 1/e before training, the others spread between
+    them; None: 23 tokens for all, as published. stretched: in training a token whose position lies n beyond the one
+    before it stands for n such tokens, decays and weighs n times as much (`Stretch` draws such positions).
     normalise: divide by the sum of weights. rotate: rotary positions before the maps. window: tokens, own included,
     over which a softmax branch is mixed in with a learned factor per head; 0: no branch. overlap: whether the linear
     branch also covers the tokens of the window. window_logit: the factor's initial logit.
@@ -103,6 +106,8 @@ class Linearized(RecurrentMixer):
     conv_value: bool = False
     decay: str = "vector"
     decay_rank: int = 16
+    horizons: tuple[float, float] | None = None
+    stretched: bool = False
     normalise: bool = True
     rotate: bool = False
     window: int = 0
@@ -113,6 +118,10 @@ class Linearized(RecurrentMixer):
         check_positive(self, "features", "decay_rank")
         check_choice(self, "decay", ("none", "vector"))
         _check_conv(self)
+        if self.stretched and self.window:
+            raise ValueError("Linearized.stretched with a window is not supported: set window=0")
+        if self.horizons is not None and not 1 <= self.horizons[0] <= self.horizons[1]:
+            raise ValueError(f"Linearized.horizons is {self.horizons}: give two numbers of tokens, the smaller first")
         if self.window and self.teacher.soft_cap is not None:
             raise ValueError("Linearized.window with a soft-capped teacher is not supported: set window=0")
         if self.teacher.remap is not None:

@@ -120,3 +120,26 @@ class LongRecipe(Sampler):
         kept = int(rng.integers(1, (length + 1) // 2 + 1))
         found[:kept] = np.arange(kept)
         return found.astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Stretch(Sampler):
+    """Lines that count up to `factor` times, for `stretched` linear attention: short rows that stand for long texts.
+
+    Each row draws n from 1 to `factor`, log-uniform, and half of its lines, whose tokens then lie n apart. What is
+    written in the other lines has to last, and to outweigh the stretched ones, as it would in a text n times as long.
+    boundaries: ids of the tokens that end a line.
+    """
+
+    factor: float = 1.0
+    boundaries: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _at_least(self, 1, "factor")
+        if not self.boundaries:
+            raise ValueError("Stretch.boundaries is empty; give the ids of the tokens that end a line")
+
+    def row(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+        line = np.concatenate([[0], np.cumsum(np.isin(ids[:-1], self.boundaries))])
+        step = self.factor ** rng.random()
+        return np.cumsum(np.where(rng.random(line[-1] + 1) < 0.5, step, 1.0)[line]) - 1

@@ -43,6 +43,7 @@ def block_sparse_attention(
     sink_logits: Float[Array, " H"] | None = None,
     return_lse: bool = False,
     whole: tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]] | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T H Dv"] | tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """Softmax attention of each query over the keys that `mask` and `lists` allow.
@@ -66,6 +67,8 @@ def block_sparse_attention(
       whole: the known (o, lse) of attention over a larger set of keys, of which these are a part. It is returned as it
         is; the gradients in q, k and v are this part's share, so that a backward pass can go through parts one by one
         (ring attention) without computing any forward again.
+      deterministic: gradients of two runs are equal to the bit. Without it 'mosaic_gpu' may be faster, and sum its
+        gradient in q in an order that is left to the chip. 'cudnn' declines; the others are deterministic in any case.
       implementation: 'xla', 'mosaic_tpu', 'mosaic_gpu', 'cudnn' (plain causal or full masks) or 'reference'; None picks
         the first of the platform's order that can.
 
@@ -95,6 +98,7 @@ def block_sparse_attention(
         soft_cap=None if soft_cap is None else _positive("soft_cap", soft_cap),
         need_lse=return_lse or sink_logits is not None,
         whole=_whole(whole, q, v, sink_logits),
+        deterministic=deterministic,
     )
     o, lse = dispatch("block_sparse_attention", BACKENDS, ORDER[platform()], implementation)(call)
     if sink_logits is not None:

@@ -13,7 +13,7 @@ KEPT = "attention"
 """Name of every attention result among a checkpoint's residuals: a policy that saves it spares the second forward."""
 
 
-@record("scale", "soft_cap", "need_lse")
+@record("scale", "soft_cap", "need_lse", "deterministic")
 class Call:
     """What `block_sparse_attention` hands to a backend's `attend(call) -> (o [B,T,H,Dv], lse float32 [B,H,T])`.
 
@@ -23,6 +23,8 @@ class Call:
 
     With `whole` the call is one part of a larger one whose (o, lse) is known: the backend returns that, without
     computing anything forward, and its gradient in q, k and v is this part's.
+
+    Where a call is `deterministic`, gradients of two runs are equal to the bit.
     """
 
     q: Float[Array, "B T H D"]
@@ -37,6 +39,7 @@ class Call:
     soft_cap: float | None
     need_lse: bool
     whole: tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]] | None = None
+    deterministic: bool = False
 
     @property
     def key_places(self) -> Int[Array, "B S"] | None:

@@ -35,6 +35,7 @@ def _reason(call: Call) -> str | None:
                 (not isinstance(call.q_offset, int) or call.q_offset != 0, "no q_offset"),
                 (call.mask.causal and call.q.shape[1] != call.k.shape[1], "causal only with as many queries as keys"),
                 (call.soft_cap is not None, "no soft cap"),
+                (call.deterministic, "the order of its gradient's sums is not fixed"),
                 (call.need_lse or call.whole is not None, "its lse has no gradient"),
                 (call.q.dtype == jnp.float32, "no float32"),
                 (call.q.shape[1] % 2 or call.k.shape[1] % 2, "no odd lengths: its gradient takes none"),

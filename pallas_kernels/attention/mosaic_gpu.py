@@ -17,7 +17,7 @@ from pallas_kernels import tuning
 from pallas_kernels.attention import mosaic_gpu_tables as tb
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.call import KEPT, Call
-from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles, backward_dkv, backward_dq, cotangents
+from pallas_kernels.attention.mosaic_gpu_bwd import BackwardTiles, backward_dkv, backward_dq, backward_fused, cotangents
 from pallas_kernels.attention.mosaic_gpu_common import Inputs, Static
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles, forward
 from pallas_kernels.masks import Mask
@@ -38,8 +38,8 @@ def attend(
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """(o, lse) of the call on a Hopper GPU, or in the interpreter.
 
-    The gradient runs dQ and dK/dV kernels. Head dims above 128 take it from `xla`: two accumulators of 64 x 256 for
-    dK and dV fill all registers of a warpgroup.
+    The gradient runs one kernel or, for a deterministic call, two. Head dims above 128 take it from `xla`: two
+    accumulators of 64 x 256 for dK and dV fill all registers of a warpgroup.
 
     Raises:
       Unsupported: with the reason.
@@ -58,7 +58,7 @@ def attend(
         lists=lists,
         list_rows=0 if call.lists is None else call.lists.block_q,
         forward=forward_tiles or _forward_tiles(plan, keys, max(dim, dim_v)),
-        backward=backward_tiles or BackwardTiles(**tuning.tiles("attention_backward", dim=max(dim, dim_v))),
+        backward=backward_tiles or _backward_tiles(call, plan),
         interpret=interpret,
     )
     k, v = call.k, call.v
@@ -103,6 +103,12 @@ def _forward_tiles(plan: Plan, keys: int, dim: int) -> ForwardTiles:
     tiles = ForwardTiles(**tuning.tiles("attention_forward", dim=dim))
     persistent = keys <= DENSE_PERSISTENT if plan.dense else _keys_per_row(plan, keys) <= SHORT_ROWS
     return dataclasses.replace(tiles, persistent=persistent)
+
+
+def _backward_tiles(call: Call, plan: Plan) -> BackwardTiles:
+    """One kernel where columns are alike: a few that all rows read would all add to the same dQ, 1.7 times slower."""
+    dim = max(call.q.shape[-1], call.v.shape[-1])
+    return BackwardTiles(**tuning.tiles("attention_backward", dim=dim), fused=_bare(plan) and not call.deterministic)
 
 
 def _keys_per_row(plan: Plan, keys: int) -> float:
@@ -261,9 +267,11 @@ def _attend_bwd(settings: Settings, saved, cotangent):
     do, dlse = cotangent
     static = _static(settings, q, k, v)
     rows = cotangents(o, lse, do.astype(q.dtype), dlse)
-    inputs = Inputs(q, k, v, tables.dq, tables.pattern, tables.lists, tables.rules, tables.segments)
-    dq, delta = backward_dq(inputs, rows, static, settings.backward)
-    by_key = inputs._replace(table=tables.dkv, lists=tables.column_lists)
+    by_row = Inputs(q, k, v, tables.dq, tables.pattern, tables.lists, tables.rules, tables.segments)
+    by_key = by_row._replace(table=tables.dkv, lists=tables.column_lists)
+    if settings.backward.fused:
+        return *backward_fused(by_key, rows, static, settings.backward), None
+    dq, delta = backward_dq(by_row, rows, static, settings.backward)
     dk, dv = backward_dkv(by_key, rows, delta, static, settings.backward)
     return dq, dk, dv, None
 

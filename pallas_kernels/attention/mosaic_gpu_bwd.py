@@ -1,7 +1,9 @@
-"""Block-sparse attention on Hopper, backward: a dQ kernel over rows and a dK/dV kernel over columns, deterministic.
+"""Block-sparse attention on Hopper, backward: a kernel over columns for dK and dV, and dQ in it or by one over rows.
 
-Both recompute the scores from lse. dQ visits the forward's tiles; dK/dV visits, for 128 keys, the rows that read them,
-for all query heads of the KV head, so that the sum over a group stays in registers.
+They recompute the scores from lse. dK/dV visits, for 128 keys, the rows that read them, for all query heads of the KV
+head, so that the sum over a group stays in registers. With `BackwardTiles.fused` it gives dQ as well, which spares two
+of seven products and leaves the order of dQ's sums open; the dQ kernel visits the forward's tiles, and two runs of it
+are equal to the bit.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.attention import mosaic_gpu_row_gradient as rg
 from pallas_kernels.attention import mosaic_gpu_tables as tb
 from pallas_kernels.attention.mosaic_gpu_common import (
     COLS,
@@ -48,13 +51,17 @@ from pallas_kernels.attention.mosaic_gpu_common import (
 
 @dataclasses.dataclass(frozen=True)
 class BackwardTiles:
-    """Tiles of the backward kernels: keys a step and stages of dQ, query rows a step and stages of dK/dV."""
+    """Tiles of the backward kernels: keys a step and stages of dQ, query rows a step and stages of dK/dV.
+
+    `fused` kernels are one: dK/dV gives dQ too.
+    """
 
     dq_block_k: int = 64
     dq_stages: int = 2
     dkv_block_q: int = 64
     dkv_stages: int = 2
     group_inside: bool = True
+    fused: bool = False
 
 
 class Cotangents(NamedTuple):
@@ -219,11 +226,26 @@ def _dq_rows(g, ct, dq_g, delta_g, s: Static, tiles: BackwardTiles, m: dict, wg,
     plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def backward_fused(
+    g: Inputs, ct: Cotangents, s: Static, tiles: BackwardTiles
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K Dv"]]:
+    """dQ, dK and dV; `g.table` is a column table, one row per key unit."""
+    dq = jax.new_ref(rg.empty(s, tb.cdiv(s.keys, ROW_TILE)))
+    dk, dv = _by_column(g, ct, rg.row_sums(ct.o, ct.do, ct.dlse), dq, s, tiles)
+    return rg.finished(dq[...], s, g.q.dtype), dk, dv
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def backward_dkv(
     g: Inputs, ct: Cotangents, delta: Float[Array, "B H N"], s: Static, tiles: BackwardTiles
 ) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K Dv"]]:
     """dK and dV; `g.table` is a column table, one row per key unit."""
+    return _by_column(g, ct, delta, None, s, tiles)
+
+
+def _by_column(g: Inputs, ct: Cotangents, delta: Array, dq: Any, s: Static, tiles: BackwardTiles):
+    """(dK, dV); adds dQ, not scaled, to the reference `dq` if there is one."""
     rows, stages, dtype = tiles.dkv_block_q, tiles.dkv_stages, g.q.dtype
     key_tiles = tb.cdiv(s.keys, ROW_TILE)
     out_heads = s.kv_heads if tiles.group_inside else s.heads
@@ -240,9 +262,11 @@ def backward_dkv(
         "do_ready": plgpu.Barrier(num_barriers=stages, num_arrivals=2),
         "do_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WGS),
     }
+    if dq is not None:
+        scratch |= rg.scratch(s, rows, dtype)
     out = tuple(jax.ShapeDtypeStruct((s.batch, s.keys, out_heads, d), dtype) for d in (s.dim, s.dim_v))
     body = functools.partial(_dkv_kernel, static=s, tiles=tiles, key_tiles=key_tiles, out_heads=out_heads)
-    dk, dv = _call(body, (g, ct, delta), out, scratch, s.batch * out_heads * key_tiles, s)
+    dk, dv = _call(body, (g, ct, delta, dq), out, scratch, s.batch * out_heads * key_tiles, s)
     if tiles.group_inside or s.heads == s.kv_heads:
         return dk, dv
     fold = lambda x: x.reshape(s.batch, s.keys, s.kv_heads, -1, x.shape[-1]).sum(3, dtype=jnp.float32).astype(dtype)
@@ -261,7 +285,7 @@ class Column(NamedTuple):
 
 
 def _dkv_kernel(
-    g, ct, delta_g, dk_g, dv_g, *, static: Static, tiles: BackwardTiles, key_tiles: int, out_heads: int, **m
+    g, ct, delta_g, dq_g, dk_g, dv_g, *, static: Static, tiles: BackwardTiles, key_tiles: int, out_heads: int, **m
 ) -> None:
     s = static
     wg, t = lax.axis_index("wg"), lax.axis_index("block")
@@ -274,7 +298,11 @@ def _dkv_kernel(
     @pl.when(wg < WGS)
     def _compute():
         plgpu.set_max_registers(240, action="increase")
-        _dkv_keys(g, ct, dk_g, dv_g, s, tiles, m, wg, w)
+        rows_of = lambda *step: None
+        if dq_g is not None:
+            block = w.index * s.batch + w.batch if s.interpret else w.batch
+            rows_of = functools.partial(rg.RowGradient, s, m, dq_g, block, wg)
+        _dkv_keys(g, (rows_of, dk_g, dv_g), s, tiles, m, wg, w)
 
     @pl.when(wg == WGS)
     def _load():
@@ -356,25 +384,29 @@ def _each_listed(g: Inputs, s: Static, tiles: BackwardTiles, w: Column, head, pa
     return lax.fori_loop(0, (end - begin) * per, step, carry)
 
 
-def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w: Column) -> None:
+def _dkv_keys(g, gradients, s: Static, tiles: BackwardTiles, m: dict, wg, w: Column) -> None:
+    rows_of, dk_g, dv_g = gradients
     first = w.index * ROW_TILE + wg * WG
     keys = pl.ds(first, WG)
     plgpu.copy_gmem_to_smem(g.k.at[w.batch, keys, w.kv_head], m["k_s"].at[wg], m["kv_ready"].at[wg])
     plgpu.copy_gmem_to_smem(g.v.at[w.batch, keys, w.kv_head], m["v_s"].at[wg], m["kv_ready"].at[wg])
-    plgpu.barrier_wait(m["kv_ready"].at[wg])
+    for unit in range(WGS) if tiles.fused else [wg]:  # dQ takes the keys of both
+        plgpu.barrier_wait(m["kv_ready"].at[unit])
     shape = (WG, tiles.dkv_block_q)
 
     def step(visit, carry):
         dk, dv, done = carry
-        tile, field = visit.tile, visit.field
+        tile = visit.tile
         slot = lax.rem(done, jnp.int32(tiles.dkv_stages))
         q_s, do_s = m["q_s"].at[slot], m["do_s"].at[slot]
         plgpu.barrier_wait(m["q_ready"].at[slot])
         plgpu.barrier_wait(m["do_ready"].at[slot])
 
         def products(x_ref, dp_ref, start_dv):
-            plgpu.wgmma(x_ref, m["k_s"].at[wg], q_s.transpose((1, 0)))
-            plgpu.wgmma(dp_ref, m["v_s"].at[wg], do_s.transpose((1, 0)))
+            # `wg`, but nothing that the compiler finds the same at every step: addresses kept over the loop would spill
+            mine = lax.rem(wg + WGS * done, jnp.int32(WGS)) if tiles.fused else wg
+            plgpu.wgmma(x_ref, m["k_s"].at[mine], q_s.transpose((1, 0)))
+            plgpu.wgmma(dp_ref, m["v_s"].at[mine], do_s.transpose((1, 0)))
             x, factor = _capped(s, plgpu.wgmma_accumulator_load(x_ref, wait_n=1))
             edge = lambda: _mask_columns(g, s, w, visit, first, tile * tiles.dkv_block_q, x)
             seen = lax.cond((tile >= visit.inner) & (tile < visit.inner_end), lambda: x, edge)
@@ -386,20 +418,17 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
             ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=started) - spread(delta, shape, 1))
             return p16, (ds if s.soft_cap is None else ds * (1 - x * x)).astype(g.k.dtype)
 
-        compute = functools.partial(_add_products, products, dv, do_s, dk, q_s, shape, s.interpret)
-        own = None  # whether these rows read this unit of the two
-        if s.lists == "call":
-            own = (visit.listed == 0) | ((visit.listed & jnp.where(wg == 0, 1, 2)) > 0)
-        elif g.rules.expiry is not None:
-            own = (tile >= field(tb.OWN_1)) & (tile < field(tb.OWN_END_1))
-            own |= (tile >= field(tb.OWN_2)) & (tile < field(tb.OWN_END_2))
-        new_dv, new_dk = compute() if own is None else lax.cond(own, compute, lambda: (dv, dk))
+        dq = rows_of(visit.head, tile * tiles.dkv_block_q, done)
+        add = functools.partial(_add_products, products, dv, do_s, dk, q_s, shape, s.interpret)
+        new_dv, new_dk = _products_of_step(add, _owns(g, s, wg, visit), dq, (dv, dk), shape)
         plgpu.barrier_arrive(m["do_free"].at[slot])
         plgpu.barrier_arrive(m["q_free"].at[slot])
         return new_dk, new_dv, done + 1
 
     start = zeros((WG, s.dim), TILE), zeros((WG, s.dim_v), TILE), jnp.int32(0)
     dk, dv, _ = _each_row_tile(g, s, tiles, w, w.index * (ROW_TILE // tb.UNIT) + wg, step, start)
+    if tiles.fused:
+        rg.meet(s, m)  # the other warpgroup no longer reads these keys
     m["k_s"][wg] = (dk * s.scale).astype(dk_g.dtype)
     m["v_s"][wg] = dv.astype(dv_g.dtype)
     plgpu.commit_smem()
@@ -408,11 +437,47 @@ def _dkv_keys(g, ct, dk_g, dv_g, s: Static, tiles: BackwardTiles, m: dict, wg, w
     plgpu.wait_smem_to_gmem(0)
 
 
-def _add_products(products, dv, do_s, dk, q_s, shape, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """dV + p @ do and dK + ds @ q; the first product runs while `products` turns p into ds."""
+def _owns(g: Inputs, s: Static, wg, visit: Visit) -> jax.Array | None:
+    """Whether the visited rows read this warpgroup's unit of the two; None where they always may."""
+    tile, field = visit.tile, visit.field
+    if s.lists == "call":
+        return (visit.listed == 0) | ((visit.listed & jnp.where(wg == 0, 1, 2)) > 0)
+    if g.rules.expiry is None:
+        return None
+    own = (tile >= field(tb.OWN_1)) & (tile < field(tb.OWN_END_1))
+    return own | ((tile >= field(tb.OWN_2)) & (tile < field(tb.OWN_END_2)))
+
+
+def _products_of_step(add_products, own, dq: rg.RowGradient | None, grads, shape) -> tuple[jax.Array, jax.Array]:
+    """(dV, dK) with a step's products added, where the rows `own` the unit of keys; dQ's share goes out too."""
+    if dq is None:
+        add = functools.partial(add_products, lambda _, start_dk: start_dk())
+        return add() if own is None else lax.cond(own, add, lambda: grads)
+    if own is None:
+        return add_products(dq.share)
+
+    def keep(ds, start_dk) -> None:
+        dq.keep(ds)
+        start_dk()
+
+    def nothing():
+        dq.keep(zeros(shape, TILE).astype(dq.memory["ds_s"].dtype))
+        return grads
+
+    grads = lax.cond(own, functools.partial(add_products, keep), nothing)
+    dq.share_kept(lambda: 0)
+    return grads
+
+
+def _add_products(products, dv, do_s, dk, q_s, shape, interpret: bool, finish) -> tuple[jax.Array, jax.Array]:
+    """dV + p @ do and dK + ds @ q; the first product runs while `products` turns p into ds.
+
+    `finish(ds, start_dk)` starts the second product, which leaves as many in flight as `start_dk` returns.
+    """
     acc = plgpu.ACC(shape, jnp.float32)
     if interpret:
         p, ds = pl.run_scoped(functools.partial(products, start_dv=lambda _: 0), acc, acc)
+        finish(ds, lambda: 0)
         return accumulate(dv, p, do_s, True), accumulate(dk, ds, q_s, True)
 
     def compute(refs):
@@ -420,8 +485,12 @@ def _add_products(products, dv, do_s, dk, q_s, shape, interpret: bool) -> tuple[
             plgpu.wgmma(refs[0], p, do_s)
             return 1
 
+        def start_dk() -> int:
+            plgpu.wgmma(refs[1], ds, q_s)
+            return 1
+
         _, ds = pl.run_scoped(functools.partial(products, start_dv=start_dv), acc, acc)
-        plgpu.wgmma(refs[1], ds, q_s)
+        finish(ds, start_dk)
 
     return pl.run_state(compute)((plgpu.ACC.init(dv), plgpu.ACC.init(dk)))
 

@@ -116,7 +116,9 @@ def accumulate(acc: jax.Array, a: Any, b: Any, interpret: bool, during=lambda: N
     return pl.run_state(compute)(plgpu.ACC.init(acc))
 
 
-def _named_barrier(op: str, index: jax.Array) -> None:
+def named_barrier(op: str, index: jax.Array) -> None:
+    """`op` "sync" or "arrive" at a hardware barrier of the two compute warpgroups."""
+
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
     def emit(_, barrier):
         void = ir.Type.parse("!llvm.void")
@@ -134,11 +136,11 @@ class Turn:
 
     def take(self) -> None:
         if self.enabled:
-            _named_barrier("sync", TURN + self.wg)
+            named_barrier("sync", TURN + self.wg)
 
     def give(self) -> None:
         if self.enabled:
-            _named_barrier("arrive", TURN + 1 - self.wg)
+            named_barrier("arrive", TURN + 1 - self.wg)
 
 
 def fields(table: Any, batch: jax.Array, pattern: jax.Array, index: jax.Array) -> Any:

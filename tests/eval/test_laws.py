@@ -1,6 +1,7 @@
 """Several laws in one evaluation: the same targets, a sliding baseline, one report, and what is refused."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -37,6 +38,11 @@ def test_laws_are_compared_on_the_same_targets(model, tmp_path):
     assert whole["dynamic YaRN"] != pytest.approx(whole["plain"], rel=1e-5)
     sliding = tables["perplexity/sliding context"]["256"]
     assert tables["perplexity/plain/ratio"]["256"] == pytest.approx(whole["plain"] / sliding)
+    windows = tables["perplexity/dual chunk/by_position"]
+    assert windows.keys() == {"64", "128", "192", "256"}
+    assert math.prod(windows.values()) == pytest.approx(whole["dual chunk"] ** 4, rel=1e-5)
+    assert tables["perplexity/dual chunk/seconds"].keys() == {"256"}
+    assert "by_position" not in (tmp_path / "laws.txt").read_text()
     for name in ("laws.txt", "laws_perplexity.png"):
         assert (tmp_path / name).stat().st_size > 0
 

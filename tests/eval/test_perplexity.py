@@ -89,6 +89,20 @@ def test_the_same_targets_by_context(model, plain, text, tmp_path):
         np.testing.assert_allclose(found[str(n)], np.exp(plain(tokens[:, -n - 1 :])[0, -16:].mean()), rtol=1e-5)
 
 
+def test_several_files_are_one_text(model, tmp_path):
+    """Up to max_chars characters of all files together; the first missing one is named."""
+    for name, part in (("a", TEXT[:90]), ("b", TEXT[90:150]), ("c", "not read")):
+        (tmp_path / name).write_text(part, encoding="utf-8")
+    files = tuple(str(tmp_path / name) for name in "abc")
+    joined = Perplexity(files, lengths=(140,), max_chars=150)
+    np.testing.assert_array_equal(joined.tokens(model), np.array(TOKENIZER.encode(TEXT[:150])[:141], np.int32))
+    assert joined.title == "a and 2 more, windows of 2,048 tokens"
+    with pytest.raises(FileNotFoundError, match=r"perplexity.text names 'no.txt', which is not a file"):
+        Perplexity((files[0], "no.txt")).check()
+    with pytest.raises(ValueError, match=r"perplexity.text is empty"):
+        Perplexity(())
+
+
 def test_bad_input_is_named(model, text, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"perplexity.text names 'no/book.txt', which is not a file"):
         Perplexity("no/book.txt").check()

@@ -61,6 +61,9 @@ def test_evaluate_script(folder, tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "results.json").read_text())
     assert 1 < results["perplexity"]["256"] < 1000
     assert "perplexity.start = 7" in results["_run"]["config"]
+    assert len(results["_run"]["seconds"]) == 1
+    assert results["_run"]["seconds"][0] > 0
+    assert results["_run"]["peak_device_bytes"] is None, "a CPU has no figure"
     assert "perplexity 256:" in capsys.readouterr().out
     for flag, message in (
         ('perplexity.text="none.txt"', "perplexity.text names 'none.txt', which is not a file"),

@@ -10,6 +10,7 @@ from lcjax.eval.metrics.judge import HttpJudge
 from lcjax.eval.outcome import Cell, Outcome
 from lcjax.eval.report import write_comparison
 from lcjax.eval.runner import Suite, flatten
+from lcjax.positions import DualChunk
 from tests.eval_suites import fixtures
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "eval"
@@ -53,6 +54,15 @@ def test_a_macro_names_the_texts_of_an_extended_model():
     assert [task.text for task in job.tasks[:4]] == ["a.txt", "b.txt"] * 2
     with pytest.raises(settings.SettingsError, match="SECOND"):
         settings.load("evaluate", [FOLDER / "extended.gin"], books[:1])
+
+
+def test_books_of_a_million_tokens_are_one_binding():
+    job, _ = settings.load("evaluate", [FOLDER / "million.gin"], ["BOOKS = ('a.txt', 'b.txt')"])
+    (compared,) = job.tasks
+    (measure,), (law,) = compared.perplexities, compared.laws
+    assert measure.text == ("a.txt", "b.txt")
+    assert max(measure.lengths) == 2**20 == 64 * measure.chunk == 16 * measure.window
+    assert law.remap == DualChunk(6144, 1024)
 
 
 def test_copy_recall_and_compare_build():

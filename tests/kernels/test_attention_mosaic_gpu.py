@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcjax.models.documents import DocumentBlocks
 from pallas_kernels import Unsupported, block_sparse_attention
 from pallas_kernels.attention import mosaic_gpu, reference
 from pallas_kernels.attention import mosaic_gpu_tables as tables
@@ -42,6 +43,7 @@ class Case:
     segments: tuple[int, ...] | None = None  # lengths
     lists: BlockList | None = None
     poison: tuple[int, int] | None = None  # keys that hold NaN
+    deterministic: bool = False
 
     def call(self, dtype=jnp.bfloat16, seed: int = 0) -> tuple[Call, jax.Array, jax.Array]:
         """(call, do, dlse)"""
@@ -69,6 +71,7 @@ class Case:
             scale=self.dim**-0.5,
             soft_cap=self.soft_cap,
             need_lse=True,
+            deterministic=self.deterministic,
         )
         return call, draw(q.shape), jnp.asarray(rng.standard_normal((self.batch, heads, self.length), np.float32))
 
@@ -96,6 +99,7 @@ CASES = {
     "sink_window": Case(Causal() & (Sink(20) | Window(50)), length=200, heads=(3, 1)),
     "stride": Case(STRIDE, length=260),
     "intervals": Case(Causal() & spans(260, 64), length=260),
+    "documents": Case(DocumentBlocks(64, 4).mask(2, 1), length=384),
     "own_chunk": Case(chunk_masks(128, 300)[0], length=300),
     "chunk_before": Case(chunk_masks(128, 333)[1], length=333),
     "older_chunks": Case(chunk_masks(64, 333)[2], length=333),
@@ -149,9 +153,19 @@ def compare(case: Case, attend, tolerance: float = 6e-3) -> None:
         assert relative(actual, want) < tolerance, f"d{name}"
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", [n if n in SMALL else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
-def test_interpreted(name: str) -> None:
-    compare(CASES[name], functools.partial(mosaic_gpu.attend, interpret=True))
+def test_interpreted(name: str, fused: bool) -> None:
+    tiles = BackwardTiles(fused=fused)
+    compare(CASES[name], functools.partial(mosaic_gpu.attend, backward_tiles=tiles, interpret=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causal", "stride", "lists"])
+def test_interpreted_halves_of_the_head_dim(name: str) -> None:
+    """At 128 columns of dQ each warpgroup has its half, at 64 they take turns."""
+    attend = functools.partial(mosaic_gpu.attend, backward_tiles=BackwardTiles(fused=True), interpret=True)
+    compare(dataclasses.replace(CASES[name], dim=128), attend)
 
 
 def test_interpreted_columns_forward() -> None:
@@ -164,18 +178,27 @@ def test_interpreted_columns_forward() -> None:
     np.testing.assert_allclose(lse, want_lse, atol=2e-3)
 
 
+WINDOWED = Causal() & (Sink(64) | Window(512))
+STRIDED = Causal() & (Sink(64) | Window(512) | Stride(block=64, every=8))
+
+
+@pytest.mark.parametrize(
+    ("mask", "deterministic", "kernels"),
+    [(WINDOWED, False, 2), (STRIDED, False, 3), pytest.param(WINDOWED, True, 3, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("dim", [128, pytest.param(64, marks=pytest.mark.slow)])
-def test_lowers_for_cuda(dim: int) -> None:
-    mask = Causal() & (Sink(64) | Window(512) | Stride(block=64, every=8))
+def test_lowers_for_cuda(dim: int, mask: Mask, deterministic: bool, kernels: int) -> None:
+    """Two kernels, or three where dQ has its own: for columns that many rows read, and in a fixed order of sums."""
 
     def loss(q, k, v):
-        o, _ = block_sparse_attention(q, k, v, mask, return_lse=True, implementation="mosaic_gpu")
+        options = {"deterministic": deterministic, "return_lse": True, "implementation": "mosaic_gpu"}
+        o, _ = block_sparse_attention(q, k, v, mask, **options)
         return o.astype(jnp.float32).sum()
 
     shapes = [jax.ShapeDtypeStruct((1, 1000, heads, dim), jnp.bfloat16) for heads in (6, 2, 2)]
     with target_platform("gpu"):
         text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 3
+    assert text.count("@mosaic_gpu") == kernels
 
 
 @pytest.mark.parametrize("name", ["lists", "packed_sink_stride"])
@@ -188,7 +211,7 @@ def test_gradients_lower_for_cuda(name: str) -> None:
 
     with target_platform("gpu"):
         text = jax.jit(gradients).trace(call.q, call.k, call.v).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 3
+    assert text.count("@mosaic_gpu") == (2 if name == "lists" else 3)
 
 
 @pytest.mark.parametrize("name", ["packed_sinks", "packed_stride", "packed_sink_stride"])
@@ -274,8 +297,10 @@ def test_refuses_float32_and_other_platforms() -> None:
 class TestOnDevice:
     @pytest.mark.parametrize("name", CASES)
     @pytest.mark.parametrize("dim", [64, 128])
-    def test_matches_reference(self, name: str, dim: int) -> None:
-        compare(dataclasses.replace(CASES[name], dim=dim), mosaic_gpu.attend)
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_matches_reference(self, name: str, dim: int, fused: bool) -> None:
+        attend = functools.partial(mosaic_gpu.attend, backward_tiles=BackwardTiles(fused=fused))
+        compare(dataclasses.replace(CASES[name], dim=dim), attend)
 
     @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 2055])
     def test_lengths(self, length: int) -> None:
@@ -287,17 +312,18 @@ class TestOnDevice:
 
     @pytest.mark.parametrize("persistent", [False, True])
     @pytest.mark.parametrize("group_inside", [False, True])
-    def test_tiles(self, persistent: bool, group_inside: bool) -> None:
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_tiles(self, persistent: bool, group_inside: bool, fused: bool) -> None:
         attend = functools.partial(
             mosaic_gpu.attend,
             forward_tiles=ForwardTiles(persistent=persistent),
-            backward_tiles=BackwardTiles(group_inside=group_inside),
+            backward_tiles=BackwardTiles(group_inside=group_inside, fused=fused),
         )
         compare(Case(STRIDE, 3000, heads=(4, 2), dim=128), attend)
 
     def test_repeats_are_equal(self) -> None:
         mask = Causal() & (Sink(100) | Window(700))
-        call, _, _ = Case(mask, 4096, heads=(8, 2), dim=128).call()
+        call, _, _ = Case(mask, 4096, heads=(8, 2), dim=128, deterministic=True).call()
 
         def loss(q, k, v):
             return mosaic_gpu.attend(dataclasses.replace(call, q=q, k=k, v=v))[0].astype(jnp.float32).var()

@@ -206,3 +206,21 @@ def test_unbounded_numbers_do_not_wrap():
     plan = (Causal() & (Window(INF) | Sink(INF))).plan(1, 64, 64, 16, 16)
     assert plan.dense
     assert (plan.columns(64, 16).end == INF).all()
+
+
+def test_documents_between_two_blocks_cost_their_number():
+    """What every row reads in front drags in no document that has ended: visits grow with the documents."""
+
+    def visits(documents):
+        block = np.arange(documents + 2)
+        inside = (block > 0) & (block <= documents)
+        length = (documents + 2) * 96
+        expiry = np.where(inside, (block + 1) * 96, INF).astype(np.int32)
+        second = np.stack([np.where(inside, length - 96, 0), np.where(inside, INF, 0)], 1).astype(np.int32)
+        plan = (Causal() & Intervals(96, expiry, second)).plan(1, length, length, 32, 32)
+        first = np.arange(0, length, 32)
+        sinks, _, listed, _, near = plan.row_runs(length, length, 32, 32).run(0, first, first + 31)
+        return int(np.sum(np.broadcast_arrays(sinks + listed + near, first)[0]))
+
+    # A document's three tiles of rows visit its own and the first block's; the last block's three visit them.
+    assert visits(40) - visits(20) <= 20 * (3 * 3 + 3 * 3 + 3 * 3)

@@ -165,6 +165,25 @@ def test_lolcats_is_its_formula():
     np.testing.assert_allclose(mixed(student, x, context), expected, atol=2e-5)
 
 
+def test_stretched_tokens_count_as_often_as_they_are_long():
+    """Weights n_s phi(q_t) (phi(k_s) * exp(n-weighted decays from s to t)), over their sum; all n are 1 in decoding."""
+    student = layer(Linearized(stretched=True, conv_width=0, horizons=(4.0, 64.0)))
+    x, plain = inputs(6)
+    steps = jnp.array([1, 1, 1, 3, 1, 2], jnp.float32)
+    stretched = plain._replace(positions=jnp.broadcast_to(jnp.cumsum(steps) - 1, (2, 6)))
+    q, k, _ = student.project(x)
+    phi_q = hedgehog(q, student.query_map[...])
+    phi_k = hedgehog(jnp.repeat(k, 2, axis=2), student.key_map[...]) * steps[:, None, None]
+    decay = jnp.cumsum(student._log_decay(x) * steps[:, None, None], axis=1)
+    tokens = -1 / student._log_decay(jnp.zeros_like(x))[0, 0, 0]
+    np.testing.assert_allclose(tokens[jnp.array([0, 3, 4, 7])], [4, 64, 4, 64], rtol=1e-3)
+    far = jnp.minimum(decay[:, :, None] - decay[:, None], 0)  # [B,T,S,H,f]
+    weights = jnp.tril(jnp.einsum("bthf,bshf,btshf->bhts", phi_q, phi_k, jnp.exp(far)))
+    expected = weights / weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(weights_of(student, x, stretched), expected, atol=1e-5)
+    assert float(jnp.abs(weights_of(student, x, plain) - expected).max()) > 0.05
+
+
 def test_delta_rule_overwrites():
     """Unit keys and full strength: reading a key gives what was last written there."""
     key = jnp.zeros((1, 3, 1, 4)).at[:, :, :, 0].set(1.0)
@@ -187,6 +206,8 @@ def test_work_a_token_does_not_grow_with_the_length(mixer):
         (lambda: Linearized(conv_width=9), "conv_width must be 0 .none. or 2 to 8, got 9"),
         (lambda: Linearized(decay="scalar"), "decay is 'scalar'"),
         (lambda: Linearized(window=4, normalise=False), "needs normalise=True"),
+        (lambda: Linearized(horizons=(64.0, 4.0)), "give two numbers of tokens, the smaller first"),
+        (lambda: Linearized(stretched=True, window=4), "stretched with a window"),
         (lambda: Linearized(overlap=False), "overlap=False delays the keys"),
         (lambda: Linearized(Attention(sink_logits=True)), "sink_logits"),
         (lambda: Linearized(Attention(soft_cap=5.0), window=4), "soft-capped"),

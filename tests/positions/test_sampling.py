@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lcjax.positions.sampling import E2LLM, CLEXPositions, LongRecipe, Randomised, Sampler
+from lcjax.positions.sampling import E2LLM, CLEXPositions, LongRecipe, Randomised, Sampler, Stretch
 
 LENGTH = 64
 ROWS = np.random.default_rng(0).integers(0, 20, (200, LENGTH))
@@ -72,9 +72,19 @@ def test_longrecipe_keeps_sentences_together():
     np.testing.assert_array_equal(same, np.tile(np.arange(LENGTH), (5, 1)))
 
 
+def test_stretch_keeps_lines_even():
+    found = np.diff(Stretch(factor=8.0, boundaries=(3,)).positions(ROWS, 0, 0, 0), axis=1)
+    assert found.min() == pytest.approx(1, rel=1e-4)
+    assert 4 < found.max() < 8
+    inside = ~np.isin(ROWS[:, 1:-1], (3,))  # tokens that end no line: the next one lies as far on
+    np.testing.assert_allclose(np.diff(found, axis=1)[inside], 0, atol=1e-4)
+    assert 0.3 < (found > 1.01).mean() < 0.7
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Stretch(factor=4.0), "boundaries is empty"),
         (lambda: E2LLM(max_scale=0), "max_scale is 0"),
         (lambda: CLEXPositions(max_factor=4), "original_length is 0"),
         (lambda: LongRecipe(target=8), "boundaries is empty"),
