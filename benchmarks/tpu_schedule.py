@@ -290,9 +290,12 @@ def _report(options: argparse.Namespace, rows: list[dict]) -> dict:
     import importlib.metadata as metadata
 
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    call = {"length": options.length, "heads": options.heads, "mask": "causal", "dtype": "bfloat16"}
-    if options.op == "decode":
-        call |= {"requests": BATCH, "kv_heads": options.heads // GROUP}
+    call = {"length": options.length, "heads": options.heads, "dtype": "bfloat16"}
+    call |= {
+        "attention": {"mask": "causal"},
+        "decode": {"mask": "causal", "requests": BATCH, "kv_heads": options.heads // GROUP},
+        "linear": {"decay": "vector"},
+    }[options.op]
     when = time.strftime("%Y-%m-%d")
     return {"date": when, "versions": versions, "call": call, "unit": "bundles (cycles without stalls)", "rows": rows}
 
