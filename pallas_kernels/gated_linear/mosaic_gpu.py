@@ -48,11 +48,13 @@ def _normalised(q, k, v, g, start: LinearState, scale: float, interpret):
     assert start.z is not None
     padded = LinearState(_pad_state(start.s), _pad_state(start.z[..., None])[..., 0])
     found = mosaic_gpu_fwd.forward(q, k, _pad(v), g, padded, scale=scale, interpret=interpret)
-    assert found.weights is not None
-    weights = scale * jnp.moveaxis(found.weights.sum(0), 1, 2)[..., None] + NORMALISER_FLOOR
+    assert found.state.z is not None
+    o = found.o[0]
+    if found.weights is not None:
+        weights = scale * jnp.moveaxis(found.weights.sum(0), 1, 2)[..., None] + NORMALISER_FLOOR
+        o = (found.o.astype(jnp.float32).sum(0) / weights).astype(v.dtype)
     (_, t, _, dv), dk = v.shape, start.s.shape[2]
-    o = (found.o.astype(jnp.float32).sum(0) / weights)[:, :t, :, :dv].astype(v.dtype)
-    return o, LinearState(found.state.s[:, :, :dk, :dv], found.state.z[..., :dk])
+    return o[:, :t, :, :dv], LinearState(found.state.s[:, :, :dk, :dv], found.state.z[..., :dk])
 
 
 def _with_ones(q, k, v, g, start: LinearState, scale: float, interpret):

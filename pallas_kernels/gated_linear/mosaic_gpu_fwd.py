@@ -32,10 +32,11 @@ from pallas_kernels.gated_linear.mosaic_gpu_parts import (
     read,
     tile,
 )
-from pallas_kernels.gated_linear.problem import LinearState
+from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState
 
 WARPGROUPS = 3
-type Also = Literal["states", "weights"] | None
+type Also = Literal["states", "weights", "division"] | None
+NORMALISED = ("weights", "division")
 
 
 def launch(body, split: Split, matrices, out_type, scratch, signals: int, *, interpret, warpgroups=WARPGROUPS):
@@ -233,8 +234,8 @@ def _strong_chunk(tiles, half, sums, mm, carried: Carried):
 
 def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float, also: Also, interpret: bool):
     """A segment from its true entry state: outputs, and what `also` names."""
-    *arrays, strong_gmem, entry_gmem, entry_keys_gmem = ins if also == "weights" else (*ins, None)
-    *tiles, half, weighted, state_tile, o_tile, keys_ref = buffers if also == "weights" else (*buffers, None)
+    *arrays, strong_gmem, entry_gmem, entry_keys_gmem = ins if also in NORMALISED else (*ins, None)
+    *tiles, half, weighted, state_tile, o_tile, keys_ref = buffers if also in NORMALISED else (*buffers, None)
     place = split.place(unit)
     mm = functools.partial(products, interpret=interpret)
 
@@ -264,6 +265,8 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
                 outs[1][place.weights(place.first + i)] = weights
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if also == "division":
+            o = o / jax.lax.broadcast_in_dim(scale * weights + NORMALISER_FLOOR, o.shape, (0,))
         o_tile[...] = bf16(o * scale)
         plgpu.commit_smem()
         pl.when(i + 1 < place.count)(lambda: load(i + 1))
@@ -281,14 +284,17 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
 
 def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, also: Also, interpret=None):
     """`o` by key tile `[Dk/64, B, T, H, Dv]` in bfloat16; `also` 'states': those that enter each chunk
-    `[B, N, H, Dk, Dv]` in bfloat16; 'weights': the sums of weights by key tile `[Dk/64, B, H, T]` in float32."""
+    `[B, N, H, Dk, Dv]` in bfloat16; 'weights': the sums of weights by key tile `[Dk/64, B, H, T]` in float32.
+
+    'division': o is divided by its sums of weights, which one key tile knows.
+    """
     n = WARPGROUPS
-    normalise = also == "weights"
+    normalise = also in NORMALISED
     b, t, h, dk = q.shape
     out_type = [jax.ShapeDtypeStruct((split.key_tiles, *v.shape), jnp.bfloat16)]
     if also == "states":
         out_type.append(jax.ShapeDtypeStruct((b, split.total_chunks, h, dk, v.shape[-1]), jnp.bfloat16))
-    if normalise:
+    if also == "weights":
         out_type.append(jax.ShapeDtypeStruct((split.key_tiles, b, h, t), jnp.float32))
     scratch = [*(tile(n) for _ in range(4)), plgpu.SMEM((n, 2, WIDTH), jnp.float32), *(tile(n) for _ in range(3))]
     scratch += [plgpu.SMEM((n, WIDTH), jnp.float32)] * normalise
@@ -332,10 +338,10 @@ def entry_states(local: Array, decay: Array, start: Array, split: Split, *, reve
 
 
 class Result(NamedTuple):
-    """Of `forward`; Dk / 64 key tiles are to be added up."""
+    """Of `forward`; Dk / 64 key tiles are to be added up, and then divided by the sum of `weights` if there are any."""
 
     o: Array  # [key tiles, B, T, H, Dv]
-    weights: Array | None  # [key tiles, B, H, T], with the normaliser
+    weights: Array | None  # [key tiles, B, H, T]; one key tile with the normaliser is divided already
     state: LinearState
     saved: tuple[Array, Halves] | None  # the chunk-entry states, and what the backward must know of g
 
@@ -356,6 +362,9 @@ def forward(q, k, v, g, start: LinearState, *, scale: float, save: bool = False,
         by_value_tile = jnp.broadcast_to(start.z[..., None], (*start.z.shape, split.value_tiles))
         entry_keys, last_keys = over_segments(keys[..., None], start=by_value_tile)
         entry_keys, last_keys = entry_keys[..., 0], last_keys[..., 0]
-    also = "weights" if normalise else "states" if save else None
+    also: Also = "states" if save else None
+    if normalise:
+        also = "weights" if split.key_tiles > 1 else "division"
     o, *more = outputs(q, k, v, g, found, (entry, entry_keys), split, scale=scale, also=also, interpret=interpret)
-    return Result(o, more[0] if normalise else None, LinearState(last, last_keys), (more[0], found) if save else None)
+    weights, states = (more[0] if also == name else None for name in ("weights", "states"))
+    return Result(o, weights, LinearState(last, last_keys), None if states is None else (states, found))
