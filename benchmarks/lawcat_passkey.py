@@ -7,12 +7,14 @@
 The second command adds its rows to the first one's table. Each variant is distilled and finetuned from the same
 weights on the same rows: passkey questions of about 100 to 1,000 tokens and one row in ten of Python's library. Five
 depths x 20 keys a length; a question counts when greedy decoding would give the key and then a full stop. "softmax" is
-the given model, not trained at all; "lawcat" the published layer. `--text` adds perplexity by position of a book.
+the given model, not trained at all; "lawcat" the published layer; the three without a part are of "stretched", whose
+decays start spread out and are trained on lines that stand for longer ones. `--text` adds perplexity by position.
 """
 
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -35,19 +37,18 @@ LENGTHS = (1024, 2048, 4096, 8192, 12288, 16384, 22528)
 ROW = 1024
 ANSWER = 6  # five digits and a full stop, a token each
 OTHER_WEIGHT = 0.03  # of tokens that are not an answer, in the finetuning loss
-FAR = 45.0  # a row of 1K tokens, half of whose lines count 45 times, stands for 23K
 LONG = (16.0, 65536.0)  # horizons
+FAR = Lawcat(horizons=LONG, stretched=True)
 VARIANTS: dict[str, Method | None] = {
     "softmax": None,
     "lawcat": Lawcat(),
     "horizons": Lawcat(horizons=LONG),
-    "stretched": Lawcat(horizons=LONG, stretched=True),
-    "stretched_only": Lawcat(stretched=True),
-    "no_gate": Lawcat(decay="none"),
-    "no_conv": Lawcat(conv_width=0),
-    "no_normaliser": Lawcat(normalise=False),
+    "stretched": FAR,
+    "no_gate": replace(FAR, decay="none", horizons=None),
+    "no_conv": replace(FAR, conv_width=0),
+    "no_normaliser": replace(FAR, normalise=False),
+    "wide": replace(FAR, features=64),
     "window": Lawcat(window=64),
-    "wide": Lawcat(features=64),
     "lolcats": Lolcats(),
 }
 
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["softmax", "lawcat"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--stretch", type=float, default=45.0, help="half of a 1K row times 45 stands for 23K tokens")
     parser.add_argument("--text", help="a text file that no row was taken from")
     parser.add_argument("--keys", type=int, default=20, help="for each of five depths")
     parser.add_argument("--rows", type=int, default=4096, help="training rows")
@@ -67,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     loaded = Pretrained(args.model, dtype="bfloat16").load()
     texts = make_texts(loaded.tokenizer, args.rows, tuple(args.lengths), args.keys)
-    stretch = Stretch(FAR, tuple(loaded.tokenizer.encode("\n")))
+    stretch = Stretch(args.stretch, tuple(loaded.tokenizer.encode("\n")))
     plan = Plan(batch=args.batch, transfer_steps=args.steps[0], finetune_steps=args.steps[1], sampler=stretch)
     table = json.loads(args.output.read_text()) if args.output.exists() else {}
     for name in args.variants:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
+from lcjax.cache.base import AttentionCache
+from lcjax.cache.room import Room
 from lcjax.eval.copy_recall import CopyRecallProbe
 from lcjax.eval.moa import PlanSpans
 from lcjax.eval.perplexity import Perplexity
@@ -28,7 +30,7 @@ from lcjax.models.decoder import abstract
 from lcjax.models.elastic import kept_tokens
 from lcjax.models.family import period
 from lcjax.models.patterns import Spans
-from lcjax.models.spec import Attention, ModelSpec
+from lcjax.models.spec import Attention, Mixer, ModelSpec
 from lcjax.serve.source import Loaded, Pretrained
 
 SMOLLM2 = SearchSpace(profiles=(1024, 2048, 4096), lengths=(1024, 2048, 4096, 8192), step=512)
@@ -103,9 +105,29 @@ def spanned(spec: ModelSpec, keeps: Sequence[int] | np.ndarray, length: int, blo
     return dataclasses.replace(spec, pattern=period(mixers))
 
 
+@dataclasses.dataclass(frozen=True)
+class Held(Spans):
+    """The same spans over a cache of every token: rings of as many sizes as spans would be as many programs."""
+
+    def cache(self, room: Room) -> AttentionCache:
+        return room.whole(room.num_kv_heads)
+
+
+def held(spec: ModelSpec) -> ModelSpec:
+    """The spec with its spans `Held`."""
+
+    def over(mixer: Mixer) -> Mixer:
+        if not isinstance(mixer, Attention) or not isinstance(mixer.pattern, Spans):
+            return mixer
+        return dataclasses.replace(mixer, pattern=Held(mixer.pattern.sinks, mixer.pattern.windows))
+
+    return dataclasses.replace(spec, pattern=tuple(map(over, spec.pattern)))
+
+
 def measure(model: Loaded, spec: ModelSpec, length: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row: loss and hits of copied tokens, perplexity of a text and its last window."""
-    variant = model._replace(graphdef=abstract(spec)[0], spec=spec)
+    quick = held(spec)
+    variant = model._replace(graphdef=abstract(quick)[0], spec=quick)
     probe = CopyRecallProbe(
         args.filler, args.passages, (length,), count=args.count, chunk=min(args.chunk, length), lost=False
     )

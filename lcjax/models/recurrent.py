@@ -120,6 +120,8 @@ class Linearized(RecurrentMixer):
         _check_conv(self)
         if self.stretched and self.window:
             raise ValueError("Linearized.stretched with a window is not supported: set window=0")
+        if self.horizons is not None and self.decay == "none":
+            raise ValueError("Linearized.horizons is for decays, and decay is 'none': leave out one of them")
         if self.horizons is not None and not 1 <= self.horizons[0] <= self.horizons[1]:
             raise ValueError(f"Linearized.horizons is {self.horizons}: give two numbers of tokens, the smaller first")
         if self.window and self.teacher.soft_cap is not None:

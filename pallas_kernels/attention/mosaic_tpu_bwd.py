@@ -47,6 +47,8 @@ from pallas_kernels.attention.mosaic_tpu_parts import (
     wide,
 )
 
+SMALL = 128  # rows of a tile
+
 
 def backward(c: Config, q, k, v, extras, o, lse, do, dlse):
     """(dq, dk, dv) from the cotangents of o and lse."""
@@ -229,11 +231,19 @@ def _dkv_kernel(c: Config, r) -> None:
         if masked:
             keep = mask(visit, slot, at)
             weight, dscore = jnp.where(keep, weight, 0.0), jnp.where(keep, dscore, 0.0)
-        r.dv_total[span] += product(weight.astype(do.dtype), do, "nn")
-        dscore = dscore.astype(q.dtype)
-        r.dk_total[span] += product(dscore, q, "nn")
-        if c.fused:
-            r.dq_tile[slot] += product(dscore, k, "tn")
+        weight, dscore = weight.astype(do.dtype), dscore.astype(q.dtype)
+
+        def add_keys():
+            r.dv_total[span] += product(weight, do, "nn")
+            r.dk_total[span] += product(dscore, q, "nn")
+
+        def add_rows():
+            if c.fused:
+                r.dq_tile[slot] += product(dscore, k, "tn")
+
+        # Schedules of large tiles are shorter with dQ last; of 128 rows, v5p's is 12 % shorter with dQ first.
+        for add in (add_rows, add_keys) if c.block_q <= SMALL else (add_keys, add_rows):
+            add()
 
     def work(visit, slot):
         bring_home(r.q_tile.at[slot], c.dim, c.shared)

@@ -207,6 +207,7 @@ def test_work_a_token_does_not_grow_with_the_length(mixer):
         (lambda: Linearized(decay="scalar"), "decay is 'scalar'"),
         (lambda: Linearized(window=4, normalise=False), "needs normalise=True"),
         (lambda: Linearized(horizons=(64.0, 4.0)), "give two numbers of tokens, the smaller first"),
+        (lambda: Linearized(horizons=(4.0, 64.0), decay="none"), "horizons is for decays"),
         (lambda: Linearized(stretched=True, window=4), "stretched with a window"),
         (lambda: Linearized(overlap=False), "overlap=False delays the keys"),
         (lambda: Linearized(Attention(sink_logits=True)), "sink_logits"),
