@@ -301,13 +301,14 @@ def _report(options: argparse.Namespace, rows: list[dict]) -> dict:
     import importlib.metadata as metadata
 
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    call = {"length": options.length, "heads": options.heads, "mask": "causal", "dtype": "bfloat16"}
-    if options.op == "dual_chunk":
-        call["mask"] = (
-            f"ours: causal; others: the chunks of {options.length // 4} tokens that dual chunk attention reads"
-        )
-    if options.op == "decode":
-        call |= {"requests": BATCH, "kv_heads": options.heads // GROUP}
+    call = {"length": options.length, "heads": options.heads, "dtype": "bfloat16"}
+    parts = f"ours: causal; others: the chunks of {options.length // 4} tokens that dual chunk attention reads"
+    call |= {
+        "attention": {"mask": "causal"},
+        "dual_chunk": {"mask": parts},
+        "decode": {"mask": "causal", "requests": BATCH, "kv_heads": options.heads // GROUP},
+        "linear": {"decay": "vector"},
+    }[options.op]
     when = time.strftime("%Y-%m-%d")
     return {"date": when, "versions": versions, "call": call, "unit": "bundles (cycles without stalls)", "rows": rows}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lcjax.eval.metrics.statistics import paired_difference
 from lcjax.eval.outcome import Outcome, Table
-from lcjax.eval.perplexity import Perplexity, perplexity
+from lcjax.eval.perplexity import Perplexity, perplexity, stretches
 from lcjax.eval.plots import by_position
 from lcjax.eval.report import write_report
 from lcjax.eval.runner import Suite
@@ -20,7 +20,6 @@ from lcjax.positions.remap import Remap
 from lcjax.serve.source import Loaded
 
 SLIDING = "sliding context"
-BLOCK, FEWEST = 512, 8  # tokens whose mean loss is one sample of an interval, and samples of one
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,8 @@ def ratios(name: str, nll: np.ndarray, base: np.ndarray, lengths: tuple[int, ...
     """Perplexity over that of `base` on the same first targets, {name/ratio: ..., name/ratio_low: ...}, by length."""
     found: dict[str, Table] = {f"{name}/ratio": {str(n): perplexity(nll[:n] - base[:n]) for n in lengths}}
     for n in lengths:
-        mine, theirs = (x[: n // BLOCK * BLOCK].reshape(-1, BLOCK).mean(axis=1).tolist() for x in (nll, base))
-        if len(mine) >= FEWEST:  # neighbouring tokens are alike: stretches are drawn, not tokens
+        if mine := stretches(nll[:n]):
+            theirs = stretches(base[:n])
             _, low, high, _ = paired_difference([(theirs, mine)])
             found.setdefault(f"{name}/ratio_low", {})[str(n)] = math.exp(low)
             found.setdefault(f"{name}/ratio_high", {})[str(n)] = math.exp(high)

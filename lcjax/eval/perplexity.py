@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from rich.progress import track
 
 from lcjax.cache import init_caches
 from lcjax.eval.measure import Table
+from lcjax.eval.metrics.statistics import bootstrap_interval
 from lcjax.eval.plots import by_position
 from lcjax.serve.source import Loaded
 
 PIECE = 64  # tokens whose logits exist at a time
+BLOCK, FEWEST = 512, 8  # neighbouring targets are alike: an interval draws stretches, and needs this many
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,16 @@ class Perplexity:
         return f"{named}, windows of {self.window:,} tokens"
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
-        """{name: {N: perplexity}, name_by_position: {end of window: perplexity of its targets}}."""
+        """{name: {N: perplexity}, name_by_position: {end of window: perplexity of its targets}}.
+
+        Also name_low and name_high, 95 % bootstrap intervals over stretches of BLOCK targets, where there are FEWEST.
+        """
         tokens = self.tokens(model)
         if self.targets is not None:
-            found = {str(n): self._leading_up(model, tokens, n) for n in self.lengths}
+            losses = {str(n): self._leading_up(model, tokens, n) for n in self.lengths}
+            found = {n: perplexity(nll) for n, nll in losses.items()}
             print(f"{self.name} of the same {self.targets} tokens by context: {found}", flush=True)
-            return {self.name: found}
+            return {self.name: found, **intervals(self.name, losses)}
         began = time.perf_counter()
         nll = self.losses(model, tokens)
         rate = len(nll) / (time.perf_counter() - began)
@@ -105,7 +111,8 @@ class Perplexity:
         windows = self.windows(nll)
         self._write(windows, model, output)
         print(f"{self.name}: {table}, {rate:,.0f} tokens/s with compilation", flush=True)
-        return {self.name: table, f"{self.name}_by_position": {str(end): value for end, value in windows.items()}}
+        places = {f"{self.name}_by_position": {str(end): value for end, value in windows.items()}}
+        return {self.name: table, **intervals(self.name, {str(n): nll[:n] for n in self.lengths}), **places}
 
     def _write(self, windows: dict[int, float], model: Loaded, output: Path) -> None:
         """The curve by position as JSON lines and as a figure."""
@@ -123,11 +130,11 @@ class Perplexity:
         """{end of a window: perplexity of its targets}; the last one is left out where it is not whole."""
         return {end: perplexity(nll[end - self.window : end]) for end in range(self.window, len(nll) + 1, self.window)}
 
-    def _leading_up(self, model: Loaded, tokens: np.ndarray, length: int) -> float:
-        """Perplexity of the last targets, given the `length` tokens up to each end."""
+    def _leading_up(self, model: Loaded, tokens: np.ndarray, length: int) -> np.ndarray:
+        """Losses of the last targets, given the `length` tokens up to the end."""
         bos = self._bos(model)
         rows = np.concatenate([bos, tokens[-length - 1 :]])[None]
-        return perplexity(score(model, rows, self.chunk, self.targets, len(bos) + max(self.lengths)))
+        return score(model, rows, self.chunk, self.targets, len(bos) + max(self.lengths))[0]
 
     def _bos(self, model: Loaded) -> np.ndarray:
         if not self.add_bos:
@@ -182,6 +189,23 @@ class Perplexity:
                 nll[done : begin + width] = losses[done - begin :]
                 done = begin + width
         return nll
+
+
+def stretches(nll: np.ndarray) -> list[float]:
+    """Mean losses of BLOCK targets each; none for a text of fewer than FEWEST such stretches."""
+    means = nll[: len(nll) // BLOCK * BLOCK].reshape(-1, BLOCK).mean(axis=1)
+    return means.tolist() if len(means) >= FEWEST else []
+
+
+def intervals(name: str, losses: Mapping[str, np.ndarray]) -> dict[str, Table]:
+    """{name_low: {N: perplexity}, name_high: ...} of the losses by length."""
+    found: dict[str, dict[str, float]] = {}
+    for length, nll in losses.items():
+        if drawn := stretches(nll):
+            _, low, high, _ = bootstrap_interval(drawn)
+            found.setdefault(f"{name}_low", {})[length] = math.exp(low)
+            found.setdefault(f"{name}_high", {})[length] = math.exp(high)
+    return dict(found)
 
 
 def score(

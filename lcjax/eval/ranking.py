@@ -41,9 +41,13 @@ class RankDocuments:
             )
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
-        """{name_ndcg10, name_top1} by the number of candidates; every ranking goes into name.jsonl."""
+        """{name_ndcg10, name_top1} by the number of candidates, and ..._low and ..._high, their 95 % intervals.
+
+        Every ranking goes into name.jsonl.
+        """
         ranker = Writer(model, self.prompt, self.tokens) if self.tokens else Ranker(model, self.prompt, self.layer)
-        tables: dict[str, dict[str, float]] = {f"{self.name}_ndcg10": {}, f"{self.name}_top1": {}}
+        names = f"{self.name}_ndcg10", f"{self.name}_top1"
+        tables: dict[str, dict[str, float]] = {f"{name}{end}": {} for name in names for end in ("", "_low", "_high")}
         with (output / f"{self.name}.jsonl").open("w", encoding="utf-8") as file:
             for documents in self.documents:
                 found = []
@@ -52,9 +56,10 @@ class RankDocuments:
                     grades = {str(i): 1 for i in relevant}
                     found.append((ndcg([str(i) for i in order], grades), float(any(i in relevant for i in order[:1]))))
                     file.write(json.dumps({"query": query, "order": order, "relevant": relevant}) + "\n")
-                for name, scores in zip(tables, zip(*found, strict=True), strict=True):
+                for name, scores in zip(names, zip(*found, strict=True), strict=True):
                     mean, low, high, count = bootstrap_interval(scores)
-                    tables[name][str(documents)] = mean
+                    for end, value in (("", mean), ("_low", low), ("_high", high)):
+                        tables[f"{name}{end}"][str(documents)] = value
                     print(f"{name} of {documents}: {mean:.3f} [{low:.3f}, {high:.3f}], {count} queries", flush=True)
         return dict(tables)
 

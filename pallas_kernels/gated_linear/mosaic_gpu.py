@@ -8,7 +8,14 @@ from jaxtyping import Array
 
 from pallas_kernels.gated_linear import mosaic_gpu_bwd, mosaic_gpu_fwd
 from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, WIDTH
-from pallas_kernels.gated_linear.problem import LinearState, Problem, varying_like, widen, widened_results
+from pallas_kernels.gated_linear.problem import (
+    NORMALISER_FLOOR,
+    LinearState,
+    Problem,
+    varying_like,
+    widen,
+    widened_results,
+)
 from pallas_kernels.op import Unsupported, interpreter, platform
 
 MAX_WIDTH = 256
@@ -16,13 +23,14 @@ MAX_WIDTH = 256
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _kernel(q, k, v, g, s0, scale: float, interpret):
-    o, last, _ = mosaic_gpu_fwd.forward(q, k, v, g, s0, scale=scale, save=False, interpret=interpret)
-    return _add_tiles(o), last
+    found = mosaic_gpu_fwd.forward(q, k, v, g, LinearState(s0, None), scale=scale, interpret=interpret)
+    return _add_tiles(found.o), found.state.s
 
 
 def _kernel_forward(q, k, v, g, s0, scale, interpret):
-    o, last, saved = mosaic_gpu_fwd.forward(q, k, v, g, s0, scale=scale, save=True, interpret=interpret)
-    return (_add_tiles(o), last), (q, k, v, g, saved, last)
+    found = mosaic_gpu_fwd.forward(q, k, v, g, LinearState(s0, None), scale=scale, save=True, interpret=interpret)
+    last = found.state.s
+    return (_add_tiles(found.o), last), (q, k, v, g, found.saved, last)
 
 
 def _kernel_backward(scale, interpret, residuals, cotangents):
@@ -34,6 +42,34 @@ def _kernel_backward(scale, interpret, residuals, cotangents):
 _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _normalised(q, k, v, g, start: LinearState, scale: float, interpret):
+    """Where nobody asks for a gradient, the kernels carry the sums of keys and give the sums of weights."""
+    assert start.z is not None
+    padded = LinearState(_pad_state(start.s), _pad_state(start.z[..., None])[..., 0])
+    found = mosaic_gpu_fwd.forward(q, k, _pad(v), g, padded, scale=scale, interpret=interpret)
+    assert found.weights is not None
+    weights = scale * jnp.moveaxis(found.weights.sum(0), 1, 2)[..., None] + NORMALISER_FLOOR
+    (_, t, _, dv), dk = v.shape, start.s.shape[2]
+    o = (found.o.astype(jnp.float32).sum(0) / weights)[:, :t, :, :dv].astype(v.dtype)
+    return o, LinearState(found.state.s[:, :, :dk, :dv], found.state.z[..., :dk])
+
+
+def _with_ones(q, k, v, g, start: LinearState, scale: float, interpret):
+    """The same with one more value, of ones, whose sum is that of the weights; this has a gradient."""
+    p = Problem(q, k, v, g, None, start, None, scale)
+    wide, s0 = widen(p)
+    o, last = _kernel(q, k, _pad(wide), g, _pad_state(s0), scale, interpret)
+    return widened_results(p, o[:, : v.shape[1]], last[:, :, : s0.shape[2]])
+
+
+def _normalised_forward(q, k, v, g, start, scale, interpret):
+    return jax.vjp(lambda *x: _with_ones(*x, scale, interpret), q, k, v, g, start)
+
+
+_normalised.defvjp(_normalised_forward, lambda scale, interpret, vjp, cotangents: vjp(cotangents))
+
+
 def _add_tiles(x: Array) -> Array:
     return x[0] if len(x) == 1 else x.astype(jnp.float32).sum(0).astype(x.dtype)
 
@@ -41,12 +77,18 @@ def _add_tiles(x: Array) -> Array:
 def attend(p: Problem) -> tuple[Array, LinearState]:
     """The `mosaic_gpu` backend. `p` must have its segments folded. Log-decays are read in bfloat16, down to -16."""
     _check(p)
-    v, s0 = widen(p)
     q, k = _pad(p.q), _pad(p.k)
     g = _log_decay(p, k.shape)
-    s0 = jnp.pad(s0, [(0, 0)] * 2 + [(0, -n % WIDTH) for n in s0.shape[2:]])
-    o, last = _kernel(q, k, _pad(v), g, s0, p.scale, interpreter())
-    return widened_results(p, o[:, : p.q.shape[1]], last[:, :, : p.q.shape[-1]])
+    if p.state.z is not None:
+        return _normalised(q, k, p.v, g, p.state, p.scale, interpreter())
+    o, s = _kernel(q, k, _pad(p.v), g, _pad_state(p.state.s), p.scale, interpreter())
+    (_, t, _, dk), dv = p.q.shape, p.v.shape[-1]
+    return o[:, :t, :, :dv], LinearState(s[:, :, :dk, :dv], None)
+
+
+def _pad_state(s: Array) -> Array:
+    """Up to whole tiles."""
+    return jnp.pad(s, [(0, 0)] * 2 + [(0, -n % WIDTH) for n in s.shape[2:]])
 
 
 def _pad(x: Array) -> Array:

@@ -3,13 +3,15 @@
 Heads alone do not fill the chip, so the sequence is cut in segments. Three steps: (1) every segment's own final state,
 from zero, reading k, v and the decay; (2) a short scan over segments; (3) every segment again, now from its true
 entry state, giving outputs and, for the backward, the state that enters each chunk. A warpgroup runs one head of one
-segment and keeps the state in registers. Step 1 reads 3 arrays, step 3 moves 5: 8/5 of the least possible bytes.
+segment and keeps the state in registers. Step 1 reads 3 arrays, step 3 moves 5: 8/5 of the least possible bytes. With
+the normaliser a second state, of one number a key, goes beside the first, and step 3 gives each sum of weights.
 
 Step 1 also finds how strong the decays are (`Halves`), which decides for each unit of step 3, and of the backward, how
 it forms the decayed scores of a chunk: by one factorisation at the chunk's middle, or level by level.
 """
 
 import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,10 @@ from pallas_kernels.gated_linear.mosaic_gpu_parts import (
     read,
     tile,
 )
+from pallas_kernels.gated_linear.problem import LinearState
 
 WARPGROUPS = 3
+type Also = Literal["states", "weights"] | None
 
 
 def launch(body, split: Split, matrices, out_type, scratch, signals: int, *, interpret, warpgroups=WARPGROUPS):
@@ -83,8 +87,11 @@ def launch(body, split: Split, matrices, out_type, scratch, signals: int, *, int
 
 
 def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interpret: bool):
-    """A segment's own state from zero, `(k suffix)^T v` chunk by chunk; also the decay sums of `Halves`."""
-    state_gmem, strongest_gmem, halves_gmem = outs
+    """A segment's own state from zero, `(k suffix)^T v` chunk by chunk; also the decay sums of `Halves`.
+
+    With a fourth output the sums of `k suffix` too.
+    """
+    state_gmem, strongest_gmem, halves_gmem, *keys_gmem = outs
     k, v, g, half, weighted = buffers
     place = split.place(unit)
     mm = functools.partial(products, interpret=interpret)
@@ -98,7 +105,7 @@ def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interp
     load(jnp.int32(0))
 
     def chunk(i, carry):
-        state, strongest = carry
+        state, strongest, keys = carry
         slot = jax.lax.rem(i, 2)
         plgpu.barrier_wait(signal(slot * 3 + 2))
         raw = read(g.at[slot])
@@ -116,47 +123,92 @@ def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interp
         plgpu.copy_smem_to_gmem(half, halves_gmem.at[place.sums(place.first + i)])
         plgpu.barrier_wait(signal(slot * 3 + 1))
         total = jax.lax.broadcast_in_dim(jnp.exp(first + second), (WIDTH, WIDTH), (0,))
-        return mm([(weighted.transpose((1, 0)), v.at[slot])], state * total), strongest
+        new = mm([(weighted.transpose((1, 0)), v.at[slot])], state * total)
+        if keys_gmem:
+            keys = keys * jnp.exp(first + second) + mm([(weighted.transpose((1, 0)), sums.at[Sums.ALL])]).sum(1)
+        return new, strongest, keys
 
-    start = (parts.zeros(), plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), plgpu.Layout.WGMMA.reduce(1)))
-    state_gmem[unit], strongest_gmem[unit] = jax.lax.fori_loop(0, place.count, chunk, start)
+    start = (parts.zeros(), parts.vector(), parts.vector() if keys_gmem else None)
+    state_gmem[unit], strongest_gmem[unit], keys = jax.lax.fori_loop(0, place.count, chunk, start)
+    for gmem in keys_gmem:
+        gmem[unit] = keys
     plgpu.wait_smem_to_gmem(0)
 
 
-def segment_states(k, v, g, split: Split, *, interpret=None) -> tuple[Array, Halves]:
-    """States of every segment from a zero start `[units, Dk, Dv]`, and what the other kernels must know of g."""
+def segment_states(
+    k, v, g, split: Split, *, normalise: bool = False, interpret=None
+) -> tuple[Array, Array | None, Halves]:
+    """States of every segment from a zero start `[units, 64, 64]`, the sums of its keys `[units, 64]` (`normalise`),
+    and what the other kernels must know of g."""
     n = WARPGROUPS
     b, t, h, dk = k.shape
     out_type = [
         jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32),
         jax.ShapeDtypeStruct((split.units, CHUNK), jnp.float32),
         jax.ShapeDtypeStruct((b, t // CHUNK, h, 2, dk), jnp.float32),
+        *[jax.ShapeDtypeStruct((split.units, WIDTH), jnp.float32)] * normalise,
     ]
     scratch = [tile(n, 2), tile(n, 2), tile(n, 2), plgpu.SMEM((n, 2, WIDTH), jnp.float32), tile(n)]
     body = functools.partial(_states_body, split=split, interpret=bool(interpret))
-    run = launch(body, split, Sums.STATES, out_type, scratch, 6, interpret=interpret)
-    local, strongest, sums = run(k, v, g)
+    matrices = Sums.STATES[: Sums.ALL + normalise]
+    run = launch(body, split, matrices, out_type, scratch, 6, interpret=interpret)
+    local, strongest, sums, *keys = run(k, v, g)
     by_head = strongest.reshape(b, split.segments, h, split.key_tiles, split.value_tiles, CHUNK)
-    return local, Halves(sums, by_head.max((1, 4, 5)) > -parts.FLOOR)
+    return local, keys[0] if normalise else None, Halves(sums, by_head.max((1, 4, 5)) > -parts.FLOOR)
 
 
-def _mild_chunk(tiles, half, sums, mm, state):
+class Carried(NamedTuple):
+    """What a unit carries from chunk to chunk: the state, and with the normaliser the sums of its keys."""
+
+    state: Array  # [64, 64]
+    keys: Array | None  # [64]
+
+    def decayed(self, half) -> "Carried":
+        """After the half of a chunk whose log-decays sum to `half`."""
+        keys = None if self.keys is None else self.keys * jnp.exp(parts.row_vector(half))
+        return Carried(self.state * parts.per_row(half, jnp.exp), keys)
+
+    def store(self, state_tile, keys_ref) -> None:
+        """To shared memory, for the products."""
+        state_tile[...] = bf16(self.state)
+        if self.keys is not None:
+            keys_ref[...] = self.keys
+
+    def add(self, weighted, v, sums, mm) -> "Carried":
+        """With the chunk's keys, decayed as the state is."""
+        keys = weighted.transpose((1, 0))
+        state = mm([(keys, v)], self.state)
+        if self.keys is None:
+            return Carried(state, None)
+        return Carried(state, self.keys + mm([(keys, sums.at[Sums.OUTPUTS_ALL])]).sum(1))
+
+
+def _read(row, scores, v, state_tile, keys_ref, mm):
+    """Each query's sum of values, and (with the normaliser) of weights, over the chunk and the state before it."""
+    o = mm([(row, state_tile), (scores, v)])
+    if keys_ref is None:
+        return o, None
+    before = row.astype(jnp.float32) * parts.per_column(keys_ref)
+    return o, before.sum(1) + scores.astype(jnp.float32).sum(1)
+
+
+def _mild_chunk(tiles, half, sums, mm, carried: Carried):
     """Outputs and next state with all scores from one factorisation at the chunk's middle."""
-    q, k, v, g, weighted, state_tile = tiles
+    q, k, v, g, weighted, state_tile, keys_ref = tiles
     factor = jnp.exp(mm([(sums.at[Sums.MIDDLE], g)]))
     weighted[...] = bf16(read(k) / factor)
     row = bf16(read(q) * factor)
-    state = state * parts.per_row(half.at[0], jnp.exp)
-    state_tile[...] = bf16(state)
+    carried = carried.decayed(half.at[0])
+    carried.store(state_tile, keys_ref)
     plgpu.commit_smem()
     scores = bf16(jnp.where(parts.causal(), mm([(row, weighted.transpose((1, 0)))]), 0.0))
-    o = mm([(row, state_tile), (scores, v)])
-    return o, mm([(weighted.transpose((1, 0)), v)], state) * parts.per_row(half.at[1], jnp.exp)
+    found = _read(row, scores, v, state_tile, keys_ref, mm)
+    return found, carried.add(weighted, v, sums, mm).decayed(half.at[1])
 
 
-def _strong_chunk(tiles, half, sums, mm, state):
+def _strong_chunk(tiles, half, sums, mm, carried: Carried):
     """The same with scores by level: any decay."""
-    q, k, v, g, weighted, state_tile = tiles
+    q, k, v, g, weighted, state_tile, keys_ref = tiles
     parts.clamp_decay(g)
 
     def level(n, scores):
@@ -170,17 +222,16 @@ def _strong_chunk(tiles, half, sums, mm, state):
     exponent = mm([(sums.at[Sums.MIDDLE], g)])
     weighted[...] = bf16(read(k) * jnp.exp(parts.per_column(half.at[1]) - exponent))
     row = bf16(read(q) * jnp.exp(parts.per_column(half.at[0]) + exponent))
-    state_tile[...] = bf16(state)
+    carried.store(state_tile, keys_ref)
     plgpu.commit_smem()
-    o = mm([(row, state_tile), (scores, v)])
-    total = parts.per_row(half.at[0], jnp.exp) * parts.per_row(half.at[1], jnp.exp)
-    return o, mm([(weighted.transpose((1, 0)), v)], state * total)
+    found = _read(row, scores, v, state_tile, keys_ref, mm)
+    return found, carried.decayed(half.at[0]).decayed(half.at[1]).add(weighted, v, sums, mm)
 
 
-def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float, save: bool, interpret: bool):
-    """A segment from its true entry state: outputs, and the state that enters each chunk (`save`)."""
-    *arrays, strong_gmem, entry_gmem = ins
-    *tiles, half, weighted, state_tile, o_tile = buffers
+def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float, also: Also, interpret: bool):
+    """A segment from its true entry state: outputs, and what `also` names."""
+    *arrays, strong_gmem, entry_gmem, entry_keys_gmem = ins if also == "weights" else (*ins, None)
+    *tiles, half, weighted, state_tile, o_tile, keys_ref = buffers if also == "weights" else (*buffers, None)
     place = split.place(unit)
     mm = functools.partial(products, interpret=interpret)
 
@@ -192,25 +243,32 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
 
     load(jnp.int32(0))
     entry = plgpu.load(entry_gmem.at[unit], layout=plgpu.Layout.WGMMA, optimized=False)
+    entry_keys = None if entry_keys_gmem is None else parts.row_vector(entry_keys_gmem.at[unit])
 
-    def chunk(step, i, state):
+    def chunk(step, i, carried):
         for n in range(len(arrays)):
             plgpu.barrier_wait(signal(n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copy out of o_tile
-        if save:
-            o_tile[...] = bf16(state)
+        if also == "states":
+            o_tile[...] = bf16(carried.state)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_tile, outs[1].at[place.state(place.first + i)])
-        o, state = step((*tiles, weighted, state_tile), half, sums, mm, state)
+        (o, weights), carried = step((*tiles, weighted, state_tile, keys_ref), half, sums, mm, carried)
+        if also == "weights":
+
+            @pl.when(place.value_tile == 0)
+            def _():
+                outs[1][place.weights(place.first + i)] = weights
+
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_tile[...] = bf16(o * scale)
         plgpu.commit_smem()
         pl.when(i + 1 < place.count)(lambda: load(i + 1))
         plgpu.copy_smem_to_gmem(o_tile, outs[0].at[(place.key_tile, *place.tokens(place.first + i, place.value_tile))])
-        return state
+        return carried
 
     def run(step):
-        jax.lax.fori_loop(0, place.count, functools.partial(chunk, step), entry)
+        jax.lax.fori_loop(0, place.count, functools.partial(chunk, step), Carried(entry, entry_keys))
 
     strong = strong_gmem[unit] != 0
     pl.when(strong)(lambda: run(_strong_chunk))
@@ -218,37 +276,43 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
     plgpu.wait_smem_to_gmem(0)
 
 
-def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, save: bool, interpret=None):
-    """`o` by key tile `[Dk/64, B, T, H, Dv]`, and with `save` the chunk-entry states `[B, N, H, Dk, Dv]`; bfloat16."""
+def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, also: Also, interpret=None):
+    """`o` by key tile `[Dk/64, B, T, H, Dv]` in bfloat16; `also` 'states': those that enter each chunk
+    `[B, N, H, Dk, Dv]` in bfloat16; 'weights': the sums of weights by key tile `[Dk/64, B, H, T]` in float32."""
     n = WARPGROUPS
+    normalise = also == "weights"
+    b, t, h, dk = q.shape
     out_type = [jax.ShapeDtypeStruct((split.key_tiles, *v.shape), jnp.bfloat16)]
-    if save:
-        shape = (split.batch, split.total_chunks, split.heads, q.shape[-1], v.shape[-1])
-        out_type.append(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+    if also == "states":
+        out_type.append(jax.ShapeDtypeStruct((b, split.total_chunks, h, dk, v.shape[-1]), jnp.bfloat16))
+    if normalise:
+        out_type.append(jax.ShapeDtypeStruct((split.key_tiles, b, h, t), jnp.float32))
     scratch = [*(tile(n) for _ in range(4)), plgpu.SMEM((n, 2, WIDTH), jnp.float32), *(tile(n) for _ in range(3))]
-    body = functools.partial(_outputs_body, split=split, scale=scale, save=save, interpret=bool(interpret))
-    run = launch(body, split, Sums.PAIRS[: Sums.LATER], out_type, scratch, 5, interpret=interpret)
-    return run(q, k, v, g, found.sums, parts.strong_units(found, split), entry)
+    scratch += [plgpu.SMEM((n, WIDTH), jnp.float32)] * normalise
+    body = functools.partial(_outputs_body, split=split, scale=scale, also=also, interpret=bool(interpret))
+    matrices = Sums.OUTPUTS[: Sums.OUTPUTS_ALL + normalise]
+    run = launch(body, split, matrices, out_type, scratch, 5, interpret=interpret)
+    return run(q, k, v, g, found.sums, parts.strong_units(found, split), *(x for x in entry if x is not None))
 
 
 def to_units(state: Array, split: Split) -> Array:
-    """`[..., B, H, Dk, Dv]` to `[..., B, lanes, 64, 64]`."""
-    *lead, b, h, dk, dv = state.shape
-    state = state.reshape(*lead, b, h, dk // WIDTH, WIDTH, dv // WIDTH, WIDTH)
-    return jnp.moveaxis(state, -3, -2).reshape(*lead, b, split.lanes, WIDTH, WIDTH)
+    """`[..., B, H, Dk, Dv]` to `[..., B, lanes, 64, width of a value tile]`."""
+    *lead, b, h, dk, _ = state.shape
+    state = state.reshape(*lead, b, h, dk // WIDTH, WIDTH, split.value_tiles, -1)
+    return jnp.moveaxis(state, -3, -2).reshape(*lead, b, split.lanes, WIDTH, -1)
 
 
 def from_units(state: Array, split: Split) -> Array:
     """The inverse of `to_units`."""
-    *lead, b, _, _, _ = state.shape
-    state = state.reshape(*lead, b, split.heads, split.key_tiles, split.value_tiles, WIDTH, WIDTH)
+    *lead, b, _, _, width = state.shape
+    state = state.reshape(*lead, b, split.heads, split.key_tiles, split.value_tiles, WIDTH, width)
     state = jnp.moveaxis(state, -2, -3)
-    return state.reshape(*lead, b, split.heads, split.key_tiles * WIDTH, split.value_tiles * WIDTH)
+    return state.reshape(*lead, b, split.heads, split.key_tiles * WIDTH, split.value_tiles * width)
 
 
 def entry_states(local: Array, decay: Array, start: Array, split: Split, *, reverse: bool) -> tuple[Array, Array]:
-    """From every segment's own state and decay `[units, 64]` to the state that enters it (`[units, 64, 64]`), and the
-    one after all."""
+    """From every segment's own state `[units, 64, n]` and decay `[units, 64]` to the state that enters it (as the
+    first), and the one after all (as `start`, `[B, H, Dk, value tiles x n]`)."""
 
     def by_segment(x):
         return jnp.moveaxis(x.reshape(split.batch, split.segments, split.lanes, WIDTH, -1), 1, 0)
@@ -260,18 +324,35 @@ def entry_states(local: Array, decay: Array, start: Array, split: Split, *, reve
     product, total = jax.lax.associative_scan(combine, (by_segment(decay), by_segment(local)), reverse=reverse)
     after = product * start + total
     ends = (after[1:], start[None]) if reverse else (start[None], after[:-1])
-    entry = jnp.moveaxis(jnp.concatenate(ends), 0, 1).reshape(split.units, WIDTH, WIDTH)
+    entry = jnp.moveaxis(jnp.concatenate(ends), 0, 1).reshape(local.shape)
     return entry, from_units(after[0] if reverse else after[-1], split)
 
 
-def forward(q, k, v, g, s0, *, scale: float, save: bool, interpret=None, slots: int = 396):
-    """q, k, g `[B, T, H, Dk]`, v `[B, T, H, Dv]` bfloat16, T and widths multiples of 64; s0 `[B, H, Dk, Dv]`.
+class Result(NamedTuple):
+    """Of `forward`; Dk / 64 key tiles are to be added up."""
 
-    Returns o by key tile, the last state, and if `save` the chunk-entry states and `Halves`, for the backward.
+    o: Array  # [key tiles, B, T, H, Dv]
+    weights: Array | None  # [key tiles, B, H, T], with the normaliser
+    state: LinearState
+    saved: tuple[Array, Halves] | None  # the chunk-entry states, and what the backward must know of g
+
+
+def forward(q, k, v, g, start: LinearState, *, scale: float, save: bool = False, interpret=None, slots: int = 396):
+    """q, k, g `[B, T, H, Dk]`, v `[B, T, H, Dv]` bfloat16, T and widths multiples of 64.
+
+    `save` what the backward needs, which knows no normaliser: there the values bring a column of ones.
     """
     b, t, h, dk = q.shape
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)
-    local, found = segment_states(k, v, g, split, interpret=interpret)
-    entry, last = entry_states(local, parts.unit_decays(found, split), s0, split, reverse=False)
-    o, *chunk_states = outputs(q, k, v, g, found, entry, split, scale=scale, save=save, interpret=interpret)
-    return o, last, (chunk_states[0], found) if save else None
+    normalise = start.z is not None
+    local, keys, found = segment_states(k, v, g, split, normalise=normalise, interpret=interpret)
+    over_segments = functools.partial(entry_states, decay=parts.unit_decays(found, split), split=split, reverse=False)
+    entry, last = over_segments(local, start=start.s)
+    entry_keys = last_keys = None
+    if start.z is not None and keys is not None:
+        by_value_tile = jnp.broadcast_to(start.z[..., None], (*start.z.shape, split.value_tiles))
+        entry_keys, last_keys = over_segments(keys[..., None], start=by_value_tile)
+        entry_keys, last_keys = entry_keys[..., 0], last_keys[..., 0]
+    also = "weights" if normalise else "states" if save else None
+    o, *more = outputs(q, k, v, g, found, (entry, entry_keys), split, scale=scale, also=also, interpret=interpret)
+    return Result(o, more[0] if normalise else None, LinearState(last, last_keys), (more[0], found) if save else None)

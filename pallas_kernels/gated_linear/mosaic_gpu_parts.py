@@ -48,14 +48,16 @@ def _half(n):
 class Sums:
     """Constant `[n, 64, 64]` matrices and the names of their rows.
 
-    PAIRS: row i of a product with a chunk's log-decays is the sum that the function's docstring says. STATES: the same
-    for the first; the others are multiplied from the left by transposed log-decays, one sum to each key channel.
+    Row i of a product with a chunk's log-decays is the sum that the function's docstring says. FIRST, SECOND and ALL
+    are multiplied from the left by a transposed tile, one sum over tokens to each channel.
     """
 
     PAIRS = np.stack([_from_middle(CHUNK), _from_middle(8), *map(_to_border, LEVELS), _after(0)])
     MIDDLE, INNER, L8, L16, L32, LATER = range(6)
-    STATES = np.stack([_after(1), _half(0), _half(1)])
-    SUFFIX, FIRST, SECOND = range(3)
+    STATES = np.stack([_after(1), _half(0), _half(1), _half(0) | _half(1)])
+    SUFFIX, FIRST, SECOND, ALL = range(4)
+    OUTPUTS = np.stack([*PAIRS[:LATER], STATES[ALL]])
+    OUTPUTS_ALL = LATER
 
 
 class Split(NamedTuple):
@@ -106,6 +108,10 @@ class Place(NamedTuple):
     def sums(self, chunk):
         """Index of a chunk's two rows of `Halves.sums`."""
         return (self.row, chunk, self.head, slice(None), pl.ds(self.key_tile * WIDTH, WIDTH))
+
+    def weights(self, chunk):
+        """Index of a chunk's sums of weights in `[key tiles, B, H, T]`."""
+        return (self.key_tile, self.row, self.head, pl.ds(chunk * CHUNK, CHUNK))
 
     def state(self, chunk):
         """Index of a chunk's tile in `[B, N, H, Dk, Dv]`."""
@@ -162,6 +168,16 @@ def zeros(rows: int = WIDTH, columns: int = WIDTH):
     return plgpu.layout_cast(jnp.full((rows, columns), 0, jnp.float32), plgpu.Layout.WGMMA)
 
 
+def vector():
+    """`[64]` zeros, one to each row of a tile."""
+    return plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def row_vector(ref):
+    """A `[64]` vector of shared memory in registers, one entry to each row of a tile."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
 def causal(level=None):
     """Pairs j <= i of a chunk; of level 0 (same block of 8) or 1, 2, 3 (first parted at width 8, 16, 32) alone."""
     i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), d, layout=plgpu.Layout.WGMMA) for d in (0, 1))
@@ -178,7 +194,7 @@ def clamp_decay(g):
 
 def per_row(vector, at=None):
     """A `[64]` vector of shared memory with entry i along row i of a tile; `at` maps it before it is spread out."""
-    x = plgpu.load(vector, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    x = row_vector(vector)
     return jax.lax.broadcast_in_dim(x if at is None else at(x), (CHUNK, WIDTH), (0,))
 
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from lcjax.eval.laws import BLOCK, CompareLaws, Law, ratios
-from lcjax.eval.perplexity import Perplexity
+from lcjax.eval.laws import CompareLaws, Law, ratios
+from lcjax.eval.perplexity import BLOCK, Perplexity
 from lcjax.eval.runner import Suite
 from lcjax.eval.tasks.passkey import Passkey
 from lcjax.models.spec import Attention

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lcjax.eval.perplexity import Perplexity, score
+from lcjax.eval.perplexity import BLOCK, Perplexity, intervals, score
 from lcjax.serve.source import Pretrained
 from tests.serve.toy import TOKENIZER, toy
 
@@ -67,6 +67,16 @@ def test_lengths_and_positions(model, plain, text, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "perplexity.jsonl").read_text().splitlines()]
     assert [(line["begin"], line["end"]) for line in lines] == [(0, 32), (32, 64), (64, 96)]
     assert (tmp_path / "perplexity.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_intervals_draw_stretches():
+    nll = np.repeat(np.random.default_rng(0).normal(3, 0.1, 40), BLOCK)
+    found = intervals("text", {"short": nll[: 7 * BLOCK], "long": nll})
+    assert found.keys() == {"text_low", "text_high"}
+    assert found["text_low"].keys() == {"long"}
+    mean, half = np.exp(nll.mean()), 1.96 * 0.1 / 40**0.5
+    np.testing.assert_allclose(found["text_low"]["long"], mean * np.exp(-half), rtol=0.01)
+    np.testing.assert_allclose(found["text_high"]["long"], mean * np.exp(half), rtol=0.01)
 
 
 def test_sliding_context(model, plain, text):

@@ -193,27 +193,38 @@ class TestMosaicTpu:
             forward(case, "mosaic_tpu")
 
     @pytest.mark.usefixtures("optimized")
-    @pytest.mark.parametrize("generation", [slow("v5e"), "v5p", slow("v6e"), "tpu7x"])
-    def test_compiles(self, generation):
+    @pytest.mark.parametrize(
+        ("generation", "dim"),
+        [slow("v5e", 64), ("v5p", 64), slow("v6e", 64), ("tpu7x", 64), slow("v5e", 256), slow("v6e", 128)],
+    )
+    def test_compiles(self, generation, dim):
         pytest.importorskip("libtpu")
-        shape = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+        shape = jax.ShapeDtypeStruct((1, 1024, 2, dim), jnp.bfloat16)
 
         def loss(q, k, v, g):
             o, state = gated_linear_attention(q, k, v, g, implementation="mosaic_tpu")
             return o.astype(jnp.float32).sum() + state.s.sum()
 
         compiled = aot.compile_for(generation, jax.grad(loss, (0, 1, 2, 3)), shape, shape, shape, shape)
-        assert compiled.memory_analysis().temp_size_in_bytes < 64 << 20
+        assert compiled.memory_analysis().temp_size_in_bytes < dim << 20
 
 
 class TestMosaicGpu:
     """The Hopper kernels as far as the interpreter reaches (products are plain ones there), and their CUDA lowering."""
 
-    @pytest.mark.parametrize("lengths", [slow(None), (40, 89)], ids=["mild decays", "packed, strong and mild"])
-    def test_matches_the_reference(self, lengths, monkeypatch):
-        """A document that ends inside a chunk makes its decays strong: of three chunks the first and the last."""
+    @pytest.fixture(autouse=True)
+    def two_segments(self, monkeypatch):
+        """Of two chunks and one."""
         split = mosaic_gpu_parts.choose_split
-        monkeypatch.setattr(mosaic_gpu_parts, "choose_split", lambda *args: split(*args[:-1], 2))  # 2 and 1 chunks
+        units = lambda batch, heads, widths: 2 * batch * heads * widths[0] * widths[1] // 64**2
+        limited = lambda batch, heads, tokens, widths, slots: split(
+            batch, heads, tokens, widths, min(slots, units(batch, heads, widths))
+        )
+        monkeypatch.setattr(mosaic_gpu_parts, "choose_split", limited)
+
+    @pytest.mark.parametrize("lengths", [slow(None), (40, 89)], ids=["mild decays", "packed, strong and mild"])
+    def test_matches_the_reference(self, lengths):
+        """A document that ends inside a chunk makes its decays strong: of three chunks the first and the last."""
         ids = None if lengths is None else packed(lengths, 130)
         case = make_case(130, mean=-1.0, shape=(1, 1, 32, 64), dtype=jnp.bfloat16, segment_ids=ids)
         with op.interpret(plgpu.InterpretGPUParams()):
@@ -225,7 +236,26 @@ class TestMosaicGpu:
         rest = lambda grads: [grad for n, grad in enumerate(grads) if n != decay]
         assert_close(rest(found_grads), rest(expected_grads), 5e-2)
 
-    @pytest.mark.parametrize("dim", [64, slow(128)])
+    @pytest.mark.parametrize("widths", [(64, 64), slow((128, 72))])
+    def test_sums_of_weights_beside_the_values(self, widths):
+        """Where no gradient is asked for, the normaliser is no column of the values; strong and mild chunks."""
+        case = make_case(
+            130, mean=-1.0, shape=(1, 1, *widths), dtype=jnp.bfloat16, segment_ids=packed((40, 89), 130), normalise=True
+        )
+        with op.interpret(plgpu.InterpretGPUParams()):
+            found = forward(case, "mosaic_gpu")
+        assert_close(found, forward(case, "reference"), 2e-2)
+
+    @pytest.mark.slow
+    def test_gradient_with_the_normaliser(self):
+        case = make_case(130, mean=-1.0, shape=(1, 1, 64, 40), dtype=jnp.bfloat16, normalise=True)
+        with op.interpret(plgpu.InterpretGPUParams()):
+            found, found_grads = with_gradients(case, "mosaic_gpu")
+        expected, expected_grads = with_gradients(case, "reference")
+        assert_close(found, expected, 5e-2)
+        assert_near(found_grads, expected_grads, 2.5e-2)
+
+    @pytest.mark.parametrize("dim", [64, slow(128), slow(256)])
     def test_lowers_for_cuda(self, dim):
         shape = jax.ShapeDtypeStruct((1, 4096, 4, dim), jnp.bfloat16)
 
@@ -237,10 +267,64 @@ class TestMosaicGpu:
             traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(shape, shape, shape, shape)
             assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
+    def test_the_normaliser_lowers_without_a_wider_copy_of_the_values(self):
+        shape = jax.ShapeDtypeStruct((1, 4096, 4, 64), jnp.bfloat16)
+        call = functools.partial(gated_linear_attention, normalise=True, implementation="mosaic_gpu")
+        with op.target_platform("gpu"):
+            text = jax.jit(call).trace(shape, shape, shape).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
+        assert "x4x65x" not in text
+        assert "x4x128x" not in text
+
     def test_refuses_float32(self):
         case = make_case(20, dtype=np.float32)
         with op.interpret(plgpu.InterpretGPUParams()), pytest.raises(Unsupported, match="q is float32"):
             forward(case, "mosaic_gpu")
+
+
+@pytest.mark.gpu
+class TestOnHopper:
+    """On the device: products, copies and barriers as they are."""
+
+    @pytest.mark.parametrize("t", [1, 63, 64, 65, 129, 1000])
+    def test_lengths(self, t):
+        self.check(make_case(t, mean=-0.05, shape=(2, 3, 64, 64), dtype=jnp.bfloat16))
+
+    @pytest.mark.parametrize("widths", [(32, 64), (64, 128), (128, 128), (256, 72)])
+    @pytest.mark.parametrize("normalise", [False, True])
+    def test_widths(self, widths, normalise):
+        self.check(make_case(200, mean=-0.05, shape=(1, 3, *widths), dtype=jnp.bfloat16, normalise=normalise))
+
+    @pytest.mark.parametrize("mean", [-0.01, -1, -5, -50])
+    def test_decay_stress(self, mean):
+        self.check(make_case(200, mean=mean, shape=(1, 2, 64, 64), dtype=jnp.bfloat16))
+
+    @pytest.mark.parametrize("mean", [-5, -50, -np.inf])
+    @pytest.mark.parametrize("normalise", [False, True])
+    def test_outputs_where_little_is_kept(self, mean, normalise):
+        """Some gradients vanish there."""
+        case = make_case(200, mean=mean, shape=(1, 2, 64, 64), dtype=jnp.bfloat16, normalise=normalise)
+        assert_near(forward(case, "mosaic_gpu"), forward(case, "reference"), 1.5e-2)
+
+    def test_packed_rows(self):
+        ids = packed((40, 1, 64, 89), 200)
+        self.check(make_case(200, shape=(1, 2, 128, 64), dtype=jnp.bfloat16, segment_ids=ids, normalise=True))
+
+    def test_repeats_bitwise(self):
+        case = make_case(3000, mean=-0.05, shape=(1, 8, 64, 64), dtype=jnp.bfloat16, normalise=True)
+        first, *others = (with_gradients(case, "mosaic_gpu") for _ in range(5))
+        for other in others:
+            jax.tree.map(np.testing.assert_array_equal, first, other)
+
+    def check(self, case):
+        """With and without a gradient, which the normaliser makes two programs."""
+        expected, expected_grads = with_gradients(case, "reference")
+        assert_near(forward(case, "mosaic_gpu"), expected, 1.5e-2)
+        found, found_grads = with_gradients(case, "mosaic_gpu")
+        assert_near(found, expected, 1.5e-2)
+        q, k, v, decay, _, state = found_grads
+        assert_near((q, k, v, state), (*expected_grads[:3], expected_grads[5]), 2.5e-2)
+        assert_near(decay, expected_grads[3], 5e-2)
 
 
 class TestRecurrentStep:

@@ -299,7 +299,8 @@ def test_ranking_from_text_to_tables(tmp_path):
     assert ranker.rank(QUERY, NOTES) == np.argsort(-scores).tolist()
     task = RankDocuments(MatchingNotes(count=4, documents=3, split="test"), 2, PROMPT, documents=(2, 3), count=3)
     tables = task.run(toy(), tmp_path)
-    assert {*tables} == {"ranking_ndcg10", "ranking_top1"}
+    names = {"ranking_ndcg10", "ranking_top1"}
+    assert {*tables} == {f"{name}{end}" for name in names for end in ("", "_low", "_high")}
     assert all(0 <= value <= 1 for table in tables.values() for value in table.values())
     assert len((tmp_path / "ranking.jsonl").read_text().splitlines()) == 6
     with pytest.raises(ValueError, match="has 3 candidates and 4 are asked for"):

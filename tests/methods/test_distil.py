@@ -85,6 +85,25 @@ def test_transfer_is_the_error_against_a_separate_teacher(teacher):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), got[0], gradient)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_transfer_keeps_one_layers_activations(teacher):
+    """Four more layers need no more room than their gradients."""
+
+    def memory(layers):
+        spec = Lawcat().model(dataclasses.replace(SPEC, num_layers=layers))
+        graphdef, params = abstract(spec)
+        trained, frozen = divide(params, STUDENT)
+        run = lambda trained, frozen, data: AttentionTransfer().gradients(
+            graphdef, trained, frozen, data, StepOptions()
+        )
+        compiled = jax.jit(run).lower(trained, frozen, batch(length=256)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, sum(x.size * 4 for x in jax.tree.leaves(trained))
+
+    (few, small), (many, large) = memory(2), memory(6)
+    assert many - few < large - small + few / 8
+
+
 def test_transfer_refuses_what_has_no_teacher(teacher):
     spec, params = student_of(teacher, Lawcat())
     with pytest.raises(ValueError, match=r"cannot train layers\.0\.mlp"):
