@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lcjax.layers.linear import contract
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.flops import flops_per_token, param_count, visible_keys
 from lcjax.models.recurrent import GatedLinear
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.models.stack import runs
+from pallas_kernels.op import target_platform
 
 FULL, STREAM = Attention(), Attention(window=7, sink=2)
 LINEAR = GatedLinear(conv_width=4, feature_map="elu", normalise=True)
@@ -158,3 +160,16 @@ def test_bad_mixers():
         GatedLinear(feature_map="cosine")
     with pytest.raises(ValueError, match="conv_width"):
         GatedLinear(conv_width=1)
+
+
+@pytest.mark.parametrize("inputs", [(3,), (3, 4)], ids=len)
+def test_one_row_on_a_gpu_is_a_product_of_two(inputs):
+    """The compiler would write out elementwise products; the result is the same, and other rows are left alone."""
+    one, two = (jax.random.normal(jax.random.key(0), (1, rows, *inputs)) for rows in (1, 2))
+    product = lambda x: contract(x, jnp.ones((*inputs, 5, 2)), len(inputs))
+    expected = product(one)
+    with target_platform("gpu"):
+        np.testing.assert_allclose(product(one), expected, rtol=1e-6)
+        shapes = [str(jax.make_jaxpr(product)(x)) for x in (one, two)]
+    assert f"f32[2,1,1,{','.join(map(str, inputs))}] = broadcast_in_dim" in shapes[0]
+    assert "f32[2,1" not in shapes[1]
