@@ -113,7 +113,6 @@ class Plan:
         lives = columns.end > least
         if columns.second is not None:
             lives |= columns.second[..., 1] > xp.maximum(columns.second[..., 0], least)
-        if columns.second is not None:
             # A tile of rows visits from its first living column on: those that open every row's list and never end
             # would drag in all that ended before it, and go with the sinks.
             forever = xp.cumprod(columns.end >= np.int32(rows), axis=1).sum(1, dtype=np.int32)

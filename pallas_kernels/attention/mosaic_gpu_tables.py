@@ -318,7 +318,8 @@ def _cut_to_segments(
     if segs.places is None:
         return jnp.minimum(sinks, nearest), jnp.minimum(sinks, farthest), begin, stop
     at = UNIT * jnp.arange(meet.shape[-1], dtype=jnp.int32)
-    wanted = meet & sink_tiles(segs.places, plan.sink, UNIT)[:, :, None] & (at < length[..., None])
+    front = at < UNIT * sinks[..., None]  # without the mask's sinks, which packed rows have in each document
+    wanted = meet & (sink_tiles(segs.places, plan.sink, UNIT)[:, :, None] | front) & (at < length[..., None])
     wanted &= (at <= last[..., None]) | (not plan.causal)
     sink_begin, sinks, rest, rest_stop = sink_runs(jnp.broadcast_to(wanted, (*begin.shape, meet.shape[-1])))
     return sink_begin, sinks, jnp.maximum(jnp.minimum(begin, rest), sinks), jnp.maximum(stop, rest_stop)

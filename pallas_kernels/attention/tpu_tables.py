@@ -96,7 +96,8 @@ def _rows(plan, runs, offset, size, hull, marks, tiling):
     least, most = (0, tiles) if hull is None else (hull[0][:, None], jnp.minimum(hull[1][:, None], tiles))
     sink0, sink_stop = jnp.minimum(sinks, least), jnp.minimum(sinks, most)
     if marks is not None:
-        sink0, sink_stop, begin, stop = _packed_sinks(marks, least, most, last // block_k, begin, stop)
+        wanted = marks[:, :, None] | (jnp.arange(marks.shape[-1]) < sinks[..., None])
+        sink0, sink_stop, begin, stop = _packed_sinks(wanted, least, most, last // block_k, begin, stop)
     window0 = jnp.maximum(begin, least)
     near = jnp.maximum(jnp.minimum(stop, most) - window0, 0)
     sink_stop = jnp.minimum(sink_stop, window0)
@@ -114,15 +115,15 @@ def _rows(plan, runs, offset, size, hull, marks, tiling):
     return _stack([row, sink0, sinks, low, middle, window0, near, size[:, None, None], sink, window])
 
 
-def _packed_sinks(marks, least, most, diagonal, begin, stop) -> tuple[Array, Array, Array, Array]:
+def _packed_sinks(wanted, least, most, diagonal, begin, stop) -> tuple[Array, Array, Array, Array]:
     """(first, stop) of the sink tiles of a tile of rows' first segment, and (first, stop) of its widened window.
 
-    `marks [B,P,nK]`: key tiles that hold a sink. Segments that begin inside the tile of rows have theirs near the
-    diagonal, so the window run takes them in.
+    `wanted [B,P,nQ,nK]`: key tiles that hold a sink, and those in front that all rows read. Segments that begin inside
+    the tile of rows have theirs near the diagonal, so the window run takes them in.
     """
-    at = jnp.arange(marks.shape[-1], dtype=jnp.int32)
+    at = jnp.arange(wanted.shape[-1], dtype=jnp.int32)
     inside = (at >= least[..., None]) & (at < most[..., None]) & (at <= diagonal[..., None])
-    sink0, sink_stop, rest, rest_stop = sink_runs(marks[:, :, None] & inside)
+    sink0, sink_stop, rest, rest_stop = sink_runs(wanted & inside)
     return sink0, sink_stop, jnp.minimum(begin, rest), jnp.maximum(stop, rest_stop)
 
 

@@ -93,13 +93,16 @@ def spans(keys: int, block: int) -> Mask:
 
 
 STRIDE = Causal() & (Sink(10) | Window(40) | Stride(block=64, every=2, offset=1))
+DOCUMENTS = DocumentBlocks(128, 4).mask(2, 1)  # Causal() & Intervals
+
 CASES = {
     "causal": Case(Causal()),
     "full": Case(Full(), length=65, keys=190),
     "sink_window": Case(Causal() & (Sink(20) | Window(50)), length=200, heads=(3, 1)),
     "stride": Case(STRIDE, length=260),
     "intervals": Case(Causal() & spans(260, 64), length=260),
-    "documents": Case(DocumentBlocks(64, 4).mask(2, 1), length=384),
+    "documents": Case(DOCUMENTS, length=768),
+    "packed_documents": Case(Causal() & (Sink(20) | DOCUMENTS.right), length=768, segments=(600, 168)),
     "own_chunk": Case(chunk_masks(128, 300)[0], length=300),
     "chunk_before": Case(chunk_masks(128, 333)[1], length=333),
     "older_chunks": Case(chunk_masks(64, 333)[2], length=333),
@@ -214,7 +217,7 @@ def test_gradients_lower_for_cuda(name: str) -> None:
     assert text.count("@mosaic_gpu") == (2 if name == "lists" else 3)
 
 
-@pytest.mark.parametrize("name", ["packed_sinks", "packed_stride", "packed_sink_stride"])
+@pytest.mark.parametrize("name", ["packed_sinks", "packed_stride", "packed_sink_stride", "packed_documents"])
 def test_tables_of_packed_rows_visit_each_document_and_its_sinks(name: str) -> None:
     """Every needed tile of 64 keys is visited, none twice, and few besides; so are the rows of every key unit."""
     case, unit = CASES[name], tables.UNIT
@@ -240,7 +243,8 @@ def test_tables_of_packed_rows_visit_each_document_and_its_sinks(name: str) -> N
         for n, row in enumerate(columns_of[0, pattern, :units]):
             keys = seen[head, :, n * unit : (n + 1) * unit]
             wanted = {i for i in range(units) if keys[i * unit : (i + 1) * unit].any()}
-            assert wanted <= set(range(row[tables.OWN_1], row[tables.OWN_END_1]))
+            later = range(row[tables.OWN_2], row[tables.OWN_END_2])
+            assert wanted <= {*range(row[tables.OWN_1], row[tables.OWN_END_1]), *later}
 
 
 def visits(row: np.ndarray, lists: tables.Lists | None, pattern: int) -> list[int]:
