@@ -60,7 +60,7 @@ class Texts(NamedTuple):
 class Plan:
     """Rows an update, updates of the two stages and their peak rates. full: finetune every weight, not adapters.
 
-    sampler: of the positions of finetuning, where the method is `stretched`.
+    sampler: of the positions of finetuning; None: those of the rows.
     """
 
     batch: int = 32
@@ -99,8 +99,6 @@ def distil(
     adapted = adapt_model([lora], spec)
     optimizer = AdamW(Cosine(plan.finetune_peak, warmup=min(50, plan.finetune_steps // 4)), weight_decay=0.0)
     start = Start(adapted, optimizer.build(plan.finetune_steps), 1, plan.tuned, params)
-    if not getattr(method, "stretched", False):
-        plan = dataclasses.replace(plan, sampler=None)
     params, report["finetune"] = _stage("finetune", start, optimizer, CrossEntropy(), rows, plan, tell)
     return Model(*merge(adapted, params)), report
 

@@ -178,11 +178,8 @@ def score(args: argparse.Namespace) -> None:
             )
     if compared := compare_singles(args, model.tokenizer, lines):
         (args.output / "singles_speed.json").write_text(json.dumps(compared, indent=1) + "\n")
-        print(
-            "batch {batch} is {times_as_fast:.1f} x as fast; {same} of {examples} scores are the same".format(
-                **compared
-            )
-        )
+        shares = f"{compared['same']} of {compared['examples']} scores are the same"
+        print(f"batch {compared['batch']} is {compared['times_as_fast']:.1f} x as fast; {shares}")
 
 
 def speed(outcome: Outcome, lines: dict[tuple[str, int, int], dict[str, Any]], batch: int) -> dict[str, Any]:
@@ -216,10 +213,8 @@ def compare_singles(
         facts = {name: many[name] for name in ("device", "dtype", "batch", "commit")} | {"length": length}
     if not same:
         return {}
-    faster = seconds["single"] / seconds["batched"]
-    return {**facts, "examples": len(same), "same": sum(same), "seconds_of_one_of_each_task": seconds} | {
-        "times_as_fast": faster
-    }
+    facts |= {"examples": len(same), "same": sum(same), "seconds_of_one_of_each_task": seconds}
+    return facts | {"times_as_fast": seconds["single"] / seconds["batched"]}
 
 
 if __name__ == "__main__":

@@ -70,10 +70,13 @@ def main() -> None:
     loaded = Pretrained(args.model, dtype="bfloat16").load()
     texts = make_texts(loaded.tokenizer, args.rows, tuple(args.lengths), args.keys)
     stretch = Stretch(args.stretch, tuple(loaded.tokenizer.encode("\n")))
-    plan = Plan(batch=args.batch, transfer_steps=args.steps[0], finetune_steps=args.steps[1], sampler=stretch)
+    plan = Plan(batch=args.batch, transfer_steps=args.steps[0], finetune_steps=args.steps[1])
     table = json.loads(args.output.read_text()) if args.output.exists() else {}
     for name in args.variants:
-        model, table[name] = run_variant(Model(loaded.spec, loaded.params), VARIANTS[name], texts, plan)
+        method = VARIANTS[name]
+        stretched = isinstance(method, Lawcat) and method.stretched
+        mine = replace(plan, sampler=stretch) if stretched else plan
+        model, table[name] = run_variant(Model(loaded.spec, loaded.params), method, texts, mine)
         if args.text:
             table[name]["perplexity"] = by_position(loaded, model, args.text)
         table["_run"] = describe_run(f"# {vars(args)}")

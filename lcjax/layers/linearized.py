@@ -54,10 +54,8 @@ def time_steps(context: Context) -> Float[Array, "B T"]:
 def hedgehog(x: Float[Array, "B T H D"], maps: Float[Array, "H D f"]) -> Float[Array, "B T H f2"]:
     """[softmax(W x), softmax(-W x)] of each head: non-negative, with sum 2."""
     u = jnp.einsum("bthd,hdf->bthf", x, maps.astype(x.dtype), precision=precision(x.dtype)).astype(jnp.float32)
-    both = u[..., None, :] * jnp.array(
-        [[1], [-1]], u.dtype
-    )  # one softmax, so that one kernel reads u and writes the result
-    features = jax.nn.softmax(both, axis=-1).reshape(*u.shape[:-1], -1)
+    signs = jnp.array([1, -1], u.dtype)[:, None]  # one softmax of both: one kernel reads u and writes the result
+    features = jax.nn.softmax(u[..., None, :] * signs, axis=-1).reshape(*u.shape[:-1], -1)
     return jnp.maximum(features, FEATURE_FLOOR)
 
 
