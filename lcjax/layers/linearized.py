@@ -84,24 +84,23 @@ class LinearizedLayer(HeadProjections):
         self.window_logit = logit.param(rngs, param_dtype) if mixer.window else None
         self.window_scale = mixer.teacher.scale or dim**-0.5
 
-    def _log_decay(self, x: Float[Array, "B T width"]) -> Float[Array, "B T H Dk"] | None:
+    def _log_decay(self, x: Float[Array, "B T width"]) -> Float[Array, "B T K Dk"] | None:
         if self.decay_down is None or self.decay_up is None:
             return None
         logits = self.decay_up(self.decay_down(x)).astype(jnp.float32)
-        return repeat_heads(jax.nn.log_sigmoid(logits) / GATE_TEMPERATURE, self.query_map.shape[0])
+        return jax.nn.log_sigmoid(logits) / GATE_TEMPERATURE
 
     def _features(
         self, streams: dict[str, jax.Array], context: Context, cache: RecurrentCache | None
     ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, Any]]:
-        """phi(q), phi(k) (float32), v, each with H heads, and the convolutions' new tails."""
+        """phi(q), phi(k) (float32, H heads), v (K heads, or H if convolved), and the convolutions' new tails."""
         tails: dict[str, Any] = {}
         for name, convolve in self.convs.items():
             tail = None if cache is None else cache.tails[name]
             streams[name], tails[name] = convolve(streams[name], context, tail)
-        heads = self.query_map.shape[0]
-        q, k, v = (repeat_heads(streams[name], heads) for name in ("q", "k", "v"))
+        q, k = (repeat_heads(streams[name], self.query_map.shape[0]) for name in ("q", "k"))
         key_map = self.query_map if self.key_map is None else self.key_map
-        return hedgehog(q, self.query_map[...]), hedgehog(k, key_map[...]), v, tails
+        return hedgehog(q, self.query_map[...]), hedgehog(k, key_map[...]), streams["v"], tails
 
     def target(self, x: Float[Array, "B T width"], context: Context) -> Float[Array, "B T H D"]:
         """What the teacher's attention makes of x with the same projections."""

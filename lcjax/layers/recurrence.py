@@ -65,9 +65,9 @@ class Inputs(NamedTuple):
     """What the recurrence reads, per token and head; see `pallas_kernels.gated_linear_attention`."""
 
     q: Float[Array, "B T H Dk"]
-    k: Float[Array, "B T H Dk"]
-    v: Float[Array, "B T H Dv"]
-    log_decay: Float[Array, "B T H *Dk"] | None = None
+    k: Float[Array, "B T Hk Dk"]
+    v: Float[Array, "B T Hv Dv"]
+    log_decay: Float[Array, "B T Hg *Dk"] | None = None
     beta: Float[Array, "B T H"] | None = None
 
 

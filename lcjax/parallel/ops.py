@@ -186,9 +186,9 @@ def decode_attention(
 
 def gated_linear(
     q: Float[Array, "B T H Dk"],
-    k: Float[Array, "B T H Dk"],
-    v: Float[Array, "B T H Dv"],
-    log_decay: Float[Array, "B T H *Dk"] | None = None,
+    k: Float[Array, "B T Hk Dk"],
+    v: Float[Array, "B T Hv Dv"],
+    log_decay: Float[Array, "B T Hg *Dk"] | None = None,
     *,
     beta: Float[Array, "B T H"] | None = None,
     initial_state: LinearState | None = None,
@@ -203,8 +203,10 @@ def gated_linear(
     if counting():
         shape = jax.eval_shape(lambda: LinearState(*_blank_state(q, v, normalise)))
         flops = 4 * math.prod(q.shape) * v.shape[-1]  # writing and reading the state
-        return stand_in(flops, (jax.ShapeDtypeStruct(v.shape, v.dtype), shape), q, k, v, log_decay)
-    layout = current_layout(q.shape[0], (q.shape[2],), None if initial_state is not None else q.shape[1])
+        o = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), v.dtype)
+        return stand_in(flops, (o, shape), q, k, v, log_decay)
+    heads = tuple(x.shape[2] for x in (q, k, v, log_decay) if x is not None)
+    layout = current_layout(q.shape[0], heads, None if initial_state is not None else q.shape[1])
     if layout is None:
         return _recurrence(None)(
             q, k, v, log_decay,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import check_values
-from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments, varying_like
+from pallas_kernels.gated_linear.problem import LinearState, Problem, fold_segments, repeat_heads, varying_like
 from pallas_kernels.gated_linear.reference import gated_linear_reference, step
 from pallas_kernels.gated_linear.segments import Segments, blank_padding, read_segments
 from pallas_kernels.gated_linear.xla import gated_linear_xla
@@ -17,18 +17,18 @@ _mosaic_gpu = lazy("pallas_kernels.gated_linear.mosaic_gpu", "attend")
 _mosaic_tpu = lazy("pallas_kernels.gated_linear.mosaic_tpu", "attend")
 BACKENDS: dict[str, Callable[[Problem], tuple[Array, LinearState]]] = {
     "mosaic_gpu": lambda p: _without_segments(_mosaic_gpu, p),
-    "mosaic_tpu": lambda p: _without_segments(_mosaic_tpu, p),
-    "xla": lambda p: _without_segments(gated_linear_xla, p),
-    "reference": gated_linear_reference,
+    "mosaic_tpu": lambda p: _without_segments(_mosaic_tpu, repeat_heads(p)),
+    "xla": lambda p: _without_segments(gated_linear_xla, repeat_heads(p)),
+    "reference": lambda p: gated_linear_reference(repeat_heads(p)),
 }
 ORDER = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla")}
 
 
 def gated_linear_attention(
     q: Float[Array, "B T H Dk"],
-    k: Float[Array, "B T H Dk"],
-    v: Float[Array, "B T H Dv"],
-    log_decay: Float[Array, "B T H"] | Float[Array, "B T H Dk"] | None = None,
+    k: Float[Array, "B T Hk Dk"],
+    v: Float[Array, "B T Hv Dv"],
+    log_decay: Float[Array, "B T Hg"] | Float[Array, "B T Hg Dk"] | None = None,
     *,
     beta: Float[Array, "B T H"] | None = None,
     initial_state: LinearState | None = None,
@@ -44,7 +44,8 @@ def gated_linear_attention(
     second state sums the keys, `z <- exp(log_decay) z + k`, and the output is divided by `q z + 1e-10`.
 
     Args:
-      q, k, v: queries, keys and values. Every head has its own: repeat k, v and log_decay for grouped heads.
+      q, k, v: queries, keys and values. k, v and log_decay may each have fewer heads than q, in number a divisor of H:
+        head n serves the n-th group of query heads.
       log_decay: logarithm of the forget factor, at most 0 (-inf allowed), per head or per key channel; None keeps all.
       beta: writing strength of the delta rule.
       initial_state: what the row continues from; zeros without it. It belongs to the row's first segment.
@@ -71,9 +72,9 @@ def gated_linear_attention(
 
 def recurrent_step(
     q: Float[Array, "B H Dk"],
-    k: Float[Array, "B H Dk"],
-    v: Float[Array, "B H Dv"],
-    log_decay: Float[Array, "B H"] | Float[Array, "B H Dk"] | None,
+    k: Float[Array, "B Hk Dk"],
+    v: Float[Array, "B Hv Dv"],
+    log_decay: Float[Array, "B Hg"] | Float[Array, "B Hg Dk"] | None,
     state: LinearState,
     *,
     beta: Float[Array, "B H"] | None = None,
@@ -82,6 +83,7 @@ def recurrent_step(
 ) -> tuple[Float[Array, "B H Dv"], LinearState]:
     """One token of `gated_linear_attention` for a batch of requests; donate the state to update it in place."""
     _check_shapes(q, k, v, log_decay, beta)
+    k, v, log_decay = (None if x is None else jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v, log_decay))
     if normalise != (state.z is not None):
         raise ValueError(f"normalise={normalise} needs state.z {'to be an array' if normalise else 'to be None'}")
     scale = float(scale if scale is not None else 1.0 if normalise else q.shape[-1] ** -0.5)
@@ -130,12 +132,16 @@ def _check_decay(log_decay, segments: Segments | None) -> None:
 
 
 def _check_shapes(q, k, v, log_decay, beta) -> None:
-    if k.shape != q.shape:
-        raise ValueError(f"k has shape {k.shape}, q has {q.shape}: they must agree (repeat grouped heads first)")
-    if v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"v has shape {v.shape}, which does not fit q {q.shape}: all but the last axis must agree")
-    if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:-1]):
-        raise ValueError(f"log_decay has shape {log_decay.shape}: give {q.shape[:-1]} or {q.shape}")
+    *rows, heads, width = q.shape
+    at = len(rows)
+    features = {"k": [(width,)], "v": [v.shape[-1:]], "log_decay": [(), (width,)]}
+    for (name, allowed), x in zip(features.items(), (k, v, log_decay), strict=True):
+        if x is None or (x.shape[:at] == (*rows,) and x.shape[at + 1 :] in allowed and heads % x.shape[at] == 0):
+            continue
+        raise ValueError(
+            f"{name} has shape {x.shape}, which does not fit q {q.shape}: give it {(*rows, heads, *allowed[-1])}, or "
+            f"fewer heads, a divisor of {heads}"
+        )
     if beta is not None and beta.shape != q.shape[:-1]:
         raise ValueError(f"beta has shape {beta.shape}: give {q.shape[:-1]}, one per token and head")
 

@@ -36,7 +36,7 @@ def _kernel_forward(q, k, v, g, s0, scale, interpret):
 def _kernel_backward(scale, interpret, residuals, cotangents):
     do, d_last = cotangents
     *grads, d_first = mosaic_gpu_bwd.backward(*residuals, do, d_last, scale=scale, interpret=interpret)
-    return *(_add_tiles(x) for x in grads), d_first
+    return *(_add_up(x, array.shape[2]) for x, array in zip(grads, residuals[:4], strict=True)), d_first
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)
@@ -74,11 +74,19 @@ def _add_tiles(x: Array) -> Array:
     return x[0] if len(x) == 1 else x.astype(jnp.float32).sum(0).astype(x.dtype)
 
 
+def _add_up(x: Array, heads: int) -> Array:
+    """Over tiles and the query heads of each group: `[tiles, B, T, H, features]` to `[B, T, heads, features]`."""
+    if heads == x.shape[3]:
+        return _add_tiles(x)
+    groups = x.reshape(*x.shape[:3], heads, -1, x.shape[4])
+    return groups.astype(jnp.float32).sum((0, 4)).astype(x.dtype)
+
+
 def attend(p: Problem) -> tuple[Array, LinearState]:
     """The `mosaic_gpu` backend. `p` must have its segments folded. Log-decays are read in bfloat16, down to -16."""
     _check(p)
     q, k = _pad(p.q), _pad(p.k)
-    g = _log_decay(p, k.shape)
+    g = _log_decay(p)
     if p.state.z is not None:
         return _normalised(q, k, p.v, g, p.state, p.scale, interpreter())
     o, s = _kernel(q, k, _pad(p.v), g, _pad_state(p.state.s), p.scale, interpreter())
@@ -96,12 +104,12 @@ def _pad(x: Array) -> Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, -x.shape[3] % WIDTH)))
 
 
-def _log_decay(p: Problem, shape: tuple[int, ...]) -> Array:
-    if p.log_decay is None:
-        return varying_like(jnp.zeros(shape, jnp.bfloat16), p.q)
+def _log_decay(p: Problem) -> Array:
+    b, t, _, dk = p.q.shape
+    if p.log_decay is None:  # one head serves all
+        return _pad(varying_like(jnp.zeros((b, t, 1, dk), jnp.bfloat16), p.q))
     g = p.log_decay.astype(jnp.bfloat16)
-    g = g if g.ndim == 4 else jnp.broadcast_to(g[..., None], p.q.shape)
-    return _pad(g)
+    return _pad(g if g.ndim == 4 else jnp.broadcast_to(g[..., None], (*g.shape, dk)))
 
 
 def _check(p: Problem) -> None:

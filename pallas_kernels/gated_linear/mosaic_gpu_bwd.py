@@ -44,7 +44,8 @@ def _cotangents_body(unit, sums, ins, outs, buffers, signal, *, split: Split, in
         chunk = place.first + place.count - 1 - i
         slot = jax.lax.rem(i, 2)
         keys, values = (place.tokens(chunk, n) for n in (place.key_tile, place.value_tile))
-        routes = zip(arrays, (q, do, g, half), (keys, values, keys, place.sums(chunk)), strict=True)
+        decays = place.tokens(chunk, place.key_tile, arrays[2].shape[2])
+        routes = zip(arrays, (q, do, g, half), (keys, values, decays, place.sums(chunk)), strict=True)
         for n, (gmem, smem, at) in enumerate(routes):
             plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], signal(slot * 4 + n))
 
@@ -161,8 +162,10 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
 
     def load(i, wanted):
         chunk = place.first + place.count - 1 - i
-        keys, values = (place.tokens(chunk, n) for n in (place.key_tile, place.value_tile))
-        where = (keys, keys, values, keys, values, place.state(chunk), place.sums(chunk))
+        features = (place.key_tile, place.key_tile, place.value_tile, place.key_tile, place.value_tile)
+        heads = (x.shape[2] for x in arrays[:5])
+        where = [place.tokens(chunk, *at) for at in zip(features, heads, strict=True)]
+        where += [place.state(chunk), place.sums(chunk)]
         for n in wanted:
             plgpu.copy_gmem_to_smem(arrays[n].at[where[n]], buffers[n], signal(n))
 
@@ -207,14 +210,17 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
 
 
 def backward(q, k, v, g, saved, last, do, d_last, *, scale: float, interpret=None, slots: int = 264):
-    """Gradients dq, dk, dv, dg, in bfloat16, and ds0. dv comes by key tile `[Dk/64, ...]`, the others by value tile."""
+    """Gradients dq, dk, dv, dg of every query head, in bfloat16, and ds0.
+
+    dv comes by key tile `[Dk/64, ...]`, the others by value tile.
+    """
     chunk_states, found = saved
     b, t, h, dk = q.shape
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)
     local = segment_cotangents(q, do, g, found, split, interpret=interpret)
     leaving, d_first = entry_states(local * scale, parts.unit_decays(found, split), d_last, split, reverse=True)
     by_key = jax.ShapeDtypeStruct((split.value_tiles, *q.shape), jnp.bfloat16)
-    by_value = jax.ShapeDtypeStruct((split.key_tiles, *v.shape), jnp.bfloat16)
+    by_value = jax.ShapeDtypeStruct((split.key_tiles, *do.shape), jnp.bfloat16)
     n = WARPGROUPS
     inputs = [*(tile(n) for _ in range(6)), plgpu.SMEM((n, 2, WIDTH), jnp.float32)]
     scratch = [*inputs, *(tile(n) for _ in range(4)), plgpu.SMEM((n, WIDTH), jnp.float32)]

@@ -98,9 +98,10 @@ def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interp
 
     def load(i):
         slot = jax.lax.rem(i, 2)
-        keys, values = (place.tokens(place.first + i, n) for n in (place.key_tile, place.value_tile))
-        for n, (gmem, smem, at) in enumerate(zip(ins, (k, v, g), (keys, values, keys), strict=True)):
-            plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], signal(slot * 3 + n))
+        features = (place.key_tile, place.value_tile, place.key_tile)
+        for n, (gmem, smem, at) in enumerate(zip(ins, (k, v, g), features, strict=True)):
+            where = place.tokens(place.first + i, at, gmem.shape[2])
+            plgpu.copy_gmem_to_smem(gmem.at[where], smem.at[slot], signal(slot * 3 + n))
 
     load(jnp.int32(0))
 
@@ -141,7 +142,7 @@ def segment_states(
     """States of every segment from a zero start `[units, 64, 64]`, the sums of its keys `[units, 64]` (`normalise`),
     and what the other kernels must know of g."""
     n = WARPGROUPS
-    b, t, h, dk = k.shape
+    (b, t, _, dk), h = k.shape, split.heads
     out_type = [
         jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32),
         jax.ShapeDtypeStruct((split.units, CHUNK), jnp.float32),
@@ -236,8 +237,10 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
     mm = functools.partial(products, interpret=interpret)
 
     def load(i):
-        keys, values = (place.tokens(place.first + i, n) for n in (place.key_tile, place.value_tile))
-        where = (keys, keys, values, keys, place.sums(place.first + i))
+        features = (place.key_tile, place.key_tile, place.value_tile, place.key_tile)
+        heads = (x.shape[2] for x in arrays[:4])
+        where = [place.tokens(place.first + i, *at) for at in zip(features, heads, strict=True)]
+        where.append(place.sums(place.first + i))
         for n, (gmem, smem, at) in enumerate(zip(arrays, (*tiles, half), where, strict=True)):
             plgpu.copy_gmem_to_smem(gmem.at[at], smem, signal(n))
 
@@ -282,7 +285,7 @@ def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, als
     n = WARPGROUPS
     normalise = also == "weights"
     b, t, h, dk = q.shape
-    out_type = [jax.ShapeDtypeStruct((split.key_tiles, *v.shape), jnp.bfloat16)]
+    out_type = [jax.ShapeDtypeStruct((split.key_tiles, b, t, h, v.shape[-1]), jnp.bfloat16)]
     if also == "states":
         out_type.append(jax.ShapeDtypeStruct((b, split.total_chunks, h, dk, v.shape[-1]), jnp.bfloat16))
     if normalise:
@@ -338,7 +341,7 @@ class Result(NamedTuple):
 
 
 def forward(q, k, v, g, start: LinearState, *, scale: float, save: bool = False, interpret=None, slots: int = 396):
-    """q, k, g `[B, T, H, Dk]`, v `[B, T, H, Dv]` bfloat16, T and widths multiples of 64.
+    """q, k, g `[B, T, H, Dk]`, v `[B, T, H, Dv]` bfloat16, T and widths multiples of 64; k, v, g of H heads or fewer.
 
     `save` what the backward needs, which knows no normaliser: there the values bring a column of ones.
     """

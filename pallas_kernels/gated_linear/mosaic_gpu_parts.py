@@ -88,7 +88,7 @@ class Split(NamedTuple):
         key_tile, head = jax.lax.rem(lane, self.key_tiles), jax.lax.div(lane, self.key_tiles)
         first = jax.lax.rem(rest, self.segments) * self.chunks
         count = jnp.minimum(self.chunks, self.total_chunks - first)
-        return Place(jax.lax.div(rest, self.segments), head, key_tile, value_tile, first, count)
+        return Place(jax.lax.div(rest, self.segments), head, key_tile, value_tile, first, count, self.heads)
 
 
 class Place(NamedTuple):
@@ -100,10 +100,12 @@ class Place(NamedTuple):
     value_tile: jax.Array
     first: jax.Array  # chunk
     count: jax.Array  # of chunks
+    heads: int
 
-    def tokens(self, chunk, tile_index):
-        """Index of a chunk's `[64, 64]` tile in `[B, T, H, features]`."""
-        return (self.row, pl.ds(chunk * CHUNK, CHUNK), self.head, pl.ds(tile_index * WIDTH, WIDTH))
+    def tokens(self, chunk, tile_index, heads: int | None = None):
+        """Index of a chunk's `[64, 64]` tile in `[B, T, H, features]`; in an array of fewer heads, of the group's."""
+        head = jax.lax.div(self.head, self.heads // (heads or self.heads))
+        return (self.row, pl.ds(chunk * CHUNK, CHUNK), head, pl.ds(tile_index * WIDTH, WIDTH))
 
     def sums(self, chunk):
         """Index of a chunk's two rows of `Halves.sums`."""

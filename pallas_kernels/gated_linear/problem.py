@@ -19,16 +19,28 @@ class LinearState(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One checked call. `log_decay` has 3 axes (one per head), 4 (one per key channel) or is None."""
+    """One checked call. `log_decay` has 3 axes (one per head), 4 (one per key channel) or is None.
+
+    k, v and log_decay may have fewer heads than q, each one for a group.
+    """
 
     q: Float[Array, "B T H Dk"]
-    k: Float[Array, "B T H Dk"]
-    v: Float[Array, "B T H Dv"]
-    log_decay: Float[Array, "B T H *Dk"] | None
+    k: Float[Array, "B T Hk Dk"]
+    v: Float[Array, "B T Hv Dv"]
+    log_decay: Float[Array, "B T Hg *Dk"] | None
     beta: Float[Array, "B T H"] | None
     state: LinearState
     segments: Segments | None
     scale: float
+
+
+def repeat_heads(p: Problem) -> Problem:
+    """The same problem with H heads of everything."""
+
+    def repeat(x):
+        return None if x is None else jnp.repeat(x, p.q.shape[2] // x.shape[2], axis=2)
+
+    return p._replace(k=repeat(p.k), v=repeat(p.v), log_decay=repeat(p.log_decay))
 
 
 def varying_like(x: Array, like: Array) -> Array:

@@ -22,6 +22,7 @@ from pallas_kernels.gated_linear.problem import (
     LinearState,
     Problem,
     fold_segments,
+    repeat_heads,
     varying_like,
     widen,
     widened_results,
@@ -31,9 +32,9 @@ from pallas_kernels.gated_linear.segments import Segments, blank_padding, gather
 
 def gated_linear_attention_sharded(
     q: Float[Array, "B T H Dk"],
-    k: Float[Array, "B T H Dk"],
-    v: Float[Array, "B T H Dv"],
-    log_decay: Float[Array, "B T H"] | Float[Array, "B T H Dk"] | None = None,
+    k: Float[Array, "B T Hk Dk"],
+    v: Float[Array, "B T Hv Dv"],
+    log_decay: Float[Array, "B T Hg"] | Float[Array, "B T Hg Dk"] | None = None,
     *,
     axis_name: str,
     beta: Float[Array, "B T H"] | None = None,
@@ -63,7 +64,7 @@ def gated_linear_attention_sharded(
     problem = make_problem(
         q, k, v, log_decay, beta=beta, state=initial_state, segments=segments, normalise=normalise, scale=scale
     )
-    folded = fold_segments(problem)
+    folded = fold_segments(repeat_heads(problem))
     v, start = widen(folded)
     run = solver(implementation)
     alone = folded._replace(v=v, state=LinearState(jnp.zeros_like(start), None))

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gated_linear.api import make_problem, solver
-from pallas_kernels.gated_linear.problem import LinearState, fold_segments, varying_like, widen, widened_results
+from pallas_kernels.gated_linear.problem import (
+    LinearState,
+    fold_segments,
+    repeat_heads,
+    varying_like,
+    widen,
+    widened_results,
+)
 from pallas_kernels.gated_linear.segments import blank_padding, read_segments
 from pallas_kernels.gated_linear.sharded import (
     add_read,
@@ -28,9 +35,9 @@ from pallas_kernels.gated_linear.sharded import (
 
 def gated_linear_attention_truncated(
     q: Float[Array, "B T H Dk"],
-    k: Float[Array, "B T H Dk"],
-    v: Float[Array, "B T H Dv"],
-    log_decay: Float[Array, "B T H"] | Float[Array, "B T H Dk"] | None = None,
+    k: Float[Array, "B T Hk Dk"],
+    v: Float[Array, "B T Hv Dv"],
+    log_decay: Float[Array, "B T Hg"] | Float[Array, "B T Hg Dk"] | None = None,
     *,
     window: int,
     axis_name: str | None = None,
@@ -63,7 +70,7 @@ def gated_linear_attention_truncated(
     problem = make_problem(
         q, k, v, log_decay, beta=beta, state=initial_state, segments=segments, normalise=normalise, scale=scale
     )
-    folded = fold_segments(problem)
+    folded = fold_segments(repeat_heads(problem))
     v, start = widen(folded)
 
     def split(x):

@@ -19,8 +19,9 @@ class Case(NamedTuple):
 
 
 def make_case(t=65, kind="vector", *, shape=(2, 2, 8, 5), dtype=np.float64, mean=-0.5, **options) -> Case:
-    """`options`: delta (use the delta rule), normalise, segment_ids."""
+    """`options`: delta (use the delta rule), normalise, segment_ids, group (query heads for each v and decay)."""
     delta, normalise, segment_ids = (options.pop(name, None) for name in ("delta", "normalise", "segment_ids"))
+    group = options.pop("group", 1)
     assert not options
     b, h, dk, dv = shape
     rng = np.random.default_rng(t)
@@ -28,12 +29,12 @@ def make_case(t=65, kind="vector", *, shape=(2, 2, 8, 5), dtype=np.float64, mean
     def draw(*size):
         return rng.normal(size=size).astype(dtype)
 
-    q, k, v = draw(b, t, h, dk), draw(b, t, h, dk), draw(b, t, h, dv)
+    q, k, v = draw(b, t, h, dk), draw(b, t, h, dk), draw(b, t, h // group, dv)
     if normalise:
         q, k = np.abs(q), np.abs(k)
     if delta:
         k = k / np.linalg.norm(k, axis=-1, keepdims=True)
-    size = {"none": None, "scalar": (b, t, h), "vector": (b, t, h, dk)}[kind]
+    size = {"none": None, "scalar": (b, t, h // group), "vector": (b, t, h // group, dk)}[kind]
     g = None if size is None else (mean * rng.exponential(size=size)).astype(dtype)
     beta = rng.uniform(size=(b, t, h)).astype(dtype) if delta else None
     state = LinearState(draw(b, h, dk, dv), np.abs(draw(b, h, dk)) if normalise else None)
