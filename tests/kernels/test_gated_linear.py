@@ -250,8 +250,8 @@ class TestMosaicGpu:
     def test_sums_of_weights_beside_the_values(self, widths):
         """Where no gradient is asked for, the normaliser is no column of the values; strong and mild chunks."""
         case = make_case(
-            130, mean=-1.0, shape=(1, 2, *widths), dtype=jnp.bfloat16, segment_ids=packed((40, 89), 130), normalise=True,
-            group=2,
+            130, mean=-1.0, shape=(1, 2, *widths), dtype=jnp.bfloat16, normalise=True, group=2,
+            segment_ids=packed((40, 89), 130),
         )  # fmt: skip
         with op.interpret(plgpu.InterpretGPUParams()):
             found = forward(case, "mosaic_gpu")
