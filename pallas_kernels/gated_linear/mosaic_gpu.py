@@ -8,66 +8,46 @@ from jaxtyping import Array
 
 from pallas_kernels.gated_linear import mosaic_gpu_bwd, mosaic_gpu_fwd
 from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, WIDTH
-from pallas_kernels.gated_linear.problem import (
-    NORMALISER_FLOOR,
-    LinearState,
-    Problem,
-    varying_like,
-    widen,
-    widened_results,
-)
+from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState, Problem, varying_like
 from pallas_kernels.op import Unsupported, interpreter, platform
 
 MAX_WIDTH = 256
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _kernel(q, k, v, g, s0, scale: float, interpret):
-    found = mosaic_gpu_fwd.forward(q, k, v, g, LinearState(s0, None), scale=scale, interpret=interpret)
-    return _add_tiles(found.o), found.state.s
+def _kernel(q, k, v, g, start: LinearState, scale: float, interpret):
+    found = mosaic_gpu_fwd.forward(q, k, v, g, start, scale=scale, interpret=interpret)
+    return _divided(found, scale)[0], found.state
 
 
-def _kernel_forward(q, k, v, g, s0, scale, interpret):
-    found = mosaic_gpu_fwd.forward(q, k, v, g, LinearState(s0, None), scale=scale, save=True, interpret=interpret)
-    last = found.state.s
-    return (_add_tiles(found.o), last), (q, k, v, g, found.saved, last)
+def _kernel_forward(q, k, v, g, start, scale, interpret):
+    found = mosaic_gpu_fwd.forward(q, k, v, g, start, scale=scale, save=True, interpret=interpret)
+    o, weights = _divided(found, scale)
+    divided = None if weights is None else (o, weights)
+    return (o, found.state), (q, k, v, g, found.saved, found.state, divided)
 
 
 def _kernel_backward(scale, interpret, residuals, cotangents):
+    *kept, divided = residuals
     do, d_last = cotangents
-    *grads, d_first = mosaic_gpu_bwd.backward(*residuals, do, d_last, scale=scale, interpret=interpret)
+    d_weights = None
+    if divided is not None:
+        o, weights = divided
+        wide = do.astype(jnp.float32) / weights
+        do, d_weights = wide.astype(do.dtype), -(wide * o.astype(jnp.float32)).sum(-1)
+    grads, d_first = mosaic_gpu_bwd.backward(*kept, (do, d_weights, d_last), scale=scale, interpret=interpret)
     return *(_add_up(x, array.shape[2]) for x, array in zip(grads, residuals[:4], strict=True)), d_first
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _normalised(q, k, v, g, start: LinearState, scale: float, interpret):
-    """Where nobody asks for a gradient, the kernels carry the sums of keys and give the sums of weights."""
-    assert start.z is not None
-    padded = LinearState(_pad_state(start.s), _pad_state(start.z[..., None])[..., 0])
-    found = mosaic_gpu_fwd.forward(q, k, _pad(v), g, padded, scale=scale, interpret=interpret)
-    assert found.weights is not None
+def _divided(found: mosaic_gpu_fwd.Result, scale: float) -> tuple[Array, Array | None]:
+    """Outputs `[B, T, H, Dv]`, and the sums of weights `[B, T, H, 1]` that they are divided by, if any."""
+    if found.weights is None:
+        return _add_tiles(found.o), None
     weights = scale * jnp.moveaxis(found.weights.sum(0), 1, 2)[..., None] + NORMALISER_FLOOR
-    (_, t, _, dv), dk = v.shape, start.s.shape[2]
-    o = (found.o.astype(jnp.float32).sum(0) / weights)[:, :t, :, :dv].astype(v.dtype)
-    return o, LinearState(found.state.s[:, :, :dk, :dv], found.state.z[..., :dk])
-
-
-def _with_ones(q, k, v, g, start: LinearState, scale: float, interpret):
-    """The same with one more value, of ones, whose sum is that of the weights; this has a gradient."""
-    p = Problem(q, k, v, g, None, start, None, scale)
-    wide, s0 = widen(p)
-    o, last = _kernel(q, k, _pad(wide), g, _pad_state(s0), scale, interpret)
-    return widened_results(p, o[:, : v.shape[1]], last[:, :, : s0.shape[2]])
-
-
-def _normalised_forward(q, k, v, g, start, scale, interpret):
-    return jax.vjp(lambda *x: _with_ones(*x, scale, interpret), q, k, v, g, start)
-
-
-_normalised.defvjp(_normalised_forward, lambda scale, interpret, vjp, cotangents: vjp(cotangents))
+    return (found.o.astype(jnp.float32).sum(0) / weights).astype(found.o.dtype), weights
 
 
 def _add_tiles(x: Array) -> Array:
@@ -85,13 +65,10 @@ def _add_up(x: Array, heads: int) -> Array:
 def attend(p: Problem) -> tuple[Array, LinearState]:
     """The `mosaic_gpu` backend. `p` must have its segments folded. Log-decays are read in bfloat16, down to -16."""
     _check(p)
-    q, k = _pad(p.q), _pad(p.k)
-    g = _log_decay(p)
-    if p.state.z is not None:
-        return _normalised(q, k, p.v, g, p.state, p.scale, interpreter())
-    o, s = _kernel(q, k, _pad(p.v), g, _pad_state(p.state.s), p.scale, interpreter())
+    padded = LinearState(_pad_state(p.state.s), None if p.state.z is None else _pad_state(p.state.z[..., None])[..., 0])
+    o, last = _kernel(_pad(p.q), _pad(p.k), _pad(p.v), _log_decay(p), padded, p.scale, interpreter())
     (_, t, _, dk), dv = p.q.shape, p.v.shape[-1]
-    return o[:, :t, :, :dv], LinearState(s[:, :, :dk, :dv], None)
+    return o[:, :t, :, :dv], LinearState(last.s[:, :, :dk, :dv], None if last.z is None else last.z[..., :dk])
 
 
 def _pad_state(s: Array) -> Array:

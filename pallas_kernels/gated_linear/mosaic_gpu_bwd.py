@@ -3,9 +3,14 @@
 Two passes over the segments of the sequence, as forward: every segment's own state cotangent, then, with the true one
 entering from the right, all gradients chunk by chunk from the last. The decay gradient of a chunk is a reversed sum of
 `q dq - k dk` over the chunk plus what the leaving state owes, `rowsum(S dS)`, carried from chunk to chunk.
+
+The normaliser is one more value, 1 everywhere, whose state z is a vector. Its cotangents are small: the first pass sums
+them up by chunk, a scan over chunks (`Normaliser`) makes them those that leave each one, and the second pass adds what
+they give to the gradients of q, k and the decay.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +32,66 @@ from pallas_kernels.gated_linear.mosaic_gpu_parts import (
     read,
     tile,
 )
+from pallas_kernels.gated_linear.problem import LinearState
 
 STATE_WARPGROUPS = 3
 WARPGROUPS = 2
 
 
+class Normaliser(NamedTuple):
+    """What the second pass knows of the normaliser, rows of an array `[B, N, H, 2 + 4, Dk]` after the halves' two."""
+
+    keys: Array  # z that enters the chunk
+    leaving: Array  # the cotangent of z that leaves it
+    owed: Array  # their product where the chunk ends
+    weights: Array  # cotangents of the chunk's 64 sums of weights, once for each key tile
+
+    @classmethod
+    def between(cls, keys, last, parts_, d_last, d_weights, found: Halves) -> tuple["Normaliser", Array]:
+        """From z `[B, N, H, Dk]` at each entry and `last`, each chunk's own cotangents `parts_` of the z that enters it
+        and `d_last`, and those of the weights `[B, N, H, Dk]`; also the cotangent of the first z."""
+
+        def combine(a, b):
+            return a[0] * b[0], a[1] * b[0] + b[1]
+
+        decay = jnp.exp(found.sums.sum(3))
+        product, total = jax.lax.associative_scan(combine, (decay, parts_), axis=1, reverse=True)
+        entering = product * d_last[:, None] + total
+        leaving = jnp.concatenate([entering[:, 1:], d_last[:, None]], axis=1)
+        after = jnp.concatenate([keys[:, 1:], last[:, None]], axis=1)
+        return cls(keys, leaving, after * leaving, d_weights), entering[:, 0]
+
+
+class OneMore(NamedTuple):
+    """`Normaliser` of a chunk in shared memory; `once` is 1 for the value tile that counts it and 0 for the others."""
+
+    rows: Any  # [6, 64]
+    once: Any
+
+    def scores(self):
+        """Cotangents of the scores, alike along a query's row."""
+        return parts.per_row(self.rows.at[5]) * self.once
+
+    def queries(self):
+        """What z adds to dq, before the decay from the chunk's start."""
+        return self.scores() * parts.per_column(self.rows.at[2])
+
+    def keys(self):
+        """What z's cotangent adds to dk, before the decay to the chunk's end."""
+        return parts.per_column(self.rows.at[3]) * self.once
+
+    def owed(self):
+        return parts.per_column(self.rows.at[4]) * self.once
+
+
 def _cotangents_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interpret: bool):
-    """A segment's own state cotangent from zero, `(q prefix)^T do`, chunks from the last."""
+    """A segment's own state cotangent from zero, `(q prefix)^T do`, chunks from the last.
+
+    With a second output, also each chunk's `(q prefix)^T dw`, dw being the weights' cotangents.
+    """
     *arrays, strong_gmem = ins
-    q, do, g, half, weighted = buffers
+    normalise = len(outs) > 1
+    q, do, g, half, weighted, *weights_tile = buffers
     place = split.place(unit)
     strong = strong_gmem[unit] != 0
     mm = functools.partial(products, interpret=interpret)
@@ -62,30 +118,47 @@ def _cotangents_body(unit, sums, ins, outs, buffers, signal, *, split: Split, in
         weighted[...] = bf16(read(q.at[slot]) * prefix)
         plgpu.commit_smem()
         plgpu.barrier_wait(signal(slot * 4 + 1))
+        if normalise:  # every column of the product is the sum
+            (alike,) = weights_tile
+            alike[...] = bf16(parts.per_row(half.at[slot, 2]))
+            plgpu.commit_smem()
+            found = mm([(weighted.transpose((1, 0)), alike)]).sum(1) / CHUNK
+
+            @pl.when(place.value_tile == 0)
+            def _():
+                outs[1][place.keys(place.first + place.count - 1 - i)] = found
+
         total = parts.per_row(first, jnp.exp) * parts.per_row(second, jnp.exp)
         return mm([(weighted.transpose((1, 0)), do.at[slot])], leaving * total)
 
     outs[0][unit] = jax.lax.fori_loop(0, place.count, chunk, parts.zeros())
 
 
-def segment_cotangents(q, do, g, found: Halves, split: Split, *, interpret=None):
-    """State cotangents of every segment from a zero start, `[units, Dk, Dv]`."""
-    n = STATE_WARPGROUPS
-    shape = jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32)
-    scratch = [tile(n, 2), tile(n, 2), tile(n, 2), plgpu.SMEM((n, 2, 2, WIDTH), jnp.float32), tile(n)]
+def segment_cotangents(q, do, g, found: Halves, d_weights, split: Split, *, interpret=None) -> list[Array]:
+    """State cotangents of every segment from a zero start, `[units, Dk, Dv]`; given `d_weights` `[B, N, H, Dk]` (see
+    `Normaliser`), also those that each chunk adds to z, `[B, N, H, Dk]`."""
+    n, rows = STATE_WARPGROUPS, found.sums
+    shapes = [jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32)]
+    if d_weights is not None:
+        shapes.append(jax.ShapeDtypeStruct(d_weights.shape, jnp.float32))
+        rows = jnp.concatenate([rows, d_weights[:, :, :, None]], axis=3)
+    scratch = [tile(n, 2), tile(n, 2), tile(n, 2), plgpu.SMEM((n, 2, rows.shape[3], WIDTH), jnp.float32), tile(n)]
+    scratch += [tile(n)] * (len(shapes) - 1)
     body = functools.partial(_cotangents_body, split=split, interpret=bool(interpret))
-    run = launch(body, split, Sums.PAIRS[:1], [shape], scratch, 8, interpret=interpret, warpgroups=n)
-    return run(q, do, g, found.sums, parts.strong_units(found, split))[0]
+    run = launch(body, split, Sums.PAIRS[:1], shapes, scratch, 8, interpret=interpret, warpgroups=n)
+    return run(q, do, g, rows, parts.strong_units(found, split))
 
 
-def _mild_chunk(tiles, work, half, sums, mm, prefetch, leaving, scale):
+def _mild_chunk(tiles, work, half, extra: OneMore | None, sums, mm, prefetch, leaving, scale):
     """Gradients with all pairs from one factorisation at the chunk's middle.
 
     Leaves dv in `pairs` and returns dq, dk, `q dq - k dk`, the entering state cotangent and `rowsum(S dS)` there.
     """
     q, k, v, g, do, state = tiles
     q_tile, k_tile, pairs, leaving_tile = work
-    d_scores = bf16(jnp.where(parts.causal(), mm([(do, v.transpose((1, 0)))]), 0.0))
+    d_scores = mm([(do, v.transpose((1, 0)))])
+    d_scores = d_scores if extra is None else d_scores + extra.scores()
+    d_scores = bf16(jnp.where(parts.causal(), d_scores, 0.0))
     factor = jnp.exp(mm([(sums.at[Sums.MIDDLE], g)]))
     k_tile[...] = bf16(read(k) / factor)
     q_tile[...] = bf16(read(q) * (factor * scale))
@@ -103,19 +176,24 @@ def _mild_chunk(tiles, work, half, sums, mm, prefetch, leaving, scale):
     plgpu.commit_smem()
     dv = bf16(mm([(scores.transpose((1, 0)), do), (k_tile, leaving_tile)]))
     dq = mm([(pairs, k_tile), (do, state.transpose((1, 0)))])
+    if extra is not None:
+        dq = dq + extra.queries() * parts.per_column(half.at[0], jnp.exp)
     balance, dq = read(q_tile) * dq, bf16(dq * (factor * scale))
     dk = mm([(pairs.transpose((1, 0)), q_tile), (v, leaving_tile.transpose((1, 0)))])
+    if extra is not None:
+        dk = dk + extra.keys() * parts.per_column(half.at[1], jnp.exp)
     balance, dk = balance - read(k_tile) * dk, bf16(dk / factor)
     pairs[...] = dv
     return dq, dk, balance, entering, owed
 
 
-def _strong_chunk(tiles, work, half, sums, mm, prefetch, leaving, scale):
+def _strong_chunk(tiles, work, half, extra: OneMore | None, sums, mm, prefetch, leaving, scale):
     """The same level by level: any decay."""
     q, k, v, g, do, state = tiles
     q_tile, k_tile, pairs, leaving_tile = work
     parts.clamp_decay(g)
-    d_scores = bf16(mm([(do, v.transpose((1, 0)))]))
+    d_scores = mm([(do, v.transpose((1, 0)))])
+    d_scores = bf16(d_scores if extra is None else d_scores + extra.scores())
 
     def level(n, carry):
         found, dq, dk = carry
@@ -141,8 +219,10 @@ def _strong_chunk(tiles, work, half, sums, mm, prefetch, leaving, scale):
     q_tile[...] = bf16(read(q) * (prefix * scale))
     plgpu.commit_smem()
     dv = mm([(pairs.transpose((1, 0)), do), (k_tile, leaving_tile)])
-    dk += mm([(v, leaving_tile.transpose((1, 0)))]) * suffix
-    dq = (dq + mm([(do, state.transpose((1, 0)))]) * prefix) * scale
+    dk_after, dq_before = mm([(v, leaving_tile.transpose((1, 0)))]), mm([(do, state.transpose((1, 0)))])
+    if extra is not None:
+        dk_after, dq_before = dk_after + extra.keys(), dq_before + extra.queries()
+    dk, dq = dk + dk_after * suffix, (dq + dq_before * prefix) * scale
     total = parts.per_row(half.at[0], jnp.exp) * parts.per_row(half.at[1], jnp.exp)
     entering = mm([(q_tile.transpose((1, 0)), do)], leaving * total)
     balance = read(q) * dq - read(k) * dk
@@ -159,6 +239,8 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
     q_tile, k_tile, pairs, dg_tile = work
     place = split.place(unit)
     mm = functools.partial(products, interpret=interpret)
+    normalise = half.shape[0] > 2
+    extra = OneMore(half, jnp.where(place.value_tile == 0, 1.0, 0.0)) if normalise else None
 
     def load(i, wanted):
         chunk = place.first + place.count - 1 - i
@@ -182,7 +264,8 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         more = i + 1 < place.count
         prefetch = lambda: pl.when(more)(lambda: load(i + 1, early))
-        dq, dk, balance, entering, owed = step(tiles, work, half, sums, mm, prefetch, leaving, scale)
+        dq, dk, balance, entering, owed = step(tiles, work, half, extra, sums, mm, prefetch, leaving, scale)
+        owed_by_z = None if extra is None else extra.owed()
         high = bf16(balance)
         q_tile[...] = high
         k_tile[...] = bf16(balance - high.astype(jnp.float32))
@@ -190,6 +273,7 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
         pl.when(more)(lambda: load(i + 1, late))
         later = sums.at[Sums.LATER]
         dg = mm([(later, q_tile), (later, k_tile)]) + parts.per_column(ends)
+        dg = dg if owed_by_z is None else dg + owed_by_z
         plgpu.commit_smem()
         ends[...] = owed
         q_tile[...], k_tile[...], dg_tile[...] = dq, dk, bf16(dg)
@@ -209,27 +293,37 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
     plgpu.wait_smem_to_gmem(0)
 
 
-def backward(q, k, v, g, saved, last, do, d_last, *, scale: float, interpret=None, slots: int = 264):
-    """Gradients dq, dk, dv, dg of every query head, in bfloat16, and ds0.
+def backward(
+    q, k, v, g, saved, last: LinearState, cotangents, *, scale: float, interpret=None, slots: int = 264
+) -> tuple[tuple[Array, ...], LinearState]:
+    """Gradients dq, dk, dv, dg of every query head, in bfloat16, and that of the first state.
 
-    dv comes by key tile `[Dk/64, ...]`, the others by value tile.
+    dv comes by key tile `[Dk/64, ...]`, the others by value tile. `cotangents` are those of o `[B, T, H, Dv]`, of the
+    sums of weights times `scale` `[B, T, H]` (None without the normaliser), and of the last state.
     """
-    chunk_states, found = saved
+    do, d_weights, d_last = cotangents
+    entered, found = saved
     b, t, h, dk = q.shape
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)
-    local = segment_cotangents(q, do, g, found, split, interpret=interpret)
-    leaving, d_first = entry_states(local * scale, parts.unit_decays(found, split), d_last, split, reverse=True)
+    if d_weights is not None:
+        by_chunk = d_weights.reshape(b, split.total_chunks, CHUNK, h).swapaxes(2, 3)
+        d_weights = jnp.tile(by_chunk, (1, 1, 1, split.key_tiles))
+    local, *local_z = segment_cotangents(q, do, g, found, d_weights, split, interpret=interpret)
+    leaving, d_first = entry_states(local * scale, parts.unit_decays(found, split), d_last.s, split, reverse=True)
+    rows, dz_first = found.sums, None
+    if d_weights is not None:
+        z, dz_first = Normaliser.between(entered.z, last.z, local_z[0] * scale, d_last.z, d_weights, found)
+        rows = jnp.concatenate([rows, jnp.stack(z, axis=3)], axis=3)
     by_key = jax.ShapeDtypeStruct((split.value_tiles, *q.shape), jnp.bfloat16)
     by_value = jax.ShapeDtypeStruct((split.key_tiles, *do.shape), jnp.bfloat16)
     n = WARPGROUPS
-    inputs = [*(tile(n) for _ in range(6)), plgpu.SMEM((n, 2, WIDTH), jnp.float32)]
+    inputs = [*(tile(n) for _ in range(6)), plgpu.SMEM((n, rows.shape[3], WIDTH), jnp.float32)]
     scratch = [*inputs, *(tile(n) for _ in range(4)), plgpu.SMEM((n, WIDTH), jnp.float32)]
     body = functools.partial(_body, split=split, scale=scale, interpret=bool(interpret))
     types = (by_key, by_key, by_value, by_key)
     run = launch(body, split, Sums.PAIRS, types, scratch, 7, interpret=interpret, warpgroups=n)
-    strong, owed = parts.strong_units(found, split), _owed(chunk_states, last, leaving, split)
-    grads = run(q, k, v, g, do, chunk_states, found.sums, strong, leaving, owed)
-    return (*grads, d_first)
+    strong, owed = parts.strong_units(found, split), _owed(entered.s, last.s, leaving, split)
+    return run(q, k, v, g, do, entered.s, rows, strong, leaving, owed), LinearState(d_first, dz_first)
 
 
 def _owed(chunk_states: Array, last: Array, leaving: Array, split: Split) -> Array:

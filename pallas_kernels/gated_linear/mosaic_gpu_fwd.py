@@ -35,7 +35,7 @@ from pallas_kernels.gated_linear.mosaic_gpu_parts import (
 from pallas_kernels.gated_linear.problem import LinearState
 
 WARPGROUPS = 3
-type Also = Literal["states", "weights"] | None
+type Also = Literal["states", "weights", "keys"]
 
 
 def launch(body, split: Split, matrices, out_type, scratch, signals: int, *, interpret, warpgroups=WARPGROUPS):
@@ -229,10 +229,13 @@ def _strong_chunk(tiles, half, sums, mm, carried: Carried):
     return found, carried.decayed(half.at[0]).decayed(half.at[1]).add(weighted, v, sums, mm)
 
 
-def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float, also: Also, interpret: bool):
+def _outputs_body(
+    unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float, also: tuple[Also, ...], interpret: bool
+):
     """A segment from its true entry state: outputs, and what `also` names."""
-    *arrays, strong_gmem, entry_gmem, entry_keys_gmem = ins if also == "weights" else (*ins, None)
-    *tiles, half, weighted, state_tile, o_tile, keys_ref = buffers if also == "weights" else (*buffers, None)
+    *arrays, strong_gmem, entry_gmem, entry_keys_gmem = ins if "weights" in also else (*ins, None)
+    *tiles, half, weighted, state_tile, o_tile, keys_ref = buffers if "weights" in also else (*buffers, None)
+    o_gmem, named = outs[0], dict(zip(also, outs[1:], strict=True))
     place = split.place(unit)
     mm = functools.partial(products, interpret=interpret)
 
@@ -252,22 +255,28 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
         for n in range(len(arrays)):
             plgpu.barrier_wait(signal(n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copy out of o_tile
-        if also == "states":
+        if "states" in also:
             o_tile[...] = bf16(carried.state)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_tile, outs[1].at[place.state(place.first + i)])
-        (o, weights), carried = step((*tiles, weighted, state_tile, keys_ref), half, sums, mm, carried)
-        if also == "weights":
+            plgpu.copy_smem_to_gmem(o_tile, named["states"].at[place.state(place.first + i)])
+        if "keys" in also:
 
             @pl.when(place.value_tile == 0)
             def _():
-                outs[1][place.weights(place.first + i)] = weights
+                named["keys"][place.keys(place.first + i)] = carried.keys
+
+        (o, weights), carried = step((*tiles, weighted, state_tile, keys_ref), half, sums, mm, carried)
+        if "weights" in also:
+
+            @pl.when(place.value_tile == 0)
+            def _():
+                named["weights"][place.weights(place.first + i)] = weights
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_tile[...] = bf16(o * scale)
         plgpu.commit_smem()
         pl.when(i + 1 < place.count)(lambda: load(i + 1))
-        plgpu.copy_smem_to_gmem(o_tile, outs[0].at[(place.key_tile, *place.tokens(place.first + i, place.value_tile))])
+        plgpu.copy_smem_to_gmem(o_tile, o_gmem.at[(place.key_tile, *place.tokens(place.first + i, place.value_tile))])
         return carried
 
     def run(step):
@@ -279,17 +288,22 @@ def _outputs_body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale
     plgpu.wait_smem_to_gmem(0)
 
 
-def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, also: Also, interpret=None):
-    """`o` by key tile `[Dk/64, B, T, H, Dv]` in bfloat16; `also` 'states': those that enter each chunk
-    `[B, N, H, Dk, Dv]` in bfloat16; 'weights': the sums of weights by key tile `[Dk/64, B, H, T]` in float32."""
+def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, also: tuple[Also, ...], interpret=None):
+    """`o` by key tile `[Dk/64, B, T, H, Dv]` in bfloat16, and of the normaliser's or the backward's what `also` names.
+
+    'states': those that enter each chunk `[B, N, H, Dk, Dv]` in bfloat16; 'keys': the sums of keys that do
+    `[B, N, H, Dk]`; 'weights': the sums of weights by key tile `[Dk/64, B, H, T]`, both in float32.
+    """
     n = WARPGROUPS
-    normalise = also == "weights"
+    normalise = "weights" in also
     b, t, h, dk = q.shape
-    out_type = [jax.ShapeDtypeStruct((split.key_tiles, b, t, h, v.shape[-1]), jnp.bfloat16)]
-    if also == "states":
-        out_type.append(jax.ShapeDtypeStruct((b, split.total_chunks, h, dk, v.shape[-1]), jnp.bfloat16))
-    if normalise:
-        out_type.append(jax.ShapeDtypeStruct((split.key_tiles, b, h, t), jnp.float32))
+    types = {
+        "states": jax.ShapeDtypeStruct((b, split.total_chunks, h, dk, v.shape[-1]), jnp.bfloat16),
+        "keys": jax.ShapeDtypeStruct((b, split.total_chunks, h, dk), jnp.float32),
+        "weights": jax.ShapeDtypeStruct((split.key_tiles, b, h, t), jnp.float32),
+    }
+    o_type = jax.ShapeDtypeStruct((split.key_tiles, b, t, h, v.shape[-1]), jnp.bfloat16)
+    out_type = [o_type, *(types[name] for name in also)]
     scratch = [*(tile(n) for _ in range(4)), plgpu.SMEM((n, 2, WIDTH), jnp.float32), *(tile(n) for _ in range(3))]
     scratch += [plgpu.SMEM((n, WIDTH), jnp.float32)] * normalise
     body = functools.partial(_outputs_body, split=split, scale=scale, also=also, interpret=bool(interpret))
@@ -337,13 +351,13 @@ class Result(NamedTuple):
     o: Array  # [key tiles, B, T, H, Dv]
     weights: Array | None  # [key tiles, B, H, T], with the normaliser
     state: LinearState
-    saved: tuple[Array, Halves] | None  # the chunk-entry states, and what the backward must know of g
+    saved: tuple[LinearState, Halves] | None  # what enters each chunk, and what the backward must know of g
 
 
 def forward(q, k, v, g, start: LinearState, *, scale: float, save: bool = False, interpret=None, slots: int = 396):
     """q, k, g `[B, T, H, Dk]`, v `[B, T, H, Dv]` bfloat16, T and widths multiples of 64; k, v, g of H heads or fewer.
 
-    `save` what the backward needs, which knows no normaliser: there the values bring a column of ones.
+    `save` what the backward needs.
     """
     b, t, h, dk = q.shape
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)
@@ -356,6 +370,9 @@ def forward(q, k, v, g, start: LinearState, *, scale: float, save: bool = False,
         by_value_tile = jnp.broadcast_to(start.z[..., None], (*start.z.shape, split.value_tiles))
         entry_keys, last_keys = over_segments(keys[..., None], start=by_value_tile)
         entry_keys, last_keys = entry_keys[..., 0], last_keys[..., 0]
-    also = "weights" if normalise else "states" if save else None
+    wanted: dict[Also, bool] = {"states": save, "keys": save and normalise, "weights": normalise}
+    also = tuple(name for name, needed in wanted.items() if needed)
     o, *more = outputs(q, k, v, g, found, (entry, entry_keys), split, scale=scale, also=also, interpret=interpret)
-    return Result(o, more[0] if normalise else None, LinearState(last, last_keys), (more[0], found) if save else None)
+    named = dict(zip(also, more, strict=True))
+    saved = (LinearState(named["states"], named.get("keys")), found) if save else None
+    return Result(o, named.get("weights"), LinearState(last, last_keys), saved)

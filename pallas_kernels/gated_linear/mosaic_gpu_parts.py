@@ -108,8 +108,12 @@ class Place(NamedTuple):
         return (self.row, pl.ds(chunk * CHUNK, CHUNK), head, pl.ds(tile_index * WIDTH, WIDTH))
 
     def sums(self, chunk):
-        """Index of a chunk's two rows of `Halves.sums`."""
+        """Index of a chunk's rows of `Halves.sums` (or an array of more rows)."""
         return (self.row, chunk, self.head, slice(None), pl.ds(self.key_tile * WIDTH, WIDTH))
+
+    def keys(self, chunk):
+        """Index of a chunk's row of `[B, N, H, Dk]`."""
+        return (self.row, chunk, self.head, pl.ds(self.key_tile * WIDTH, WIDTH))
 
     def weights(self, chunk):
         """Index of a chunk's sums of weights in `[key tiles, B, H, T]`."""
