@@ -232,7 +232,7 @@ class TestMosaicGpu:
         )
         monkeypatch.setattr(mosaic_gpu_parts, "choose_split", limited)
 
-    @pytest.mark.parametrize("lengths", [slow(None), (40, 89)], ids=["mild decays", "packed, strong and mild"])
+    @pytest.mark.parametrize("lengths", [slow(None), slow((40, 89))], ids=["mild decays", "packed, strong and mild"])
     def test_matches_the_reference(self, lengths):
         """A document that ends inside a chunk makes its decays strong: of three chunks the first and the last."""
         ids = None if lengths is None else packed(lengths, 130)
@@ -246,7 +246,7 @@ class TestMosaicGpu:
         rest = lambda grads: [grad for n, grad in enumerate(grads) if n != decay]
         assert_close(rest(found_grads), rest(expected_grads), 5e-2)
 
-    @pytest.mark.parametrize("widths", [(64, 64), slow((128, 72))])
+    @pytest.mark.parametrize("widths", [slow((64, 64)), slow((128, 72))])
     def test_sums_of_weights_beside_the_values(self, widths):
         """Where no gradient is asked for, the normaliser is no column of the values; strong and mild chunks."""
         case = make_case(
@@ -257,35 +257,37 @@ class TestMosaicGpu:
             found = forward(case, "mosaic_gpu")
         assert_near(found, forward(case, "reference"), 5e-3)
 
-    @pytest.mark.slow
-    def test_gradient_with_the_normaliser(self):
-        case = make_case(130, mean=-1.0, shape=(1, 2, 64, 40), dtype=jnp.bfloat16, normalise=True, group=2)
+    @pytest.mark.parametrize(
+        ("widths", "lengths"), [((32, 64), (40, 89)), slow((64, 72), None), slow((128, 64), (40, 89))]
+    )
+    def test_gradient_with_the_normaliser(self, widths, lengths):
+        """Strong and mild chunks; several tiles of keys or values, of which one counts the weights."""
+        ids = None if lengths is None else packed(lengths, 130)
+        options = {"normalise": True, "group": 2, "segment_ids": ids}
+        case = make_case(130, mean=-1.0, shape=(1, 2, *widths), dtype=jnp.bfloat16, **options)
         with op.interpret(plgpu.InterpretGPUParams()):
             found, found_grads = with_gradients(case, "mosaic_gpu")
         expected, expected_grads = with_gradients(case, "reference")
         assert_close(found, expected, 5e-2)
         assert_near(found_grads, expected_grads, 2.5e-2)
 
-    @pytest.mark.parametrize("dim", [64, slow(128), slow(256)])
-    def test_lowers_for_cuda(self, dim):
+    @pytest.mark.parametrize(
+        ("dim", "normalise"), [(64, True), slow(64, False), slow(128, True), slow(256, True), slow(256, False)]
+    )
+    def test_lowers_for_cuda(self, dim, normalise):
+        """Forward and backward; the normaliser makes no wider copy of the values."""
         shape = jax.ShapeDtypeStruct((1, 4096, 4, dim), jnp.bfloat16)
 
         def loss(q, k, v, g):
-            o, state = gated_linear_attention(q, k, v, g, implementation="mosaic_gpu")
+            o, state = gated_linear_attention(q, k, v, g, normalise=normalise, implementation="mosaic_gpu")
             return o.astype(jnp.float32).sum() + state.s.sum()
 
         with op.target_platform("gpu"):
             traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(shape, shape, shape, shape)
-            assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
-
-    def test_the_normaliser_lowers_without_a_wider_copy_of_the_values(self):
-        shape = jax.ShapeDtypeStruct((1, 4096, 4, 64), jnp.bfloat16)
-        call = functools.partial(gated_linear_attention, normalise=True, implementation="mosaic_gpu")
-        with op.target_platform("gpu"):
-            text = jax.jit(call).trace(shape, shape, shape).lower(lowering_platforms=("cuda",)).as_text()
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
-        assert "x4x65x" not in text
-        assert "x4x128x" not in text
+        assert f"x4x{dim + 1}x" not in text
+        assert f"x4x{dim + 64}x" not in text
 
     def test_refuses_float32(self):
         case = make_case(20, dtype=np.float32)
