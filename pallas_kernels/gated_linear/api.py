@@ -83,12 +83,14 @@ def recurrent_step(
 ) -> tuple[Float[Array, "B H Dv"], LinearState]:
     """One token of `gated_linear_attention` for a batch of requests; donate the state to update it in place."""
     _check_shapes(q, k, v, log_decay, beta)
-    k, v, log_decay = (None if x is None else jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v, log_decay))
+    k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     if normalise != (state.z is not None):
         raise ValueError(f"normalise={normalise} needs state.z {'to be an array' if normalise else 'to be None'}")
     scale = float(scale if scale is not None else 1.0 if normalise else q.shape[-1] ** -0.5)
     acc = state.s.dtype
-    g = jnp.zeros((), acc) if log_decay is None else log_decay.astype(acc)
+    g = jnp.zeros((), acc)
+    if log_decay is not None:
+        g = jnp.repeat(log_decay, q.shape[1] // log_decay.shape[1], axis=1).astype(acc)
     decay = jnp.broadcast_to(jnp.exp(g if g.ndim in (0, 3) else g[..., None]), k.shape)
     beta = None if beta is None else beta.astype(acc)
     o, new = step(q.astype(acc), k.astype(acc), v.astype(acc), decay, beta, state, scale=scale)
