@@ -47,15 +47,15 @@ class Normaliser(NamedTuple):
     weights: Array  # cotangents of the chunk's 64 sums of weights, once for each key tile
 
     @classmethod
-    def between(cls, keys, last, parts_, d_last, d_weights, found: Halves) -> tuple["Normaliser", Array]:
-        """From z `[B, N, H, Dk]` at each entry and `last`, each chunk's own cotangents `parts_` of the z that enters it
-        and `d_last`, and those of the weights `[B, N, H, Dk]`; also the cotangent of the first z."""
+    def of(cls, keys, last, own, d_last, d_weights, found: Halves) -> tuple["Normaliser", Array]:
+        """From z at each entry `[B, N, H, Dk]` and `last` `[B, H, Dk]`, the cotangents that each chunk alone gives to
+        its entry, `own`, and `d_last`, and those of the weights; also the cotangent of the first z."""
 
         def combine(a, b):
             return a[0] * b[0], a[1] * b[0] + b[1]
 
         decay = jnp.exp(found.sums.sum(3))
-        product, total = jax.lax.associative_scan(combine, (decay, parts_), axis=1, reverse=True)
+        product, total = jax.lax.associative_scan(combine, (decay, own), axis=1, reverse=True)
         entering = product * d_last[:, None] + total
         leaving = jnp.concatenate([entering[:, 1:], d_last[:, None]], axis=1)
         after = jnp.concatenate([keys[:, 1:], last[:, None]], axis=1)
@@ -312,7 +312,7 @@ def backward(
     leaving, d_first = entry_states(local * scale, parts.unit_decays(found, split), d_last.s, split, reverse=True)
     rows, dz_first = found.sums, None
     if d_weights is not None:
-        z, dz_first = Normaliser.between(entered.z, last.z, local_z[0] * scale, d_last.z, d_weights, found)
+        z, dz_first = Normaliser.of(entered.z, last.z, local_z[0] * scale, d_last.z, d_weights, found)
         rows = jnp.concatenate([rows, jnp.stack(z, axis=3)], axis=3)
     by_key = jax.ShapeDtypeStruct((split.value_tiles, *q.shape), jnp.bfloat16)
     by_value = jax.ShapeDtypeStruct((split.key_tiles, *do.shape), jnp.bfloat16)

@@ -174,7 +174,7 @@ def test_stretched_tokens_count_as_often_as_they_are_long():
     q, k, _ = student.project(x)
     phi_q = hedgehog(q, student.query_map[...])
     phi_k = hedgehog(jnp.repeat(k, 2, axis=2), student.key_map[...]) * steps[:, None, None]
-    decay = jnp.cumsum(student._log_decay(x) * steps[:, None, None], axis=1)
+    decay = jnp.cumsum(jnp.repeat(student._log_decay(x), 2, axis=2) * steps[:, None, None], axis=1)
     tokens = -1 / student._log_decay(jnp.zeros_like(x))[0, 0, 0]
     np.testing.assert_allclose(tokens[jnp.array([0, 3, 4, 7])], [4, 64, 4, 64], rtol=1e-3)
     far = jnp.minimum(decay[:, :, None] - decay[:, None], 0)  # [B,T,S,H,f]
