@@ -16,7 +16,7 @@ from pallas_kernels.attention.mosaic_gpu_common import COLS, ROWS, TILE
 from pallas_kernels.decode.schedule import Line, program_of
 
 SLOTS = 64  # read together, as rows of a tile: what a program would read one after the other costs a wait each
-REDUCED = 128  # bytes of shared memory for a column of a tile that is summed: 32 lanes of a word
+REDUCED = 128  # bytes of shared memory to sum a column of a tile: a share of eight columns from each of 128 threads
 
 
 def combine(
