@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lcjax.checkpoint.manifest import Sections, describe
 from lcjax.data.ranking import RankingData
 from lcjax.data.spec import DataSpec
-from lcjax.methods.base import Method, adapt_job, adapt_model
+from lcjax.methods.base import Method, adapt_job, adapt_model, adapt_pretrained
 from lcjax.models.spec import ModelSpec
 from lcjax.parallel.mesh import MeshSpec
 from lcjax.positions.sampling import Sampler
@@ -180,10 +180,8 @@ class Train:
         else:
             read = self.model.read()
             spec, weights, tokenizer = read.spec, read.params, read.tokenizer_source
-        spec = adapt_model(self.methods, spec)  # first, since a method may lengthen the context
-        if weights is not None:
-            for method in self.methods:
-                method.check(weights)
+        # First, since a method may lengthen the context.
+        spec = adapt_model(self.methods, spec) if weights is None else adapt_pretrained(self.methods, spec, weights)
         job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=(), trainable=())
         job = adapt_job(self.methods, job)
         return replace(job, trainable=self.trainable or job.trainable), weights
