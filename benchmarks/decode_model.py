@@ -25,6 +25,7 @@ from flax import nnx
 
 from benchmarks import common
 from lcjax.cache import CacheLayout, cache_bytes, init_caches
+from lcjax.cache.counts import counted
 from lcjax.data.tokenizers import load_tokenizer
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.positions.laws import Rope
@@ -140,7 +141,7 @@ def measure(model: Loaded, batch: int, bandwidth: float, args: argparse.Namespac
     capacity = state.caches[0].k.shape[1]
     context = cache_bytes(state.caches) * args.context / capacity
     limit = (weights + context) / bandwidth
-    attention = attention_alone(model, state.caches)
+    attention = attention_alone(model, counted(state.caches, state.length))
     found = {
         "batch": batch,
         "context": args.context,

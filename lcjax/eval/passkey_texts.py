@@ -13,7 +13,8 @@ from lcjax.eval.words import compound
 class PasskeyTexts:
     """A `lcjax.data` source of `count` questions with `least` to `most` lines of filler each, depths and keys drawn.
 
-    One line of filler is about 25 tokens. The keys come from other draws than the test's. named: further keys, each
+    One line of filler is about 26 tokens. The keys come from other draws than the test's. A third of the texts begin
+    with the pass key, which is farthest from its question and what models learn last. named: further keys, each
     with a name and at a depth of its own, asked for in another order before the pass key itself: what a model learns
     to retrieve from a long text grows with them, and the text hardly does.
     """
@@ -44,7 +45,7 @@ class _Questions(MadeTexts):
     def text(self, index: int) -> str:
         rng = Random(f"{self._source.seed}-{index}")
         lines = rng.randint(self._source.least, self._source.most)
-        draft = Passkey(depths=(rng.random(),)).draft(rng, lines, 0)
+        draft = Passkey(depths=(rng.choice((0.0, rng.random(), rng.random())),)).draft(rng, lines, 0)
         *body, question = draft.body.split("\n")
         keys: dict[str, int] = {}
         while len(keys) < self._source.named:

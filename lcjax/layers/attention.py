@@ -143,14 +143,14 @@ def attend(
 ) -> Float[Array, "B T H D"]:
     """Self-attention over the tokens of the pass, rotated and masked as the record says; `options` are the op's."""
     options |= {"segment_ids": context.segment_ids}
-    mask = mixer.mask(q.shape[2], k.shape[2])
-    tables = _tables(mixer, context)
-    if tables is None:
-        return cast(Array, ops.attention(q, k, v, mask, **options))
-    queries, keys = (tuple(apply_rope(x, t) for t in each) for x, each in ((q, tables.queries), (k, tables.keys)))
-    if mixer.remap is not None:
-        return mixer.remap.attend(queries, keys, v, **options)
-    return cast(Array, ops.attention(queries[0], keys[0], v, mask, **options))
+    if (tables := _tables(mixer, context)) is not None:
+        queries, keys = (tuple(apply_rope(x, t) for t in each) for x, each in ((q, tables.queries), (k, tables.keys)))
+        if mixer.remap is not None:
+            return mixer.remap.attend(queries, keys, v, **options)
+        q, k = queries[0], keys[0]
+    if mixer.pattern is not None:
+        return mixer.pattern.attend(q, k, v, **options)
+    return cast(Array, ops.attention(q, k, v, mixer.mask(q.shape[2], k.shape[2]), **options))
 
 
 def _tables(mixer: Attention, context: Context) -> Tables | None:

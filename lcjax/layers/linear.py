@@ -34,6 +34,29 @@ def contract(
     return y[0] if alone else y
 
 
+@jax.custom_vjp
+def wide_product(x: Float[Array, "*batch n"], w: Float[Array, "n m"]) -> Float[Array, "*batch m"]:
+    """x W in float32, whatever the operands' dtype, which cotangents take before they meet them.
+
+    A float32 cotangent would turn both products of the backward pass into float32's, on tensor cores at half the speed.
+    """
+    return jnp.matmul(x, w, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _wide_product_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return wide_product(x, w), (x, w)
+
+
+def _wide_product_bwd(operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = operands
+    g = g.astype(x.dtype)
+    rows, like = tuple(range(x.ndim - 1)), precision(x.dtype)
+    return jnp.matmul(g, w.T, precision=like), jax.lax.dot_general(x, g, ((rows, rows), ((), ())), precision=like)
+
+
+wide_product.defvjp(_wide_product_fwd, _wide_product_bwd)
+
+
 class Linear(nnx.Module):
     """y = x W (+ b), contracting the last `inputs` axes of x; W is stored [*inputs, *outputs].
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lcjax.layers.adapter import attach
 from lcjax.layers.attention import Context
 from lcjax.layers.block import Block
-from lcjax.layers.linear import Embed, Linear, precision
+from lcjax.layers.linear import Embed, Linear, wide_product
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
 from lcjax.models.spec import ModelSpec
@@ -131,8 +131,7 @@ class Decoder(nnx.Module):
         self, x: Float[Array, "*batch width"], unembedding: Float[Array, "width V"] | None = None
     ) -> Float[Array, "*batch V"]:
         """float32 logits of final states, soft-capped where the spec says so; a caller may hold the unembedding."""
-        w = (self.unembedding() if unembedding is None else unembedding).astype(x.dtype)
-        y = jnp.matmul(x, w, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        y = wide_product(x, (self.unembedding() if unembedding is None else unembedding).astype(x.dtype))
         cap = self.spec.logit_soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)
 

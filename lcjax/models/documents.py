@@ -1,12 +1,19 @@
 """Attention of documents that don't see each other, between a block before and a block after them (BlockRank)."""
 
+import functools
 from dataclasses import dataclass
+from typing import Any, cast
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from lcjax.cache.base import AttentionCache
 from lcjax.cache.room import Room
 from lcjax.models.patterns import Pattern
+from lcjax.parallel import ops
+from lcjax.parallel.layout import current_layout
+from lcjax.parallel.work import counting
 from pallas_kernels.masks import Causal, Intervals, Mask
 from pallas_kernels.plan import INF
 
@@ -37,6 +44,47 @@ class DocumentBlocks(Pattern):
         expiry = np.where(document, (block + 1) * self.size, INF).astype(np.int32)
         last = np.where(document, self.length - self.size, 0), np.where(document, INF, 0)
         return Causal() & Intervals(self.size, expiry, np.stack(last, axis=1).astype(np.int32))
+
+    def attend(
+        self,
+        q: Float[Array, "B T H D"],
+        k: Float[Array, "B T K D"],
+        v: Float[Array, "B T K D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "B T H D"]:
+        """Whole rows as three causal calls, of which kernels skip more: the first block, the documents, the last block.
+
+        The documents are a batch, each behind a copy of the first block's keys. Rows that are split over a mesh, or cut,
+        go by the mask.
+        """
+        layout = current_layout(q.shape[0], (), q.shape[1])
+        split = layout is not None and layout.length is not None
+        if split or counting() or not self.documents or q.shape[1] != self.length:
+            return super().attend(q, k, v, segment_ids=segment_ids, **options)
+        size, batch, ids = self.size, q.shape[0], segment_ids
+        call = functools.partial(ops.attention, mask=Causal(), **options)
+        pair = lambda queries, keys: None if ids is None else (queries(ids), keys(ids))
+        head, tail = (lambda x: x[:, :size]), (lambda x: x[:, -size:])
+        parts = [
+            call(head(q), head(k), head(v), segment_ids=None if ids is None else head(ids)),
+            call(
+                self._own(q), self._read(k), self._read(v), segment_ids=pair(self._own, self._read),
+                q_offset=jnp.full(batch * self.documents, size),
+            ),
+            call(tail(q), k, v, segment_ids=pair(tail, lambda x: x), q_offset=jnp.full(batch, self.length - size)),
+        ]  # fmt: skip
+        return jnp.concatenate([cast(Array, o).reshape(batch, -1, *q.shape[2:]) for o in parts], axis=1)
+
+    def _own(self, x: Array) -> Array:
+        """`[B,T,...]` -> `[B documents, size, ...]`."""
+        return x[:, self.size : -self.size].reshape(-1, self.size, *x.shape[2:])
+
+    def _read(self, x: Array) -> Array:
+        """`[B,T,...]` -> `[B documents, 2 size, ...]`: the first block and each document's own."""
+        first = jnp.repeat(x[:, : self.size], self.documents, axis=0)
+        return jnp.concatenate([first, self._own(x)], axis=1)
 
     def cache(self, room: Room) -> AttentionCache:
         raise ValueError(

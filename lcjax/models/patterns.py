@@ -4,11 +4,15 @@ All query heads of a KV head share its pattern, since otherwise no key could be 
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
+
+from jaxtyping import Array, Float
 
 from lcjax.cache.base import AttentionCache
 from lcjax.cache.groups import GroupedCache
 from lcjax.cache.room import Room
 from lcjax.cache.strided import Stripes
+from lcjax.parallel import ops
 from pallas_kernels.head_masks import over_groups
 from pallas_kernels.masks import Causal, Mask, Sink, Window
 
@@ -22,6 +26,12 @@ class Pattern:
     def mask(self, num_heads: int, num_kv_heads: int) -> Mask:
         """The pattern of all query heads in the kernels' algebra, causality included; segments are passed beside it."""
         raise NotImplementedError
+
+    def attend(
+        self, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], **options: Any
+    ) -> Float[Array, "B T H D"]:
+        """Self-attention over whole rows, by the mask unless the pattern knows better; `options` are the op's."""
+        return cast(Array, ops.attention(q, k, v, self.mask(q.shape[2], k.shape[2]), **options))
 
     def cache(self, room: Room) -> AttentionCache:
         """An empty cache that keeps what the mask can still show, and may forget the rest."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from lcjax.cache import init_caches
+from lcjax.cache.counts import uncounted
 from lcjax.cache.placing import placed
 from lcjax.models.decoder import abstract
 from lcjax.models.spec import ModelSpec
@@ -36,9 +37,9 @@ class Programs:
             graphdef, spec = abstract(fixed)[0], fixed
 
         def begin(params: Any, *rest: Any) -> DecodeState:
-            caches = init_caches(spec, batch, capacity, sizes["cache"])
+            held = uncounted(init_caches(spec, batch, capacity, sizes["cache"]))
             none = jnp.zeros((batch,), jnp.int32)
-            return prefill(graphdef, params, DecodeState(caches, none, none, jnp.zeros((batch,), bool)), *rest)
+            return prefill(graphdef, params, DecodeState(*held, none, none, jnp.zeros((batch,), bool)), *rest)
 
         self.jitted = {
             "begin": jax.jit(begin),

@@ -71,6 +71,6 @@ def score_program(spec: ModelSpec, documents: int, size: int, layer: int) -> Any
     graphdef = abstract(BlockRank(size, documents).model(spec))[0]
 
     def score(params: nnx.State, batch: dict[str, Array]) -> Float[Array, "B N"]:
-        return read_documents(nnx.merge(graphdef, params), batch, layer, size, scan=True)[0]
+        return read_documents(nnx.merge(graphdef, params), batch, layer, size)[0]
 
     return jax.jit(score)

@@ -11,6 +11,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from lcjax.cache.base import Counts
+from lcjax.cache.counts import counted, uncounted
 from lcjax.cache.placing import constrained
 from lcjax.serve.sampling import SamplingArrays, sample
 
@@ -18,7 +20,8 @@ from lcjax.serve.sampling import SamplingArrays, sample
 class DecodeState(NamedTuple):
     """What a batch carries from program to program."""
 
-    caches: tuple[Any, ...]
+    caches: tuple[Any, ...]  # without their counts of tokens: see `lcjax.cache.counts`
+    length: Counts  # tokens that every layer's cache holds
     token: Int[Array, "B"]  # sampled, not yet read by the model
     count: Int[Array, "B"]  # tokens sampled so far
     active: Bool[Array, "B"]
@@ -43,13 +46,13 @@ def prefill(
 ) -> DecodeState:
     """Read one chunk of every prompt; the rows whose prompt ends here (`last`) sample their first token."""
     model = nnx.merge(graphdef, params)
-    hidden, caches = model.hidden(tokens, caches=state.caches, valid=valid)
+    hidden, caches = model.hidden(tokens, caches=counted(state.caches, state.length), valid=valid)
     end = jnp.maximum(jnp.sum(valid, axis=1) - 1, 0)
     final = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
     token = jnp.where(last, sample(model.logits(final), sampling, state.count), state.token)
     count = state.count + last
     active = jnp.where(last, _goes_on(token, count, limits), state.active)
-    return constrained(DecodeState(caches, token, count, active))
+    return constrained(DecodeState(*uncounted(caches), token, count, active))
 
 
 def decode(
@@ -60,10 +63,11 @@ def decode(
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, Array]:
         valid = state.active
-        hidden, caches = model.hidden(state.token[:, None], caches=state.caches, valid=valid[:, None])
+        caches = counted(state.caches, state.length)
+        hidden, caches = model.hidden(state.token[:, None], caches=caches, valid=valid[:, None])
         token = jnp.where(valid, sample(model.logits(hidden[:, 0]), sampling, state.count), state.token)
         count = state.count + valid
-        new = DecodeState(caches, token, count, valid & _goes_on(token, count, limits))
+        new = DecodeState(*uncounted(caches), token, count, valid & _goes_on(token, count, limits))
         return constrained(new), jnp.where(valid, token, -1)
 
     state, written = lax.scan(step, state, length=steps)

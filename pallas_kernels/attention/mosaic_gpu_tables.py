@@ -169,6 +169,17 @@ def _meet(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) ->
     return (low <= columns[:, 1][:, None]) & (columns[:, 0][:, None] <= high)
 
 
+def _same(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) -> tuple[Array, Array]:
+    """First run [begin, end) of keys (or rows), int32 [B,M], that are of one segment with each `tile` units of rows."""
+    tiles = rows.reshape(rows.shape[0], 2, -1, tile)
+    low, high = tiles[:, 0].min(-1)[:, :, None], tiles[:, 1].max(-1)[:, :, None]
+    same = (low == high) & (columns[:, 0] == columns[:, 1])[:, None] & (columns[:, 0][:, None] == low)
+    at = jnp.arange(same.shape[-1], dtype=jnp.int32)
+    begin = jnp.where(same, at, same.shape[-1]).min(-1)
+    end = jnp.where(~same & (at > begin[..., None]), at, same.shape[-1]).min(-1)
+    return begin * UNIT, end * UNIT
+
+
 def _ends(meet: Bool[Array, "... M n"]) -> tuple[Array, Array]:
     """First and one-past-last entry that is met."""
     at = jnp.arange(meet.shape[-1], dtype=jnp.int32)
@@ -212,9 +223,12 @@ def row_table(
     if one is not None:
         oldest, end = one.all(first, last)
         until = jnp.minimum(until, end)
+    if segs is not None:
+        same, same_end = (x[:, None] for x in _same(segs.query_range, segs.key_range, ROW_TILE // UNIT))
+        oldest, until = jnp.maximum(oldest, same), jnp.minimum(until, same_end)
     inner = (jnp.maximum(oldest - base, 0) + tile_k - 1) // tile_k
     inner_stop = jnp.minimum((until - base) // tile_k, jnp.where(by_window, window_steps, sink_steps))
-    inner_steps = jnp.maximum(inner_stop - inner, 0) if segs is None else jnp.zeros(shape, jnp.int32)
+    inner_steps = jnp.maximum(inner_stop - inner, 0)
     fields = {
         SINK_STEPS: sink_steps,
         LIST_LEN: listed,
@@ -362,9 +376,10 @@ def column_table(
         later = (newest <= key) & (stop > 0)
         oldest, newest = jnp.where(later, start, oldest), jnp.where(later, stop, newest)
     oldest = jnp.maximum(oldest, key + UNIT - 1) if plan.causal else oldest
-    inner = ceil(local(oldest))
-    whole = (key + UNIT <= length) & (segs is None)
-    inner_end = jnp.where(whole, local(newest) // tile_q, 0)
+    inner, inner_end = ceil(local(oldest)), jnp.where(key + UNIT <= length, local(newest) // tile_q, 0)
+    if segs is not None:
+        same, same_end = (x[:, None] for x in _same(segs.key_range[:, :, :count], segs.query_range, 1))
+        inner, inner_end = jnp.maximum(inner, ceil(same)), jnp.minimum(inner_end, same_end // tile_q)
     fields = {
         STEPS_1: jnp.maximum(block_end_1 - block_1, 0),
         BEGIN_1: block_1,

@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.attention.mosaic_gpu_common import COLS, ROWS, TILE
 from pallas_kernels.decode.schedule import Line, program_of
 
-THREADS = 128  # of a warpgroup
-BATCH = 16  # slots loaded together: a load takes as long as a hundred multiply-adds
+SLOTS = 64  # read together, as rows of a tile: what a program would read one after the other costs a wait each
+REDUCED = 128  # bytes of shared memory to sum a column of a tile: a share of eight columns from each of 128 threads
 
 
 def combine(
@@ -28,12 +30,11 @@ def combine(
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     """Softmax-weighted mean over the slots `program + pair` of a pair's programs; 0 and -inf for a pair without any.
 
-    `line(*refs)` is the schedule, read from `counts`; `shape` is (batch, new tokens, KV heads, group, Dv).
+    The first two end in `SLOTS` slots that are read and not used. `line(*refs)` is the schedule, read from `counts`;
+    `shape` is (batch, new tokens, KV heads, group, Dv).
     """
     batch, queries, kv_heads, group, dim = shape
-    layout = plgpu.Layout.WG_STRIDED((dim,), dim // THREADS)
-    if dim % THREADS:
-        layout = plgpu.Layout.WGMMA.reduce(1)  # multiples of 64, each value in four threads
+    by_slot = lambda x: lax.broadcast_in_dim(x, (SLOTS, dim), [0])
 
     def kernel(o_ref, lse_ref, *rest: Any):
         *count_refs, out_ref, out_lse_ref = rest
@@ -43,26 +44,22 @@ def combine(
         begin, visits = along.start(pair)
         first = program_of(begin, total_visits, programs) + pair
         last = jnp.where(visits > 0, program_of(begin + visits - 1, total_visits, programs) + pair, first - 1)
+        slot = plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=ROWS)
 
         def add(step, carry):
             top, total, mean = carry
-            mine = [first + step * BATCH + n for n in range(BATCH)]
-            at = [jnp.minimum(slot, last) for slot in mine]
-            part = [jnp.where(slot <= last, lse_ref[n, row], -jnp.inf) for slot, n in zip(mine, at, strict=True)]
-            value = [plgpu.load(o_ref.at[n, row], layout=layout, optimized=False).astype(jnp.float32) for n in at]
-            new_top = top
-            for x in part:
-                new_top = jnp.maximum(new_top, x)
+            at = first + step * SLOTS
+            part = plgpu.load(lse_ref.at[pl.ds(at, SLOTS), row], layout=ROWS, optimized=False)
+            value = plgpu.load(o_ref.at[pl.ds(at, SLOTS), row], layout=TILE, optimized=False).astype(jnp.float32)
+            part = jnp.where(at + slot <= last, part, -jnp.inf)
+            value = jnp.where(by_slot(part) == -jnp.inf, 0.0, value)  # slots that nobody wrote may hold anything
+            new_top = jnp.maximum(top, part.max())
             base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-            shrink = jnp.exp(top - base)
-            total, mean = total * shrink, mean * shrink
-            for x, v in zip(part, value, strict=True):
-                weight = jnp.exp(x - base)
-                total, mean = total + weight, mean + weight * v
-            return new_top, total, mean
+            weight, shrink = jnp.exp(part - base), jnp.exp(top - base)
+            return new_top, total * shrink + weight.sum(), mean * shrink + (value * by_slot(weight)).sum(axis=0)
 
-        zeros = plgpu.layout_cast(jnp.zeros((dim,), jnp.float32), layout)
-        steps = lax.div(jnp.maximum(last - first + 1, 0) + (BATCH - 1), jnp.int32(BATCH))
+        zeros = plgpu.layout_cast(jnp.zeros((dim,), jnp.float32), COLS)
+        steps = lax.div(last - first + SLOTS, jnp.int32(SLOTS))
         start = jnp.float32(-jnp.inf), jnp.float32(0.0), zeros
         top, total, mean = lax.fori_loop(0, steps, add, start)
         some = jnp.where(total > 0, total, 1.0)
@@ -79,6 +76,6 @@ def combine(
         ),
         grid=(batch * kv_heads, queries * group),
         grid_names=("pair", "row"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=dim * REDUCED),
         interpret=interpret,
     )(o, lse, *counts)

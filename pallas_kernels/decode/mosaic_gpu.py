@@ -26,7 +26,7 @@ from pallas_kernels import op
 from pallas_kernels.attention.mosaic_gpu_common import COLS, LOG2E, ROWS, TILE, accumulate, tiled, zeros
 from pallas_kernels.decode import mosaic_gpu_int8 as codes
 from pallas_kernels.decode.call import Call
-from pallas_kernels.decode.combine import combine
+from pallas_kernels.decode.combine import SLOTS, combine
 from pallas_kernels.decode.schedule import Line, Span, per_kv_head, reads_all, share, span, whole
 from pallas_kernels.plan import Plan
 
@@ -412,7 +412,7 @@ def row_rules(shape: Shape, plan: Plan) -> Int[Array, "2 K N"]:
 def launch(tiles: Tiles, shape: Shape, dv: int, names: tuple[str, ...], interpret):
     """The kernel over inputs called `names`; partial o [slots, N, Dv] and lse [slots, N]."""
     dtype, n = jnp.bfloat16, shape.columns
-    slots = tiles.programs + shape.batch * shape.kv_heads
+    slots = tiles.programs + shape.batch * shape.kv_heads + SLOTS
 
     def entry(*inputs_and_outputs):
         refs = types.SimpleNamespace(**dict(zip((*names, "o", "lse"), inputs_and_outputs, strict=True)))

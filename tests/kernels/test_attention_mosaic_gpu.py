@@ -108,6 +108,7 @@ CASES = {
     "older_chunks": Case(chunk_masks(64, 333)[2], length=333),
     "per_head": Case(per_head([Causal(), STRIDE]), length=260),
     "segments": Case(Causal() & Segments(), length=200, segments=(30, 100, 70), poison=(30, 130)),
+    "packed": Case(Causal() & Segments(), 600, segments=(70, 500, 30)),
     "packed_sinks": Case(Causal() & (Sink(20) | Window(30)), 260, segments=(70, 20, 130, 40), poison=(230, 260)),
     "packed_stride": Case(
         Causal() & (Window(30) | Recent(64, 2) | Stride(64, 3, 1)), 650, segments=(70, 400, 20, 160), poison=(560, 650)
@@ -217,9 +218,12 @@ def test_gradients_lower_for_cuda(name: str) -> None:
     assert text.count("@mosaic_gpu") == (2 if name == "lists" else 3)
 
 
-@pytest.mark.parametrize("name", ["packed_sinks", "packed_stride", "packed_sink_stride", "packed_documents"])
+@pytest.mark.parametrize("name", ["packed", "packed_sinks", "packed_stride", "packed_sink_stride", "packed_documents"])
 def test_tables_of_packed_rows_visit_each_document_and_its_sinks(name: str) -> None:
-    """Every needed tile of 64 keys is visited, none twice, and few besides; so are the rows of every key unit."""
+    """Every needed tile of 64 keys is visited, none twice, and few besides; so are the rows of every key unit.
+
+    What is visited without a mask is seen whole.
+    """
     case, unit = CASES[name], tables.UNIT
     call, _, _ = case.call()
     seen = np.asarray(reference.visible(call))[0]
@@ -240,11 +244,16 @@ def test_tables_of_packed_rows_visit_each_document_and_its_sinks(name: str) -> N
             wanted = {j for j in range(units) if rows[:, j * unit : (j + 1) * unit].any()}
             assert len(visited) == len(set(visited)) <= len(wanted) + 2
             assert wanted <= set(visited)
+            assert all(rows[:, j * unit : (j + 1) * unit].all() for j in unmasked(row))
         for n, row in enumerate(columns_of[0, pattern, :units]):
             keys = seen[head, :, n * unit : (n + 1) * unit]
             wanted = {i for i in range(units) if keys[i * unit : (i + 1) * unit].any()}
             later = range(row[tables.OWN_2], row[tables.OWN_END_2])
             assert wanted <= {*range(row[tables.OWN_1], row[tables.OWN_END_1]), *later}
+            assert keys[row[tables.C_INNER] * unit : row[tables.C_INNER_END] * unit].all()
+    if name == "packed":
+        assert rows_of[0, 0, :, tables.INNER_STEPS].tolist() == [0, 0, 2, 4, 0]  # the second document: rows 70 to 569
+        assert columns_of[0, 0, 3, [tables.C_INNER, tables.C_INNER_END]].tolist() == [4, 8]
 
 
 def visits(row: np.ndarray, lists: tables.Lists | None, pattern: int) -> list[int]:
@@ -253,6 +262,12 @@ def visits(row: np.ndarray, lists: tables.Lists | None, pattern: int) -> list[in
     found = [row[begin] // tables.UNIT + step for begin, steps in runs for step in range(row[steps])]
     listed = [] if lists is None else lists.units[pattern, row[tables.LIST_LOW] :][: row[tables.LIST_LEN]]
     return [*found, *listed]
+
+
+def unmasked(row: np.ndarray) -> list[int]:
+    """The key units of the steps that need no mask, one unit a step."""
+    begin = row[tables.WINDOW_BEGIN if row[tables.WINDOW_STEPS] else tables.SINK_BEGIN] // tables.UNIT
+    return [begin + row[tables.INNER] + n for n in range(row[tables.INNER_STEPS])]
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(128, 64), (256, 192)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lcjax.layers.linear import contract
+from lcjax.layers.linear import contract, wide_product
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.flops import flops_per_token, param_count, visible_keys
 from lcjax.models.recurrent import GatedLinear
@@ -173,3 +173,19 @@ def test_one_row_on_a_gpu_is_a_product_of_two(inputs):
         shapes = [str(jax.make_jaxpr(product)(x)) for x in (one, two)]
     assert f"f32[2,1,1,{','.join(map(str, inputs))}] = broadcast_in_dim" in shapes[0]
     assert "f32[2,1" not in shapes[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_of_wide_products_are_products_of_the_operands_dtype(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, do = (jax.random.normal(key, shape) for key, shape in zip(keys, ((2, 5, 24), (24, 40), (2, 5, 40))))
+    pull = lambda f, *xw: jax.vjp(f, *xw)[1](do)
+    narrow = x.astype(dtype), w.astype(dtype)
+    wanted = pull(lambda x, w: jnp.matmul(x, w, precision="highest"), *(a.astype(jnp.float32) for a in narrow))
+    for got, want in zip(pull(wide_product, *narrow), wanted, strict=True):
+        assert got.dtype == dtype
+        scale = float(jnp.abs(want).max())
+        np.testing.assert_allclose(got.astype(jnp.float32), want, atol=scale * (1e-2 if dtype == "bfloat16" else 1e-6))
+    text = str(jax.make_jaxpr(lambda *xw: pull(wide_product, *xw))(*narrow))
+    assert text.count("dot_general") == 3
+    assert dtype == "float32" or text.count("preferred_element_type=float32") == 1
