@@ -12,7 +12,7 @@ from pathlib import Path
 from lcjax import settings
 from lcjax.checkpoint.manager import CheckpointError
 from lcjax.parallel.slices import named_slice
-from lcjax.parallel.startup import Cluster
+from lcjax.parallel.startup import Cluster, add_flags
 from lcjax.train import loop
 from lcjax.train.job import Train
 from lcjax.train.preempt import Preemption
@@ -22,16 +22,13 @@ from lcjax.train.size import size_train
 def main() -> int:
     """Parse flags; size, or prepare and train every stage."""
     parser = settings.flags("Train a model; everything else is set by gin.")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no launcher tells")
-    parser.add_argument("--processes", type=int, metavar="N", help="of the run, with --coordinator")
-    parser.add_argument("--process", type=int, metavar="I", help="this one, from 0, with --coordinator")
+    add_flags(parser)
     parser.add_argument("--compile_for", nargs="?", const="", metavar="SLICE", help="size the run for a TPU slice")
     launch = settings.main("train", parser=parser)
     if launch.flags.compile_for is not None:
         return size(launch.job, launch.flags.compile_for)
-    flags = launch.flags
     with settings.refusals("train.py"):
-        Cluster(flags.coordinator, flags.processes, flags.process).join()
+        Cluster.of(launch.flags).join()
     if launch.output is None:
         print("train.py: --output is missing: name the folder for checkpoints and metrics", file=sys.stderr)
         return 2

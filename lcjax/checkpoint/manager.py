@@ -147,17 +147,23 @@ class CheckpointManager:
         data_state = json.loads((path / "data.json").read_text())
         return Restored(int(path.name), _unflat(abstract, flat), data_state)
 
-    def restore_params(self, path: Path, abstract: Any) -> Any:
-        """The parameters alone of the step at `path`, in the dtypes they were saved in, on the first device."""
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        wanted = _flat({"params": jax.tree.map(one, abstract)})
+    def restore_part(self, path: Path, part: dict[str, Any]) -> dict[str, Any]:
+        """Some fields of the state at `path`, by name, in the dtypes and shardings of the abstract values in `part`.
+
+        Raises CheckpointError, naming the first, when a field was saved with other members or of another shape.
+        """
+        wanted = _flat(part)
         arguments = ocp.args.PyTreeRestore(
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            flat = reader.restore(path / "state", args=arguments)
-        return _unflat({"params": abstract}, flat)["params"]
+            held = reader.metadata(path / "state").item_metadata.tree
+            held = {name: leaf for name, leaf in held.items() if name.split("/")[0] in part}
+            for name in (*wanted, *held):
+                here, there = (tuple(side[name].shape) if name in side else "missing" for side in (wanted, held))
+                if here != there:
+                    raise CheckpointError(f"{name} is {there} in {path} and {here} in what is to be restored")
+            return _unflat(part, reader.restore(path / "state", args=arguments))
 
     def newest(self) -> tuple[Path, Sections] | None:
         """The newest step that verifies and what its manifest says of its run; None if there is no step.

@@ -21,7 +21,8 @@ def is_run(folder: Path) -> bool:
 def load_run(folder: Path, *, dtype: str) -> Pretrained:
     """Spec, parameters in `dtype` and tokenizer of the run in `folder`.
 
-    Raises FileNotFoundError when nothing has been saved yet, CheckpointError when every step is damaged.
+    Raises FileNotFoundError when nothing has been saved yet, CheckpointError when every step is damaged or the newest
+    does not hold the model that it describes.
     """
     manager = CheckpointManager(folder / "checkpoints", keep=None)
     try:
@@ -30,7 +31,9 @@ def load_run(folder: Path, *, dtype: str) -> Pretrained:
             raise FileNotFoundError(f"{folder / 'checkpoints'} holds no finished checkpoint yet: train further")
         path, sections = found
         spec = rebuild(sections["model"], RECORDS)
-        params = manager.restore_params(path, abstract(spec)[1])
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        params = manager.restore_part(path, {"params": jax.tree.map(shape, abstract(spec)[1])})["params"]
     finally:
         manager.close()
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)

@@ -38,25 +38,32 @@ def first_fit(pieces: Sequence[np.ndarray], length: int) -> list[Row]:
     return rows
 
 
-def render(row: Row, length: int, pad_id: int) -> dict[str, np.ndarray]:
+def render(row: Row, length: int, pad_id: int, separator: int | None = None) -> dict[str, np.ndarray]:
     """One packed row.
 
+    separator: an id with which pieces are joined to one text: every piece after the first begins with it, also one
+      that goes on with a document, and all share segment 1.
+
     Returns:
-      `inputs`, `targets`, `positions` (from 0 in every piece), `segment_ids` (1, 2, ...; 0 is padding), all int32[T],
+      `inputs`, `targets`, `positions` (from 0 in every segment), `segment_ids` (1, 2, ...; 0 is padding), all int32[T],
       and `loss_weights` float32[T], 1 on every pair whose target is trained on and 0 elsewhere.
     """
     out: dict[str, np.ndarray] = {name: np.zeros(length, np.int32) for name in FIELDS[:-1]}
     weights = np.zeros(length, np.float32)
     out["inputs"].fill(pad_id)
     out["targets"].fill(pad_id)
-    at = 0
+    at = begin = 0
     for number, piece in enumerate(row, 1):
         end = at + pairs(piece)
         ids = np.where(piece < 0, ~piece, piece)
         out["inputs"][at:end] = ids[:-1]
         out["targets"][at:end] = ids[1:]
         weights[at:end] = piece[1:] >= 0
-        out["positions"][at:end] = np.arange(end - at)
-        out["segment_ids"][at:end] = number
+        if separator is None:
+            begin = at
+        elif number > 1:
+            out["inputs"][at] = separator
+        out["positions"][at:end] = np.arange(at - begin, end - begin)
+        out["segment_ids"][at:end] = number if separator is None else 1
         at = end
     return out | {"loss_weights": weights}

@@ -49,14 +49,28 @@ class ShardRows(grain.IterDataset):
         self.length = length
         self.shard = shard
         self.pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
-        add_bos = tokenizer.adds_bos if spec.add_bos is None else spec.add_bos
-        first = tokenizer.encode("", add_bos=add_bos)
-        last = [tokenizer.eos_id] if spec.add_eos and tokenizer.eos_id is not None else []
+        self.separator = None if spec.separator is None else _one_token(spec.separator, tokenizer)
+        first, last = _ends(spec, tokenizer) if self.separator is None else ([self.separator], [self.separator])
         encode = functools.partial(tokenizer.encode, special=spec.parse_special)
         self.tokenize = lambda text: Document(text, encode, first, last)
 
     def __iter__(self) -> "ShardIterator":
         return ShardIterator(self)
+
+
+def _ends(spec: DataSpec, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids before and after every document that stands for itself."""
+    add_bos = tokenizer.adds_bos if spec.add_bos is None else spec.add_bos
+    last = [tokenizer.eos_id] if spec.add_eos and tokenizer.eos_id is not None else []
+    return tokenizer.encode("", add_bos=add_bos), last
+
+
+def _one_token(text: str, tokenizer: Tokenizer) -> int:
+    """The id of the separator."""
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise DataError(f"DataSpec.separator {text!r} is {len(ids)} tokens of this tokenizer: name a single one")
+    return ids[0]
 
 
 class _Cursor:
@@ -140,7 +154,7 @@ class ShardIterator(grain.DatasetIterator):
         if self._state["row"] == len(rows):
             self._state = {"window": self._state["window"] + 1, "row": 0, "at": self._next}
             self._made = None
-        return packing.render(row, self._set.length, self._set.pad_id)
+        return packing.render(row, self._set.length, self._set.pad_id, self._set.separator)
 
     def _make(self) -> None:
         """The rows of the current window, in their order of output."""

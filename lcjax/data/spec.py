@@ -69,6 +69,9 @@ class DataSpec:
     """Begin documents with the tokenizer's BOS; `None`: if the tokenizer's model was trained so."""
     add_eos: bool = True
     """End documents with the tokenizer's EOS, where it has one."""
+    separator: str | None = None
+    """The token, as text, at both ends of every document instead of BOS and EOS. The documents of a row then read one
+    another: the row is one segment and its positions run on. `None`: documents are masked from one another."""
     parse_special: bool = False
     """Read special tokens written out in documents as such, for corpora of rendered chats; else they are text."""
     prefetch: int = 2
@@ -85,3 +88,6 @@ class DataSpec:
         for name, known in (("packing", PACKINGS), ("long_documents", LONG_DOCUMENTS)):
             if getattr(self, name) not in known:
                 raise DataError(f"DataSpec.{name} is {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        if self.separator is not None and (self.packing == "pad" or self.add_bos):
+            other = "packing='pad', which joins no documents" if self.packing == "pad" else "add_bos=True"
+            raise DataError(f"DataSpec.separator is {self.separator!r} with {other}: leave one of the two out")

@@ -13,7 +13,7 @@ from lcjax.eval.perplexity import Perplexity, perplexity, stretches
 from lcjax.eval.plots import by_position
 from lcjax.eval.report import write_report
 from lcjax.eval.runner import Suite
-from lcjax.methods.base import Method
+from lcjax.methods.base import Method, adapt_pretrained
 from lcjax.models.decoder import abstract
 from lcjax.positions.laws import Rope
 from lcjax.positions.remap import Remap
@@ -39,10 +39,9 @@ class Law:
         own = [law for law, _ in model.spec.laws]
         if not own:
             raise ValueError(f"compare_laws: {model.source} has no rotary positions")
+        methods = () if self.method is None else (self.method,)
         spec = model.spec.with_positions(self.rope or own[0], self.remap, max_length)
-        if self.method is not None:
-            self.method.check(model.params)
-            spec = self.method.model(spec)
+        spec = adapt_pretrained(methods, spec, model.params)
         return model._replace(graphdef=abstract(spec)[0], spec=spec)
 
 

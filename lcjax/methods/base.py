@@ -45,6 +45,14 @@ def adapt_model(methods: Sequence[Method], spec: ModelSpec) -> ModelSpec:
     return _fold(methods, spec, lambda method: method.model)
 
 
+def adapt_pretrained(methods: Sequence[Method], spec: ModelSpec, params: nnx.State) -> ModelSpec:
+    """As `adapt_model`, for a model with weights. Raises ValueError when a method was made for others."""
+    adapted = adapt_model(methods, spec)
+    for method in methods:
+        method.check(params)
+    return adapted
+
+
 def adapt_job(methods: Sequence[Method], job: "Train") -> "Train":
     """`job` under all methods' recipes, in order. Raises MethodConflict when two of them write one field."""
     return _fold(methods, job, lambda method: method.recipe)

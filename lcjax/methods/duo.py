@@ -1,8 +1,7 @@
 """DuoAttention (arXiv 2410.10819): gates that tell retrieval from streaming heads, and the model that uses them."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lcjax.methods.base import Method, check_made_for, check_unwritten, check_weights, identity_of
+from lcjax.methods.plan_file import read_plan, write_plan
 from lcjax.models.family import period
 from lcjax.models.gated_heads import GatedHeads
 from lcjax.models.patterns import Spans
@@ -18,7 +18,6 @@ from lcjax.models.spec import Attention, ModelSpec
 if TYPE_CHECKING:
     from lcjax.train.job import Train
 
-FORMAT = 1
 TRAINED = (r"mixer\.gates$",)
 
 
@@ -78,20 +77,16 @@ class Gates:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        held = {"format": FORMAT, "method": "DuoAttention", "source": self.source, "model": dict(self.model)}
-        path.write_text(json.dumps(held | {"gates": self.gates}, indent=1) + "\n", encoding="utf-8")
+        write_plan(path, "DuoAttention", asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "Gates":
         """Read what `save` wrote. Raises ValueError for a file that is none of those; OSError for no file."""
-        try:
-            held = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (held["format"], held["method"]) != (FORMAT, "DuoAttention"):
-                raise ValueError(f"it is not of format {FORMAT} of DuoAttention")
-            gates = {int(layer): tuple(mine) for layer, mine in held["gates"].items()}
-            return cls(gates, held["model"], held["source"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no plan of DuoAttention ({error}): make one with @duo_plan()") from None
+
+        def make(held: dict[str, Any]) -> Gates:
+            return cls({int(layer): tuple(mine) for layer, mine in held.pop("gates").items()}, **held)
+
+        return read_plan(path, "DuoAttention", make, "@duo_plan()")
 
     def retrieval(self, sparsity: float) -> dict[int, tuple[bool, ...]]:
         """Which heads keep everything: those at or above the quantile `sparsity` of all gates.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -65,6 +66,23 @@ def shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
         return param.replace(NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def spread[T](tree: T, lie: Any) -> T:
+    """Arrays that every process holds whole and alike, as global arrays with the shardings of the tree `lie`.
+
+    A random key may only be replicated.
+    """
+
+    def one(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x), sharding))
+        # From one device's array `device_put` makes none that lies on other processes too.
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree, lie)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -1,5 +1,6 @@
 """Joining the processes of one run: Cloud TPU and GKE, Slurm, MPI, or explicit addresses."""
 
+import argparse
 import json
 import os
 from collections.abc import Mapping
@@ -32,6 +33,11 @@ class Cluster:
         if self.processes is not None and not 0 <= (self.process or 0) < self.processes:
             raise ValueError(f"--process={self.process} is not one of the --processes={self.processes}: 0 is the first")
 
+    @classmethod
+    def of(cls, flags: argparse.Namespace) -> "Cluster":
+        """What was given by `add_flags`."""
+        return cls(flags.coordinator, flags.processes, flags.process)
+
     def join(self, environment: Mapping[str, str] = os.environ) -> str | None:
         """Connect to the other processes before any device is used; returns how, or None for a lone process.
 
@@ -46,6 +52,13 @@ class Cluster:
             return None
         jax.distributed.initialize(cluster_detection_method=None if launcher == "tpu" else launcher)
         return f"process {jax.process_index()} of {jax.process_count()}, found by {launcher}"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a `Cluster` that is given by hand."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no launcher tells")
+    parser.add_argument("--processes", type=int, metavar="N", help="of the run, with --coordinator")
+    parser.add_argument("--process", type=int, metavar="I", help="this one, from 0, with --coordinator")
 
 
 def detect(environment: Mapping[str, str]) -> str | None:

@@ -7,7 +7,7 @@ import jax
 
 from lcjax.models.spec import ModelSpec
 from lcjax.parallel.mesh import MeshSpec
-from lcjax.parallel.rules import shardings
+from lcjax.parallel.rules import shardings, spread
 from lcjax.serve.engine import Completion, Engine, Generator, Request
 from lcjax.serve.report import Report
 from lcjax.serve.sampling import Sampling
@@ -58,12 +58,17 @@ class Generate:
         """Answer, passing text to `show`: a single answer as it comes, several each when it is whole."""
         if not prompts:
             raise ValueError("there is no prompt: give --prompt, --prompt_file or text on standard input")
+        if self.mesh is None and jax.process_count() > 1:
+            raise ValueError(
+                f"generate.mesh is not set, and {jax.process_count()} processes answer together: bind it to @Mesh(), "
+                "such as Mesh.fsdp = -1"
+            )
         loaded = loaded or self._load()
         requests = [self.request(prompt, loaded) for prompt in prompts]
         completions = [Completion() for _ in requests]
         params, mesh = loaded.params, None if self.mesh is None else self.mesh.build()
         if mesh is not None:
-            params = jax.device_put(params, shardings(params, mesh))
+            params = spread(params, shardings(params, mesh))
         generator = Generator(loaded.graphdef, params, loaded.spec, loaded.tokenizer, self.engine, mesh=mesh)
         for piece in generator.stream(requests, completions):
             if len(prompts) == 1:

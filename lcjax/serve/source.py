@@ -9,7 +9,7 @@ from flax import nnx
 from lcjax.checkpoint import hf
 from lcjax.checkpoint.run import is_run, load_run
 from lcjax.data.tokenizers import Tokenizer, load_tokenizer
-from lcjax.methods.base import Method, adapt_model
+from lcjax.methods.base import Method, adapt_pretrained
 from lcjax.methods.lora import merge
 from lcjax.methods.positions import solve_flows
 from lcjax.models.decoder import Decoder, abstract
@@ -68,9 +68,7 @@ class Pretrained:
         else:
             found = hf.load_pretrained(source, dtype=self.dtype)
         spec, params = merge(found.spec, found.params)
-        adapted = adapt_model(self.methods, spec)
-        for method in self.methods:
-            method.check(params)
+        adapted = adapt_pretrained(self.methods, spec, params)
         if adapted != spec:
             spec, params = adapted, carry_over(adapted, params)
         if self.averaged_with is not None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from lcjax.checkpoint.manifest import Sections, describe
 from lcjax.data.ranking import RankingData
 from lcjax.data.spec import DataSpec
-from lcjax.methods.base import Method, adapt_job, adapt_model
+from lcjax.methods.base import Method, adapt_job, adapt_model, adapt_pretrained
 from lcjax.models.spec import ModelSpec
 from lcjax.parallel.mesh import MeshSpec
 from lcjax.positions.sampling import Sampler
@@ -71,7 +72,8 @@ class Sample:
 class Stage:
     """One stage of a job, written to the folder `name`: what is given replaces the job's own setting, None keeps it.
 
-    The first stage starts from the job's model, each later one from the result of the stage before.
+    The first stage starts from the job's model, each later one from the result of the stage before; with `keep_moments`
+    from its optimiser's moments too (`Train.moments`).
     """
 
     name: str
@@ -84,6 +86,7 @@ class Stage:
     length: int | None = None
     positions: Sampler | None = None
     trainable: tuple[str, ...] | None = None
+    keep_moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Train:
     batch: rows of one update, over all processes and micro-batches. length: tokens of a row.
     tokenizer: by default the pretrained model's, or bytes. stages: runs one after the other instead of a single one.
     abort_after: updates in a row that may be skipped for not being finite before the run stops.
+    moments: the folder of a run; this one starts with its parameters and optimiser moments, to the bit, instead of
+    those of `model` and zeros. Both train the same parameters. The schedule begins anew.
     positions: how rows get their rotary positions (None: tokens since the document's start).
     step_methods: what else is changed about the model in training steps only; they may add no parameters. Saved,
     sampled and evaluated is the model without them.
@@ -113,6 +118,7 @@ class Train:
     tokenizer: str | None = None
     positions: Sampler | None = None
     step_methods: tuple[Method, ...] = ()
+    moments: str | None = None
     loss: Loss = field(default_factory=CrossEntropy)
     options: StepOptions = field(default_factory=StepOptions)
     mesh: MeshSpec = field(default_factory=MeshSpec)
@@ -129,6 +135,8 @@ class Train:
         names = [stage.name for stage in self.stages]
         if len({*names}) < len(names):
             raise ValueError(f"stages are named {names}: give each its own name")
+        if self.stages and self.stages[0].keep_moments:
+            raise ValueError(f"stage {names[0]!r} keeps moments, and none comes before it: set it on a later stage")
         if isinstance(self.model, ModelSpec) and self.length > self.model.max_length:
             raise ValueError(
                 f"length {self.length} is more than ModelSpec.max_length {self.model.max_length}; "
@@ -154,14 +162,16 @@ class Train:
 
     def runs(self, output: Path) -> Iterator[tuple["Train", Path]]:
         """The job and folder of every stage, in order; of a job without stages, itself."""
-        job = replace(self, stages=(), methods=() if self.stages else self.methods)
         if not self.stages:
-            yield job, output
+            yield self, output
+        before: dict[str, Any] = {}  # what the stage before leaves
         for stage in self.stages:
-            changed = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name != "name"}
-            job = replace(job, **{name: value for name, value in changed.items() if value is not None})
-            yield job, output / stage.name
-            job = replace(self, stages=(), model=Pretrained(str(output / stage.name), self.model.dtype))
+            changed = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name not in ("name", "keep_moments")}
+            given = {name: value for name, value in changed.items() if value is not None}
+            if before:
+                before["moments"] = before["model"].source if stage.keep_moments else None
+            yield replace(self, stages=(), **given, **before), output / stage.name
+            before["model"] = Pretrained(str(output / stage.name), self.model.dtype)
 
     def resolve(self) -> tuple["Train", nnx.State | None]:
         """The job with its model's spec under all methods, and the weights to start from (None: from scratch)."""
@@ -170,10 +180,8 @@ class Train:
         else:
             read = self.model.read()
             spec, weights, tokenizer = read.spec, read.params, read.tokenizer_source
-        spec = adapt_model(self.methods, spec)  # first, since a method may lengthen the context
-        if weights is not None:
-            for method in self.methods:
-                method.check(weights)
+        # First, since a method may lengthen the context.
+        spec = adapt_model(self.methods, spec) if weights is None else adapt_pretrained(self.methods, spec, weights)
         job = replace(self, model=spec, tokenizer=self.tokenizer or tokenizer, methods=(), trainable=())
         job = adapt_job(self.methods, job)
         return replace(job, trainable=self.trainable or job.trainable), weights
@@ -196,7 +204,8 @@ class Train:
     def sections(self, mesh: Mesh, tokenizer: str, stream: str) -> Sections:
         """What two runs must have in common to share checkpoints; `tokenizer` and `stream` are fingerprints."""
         data = {k: v for k, v in describe(self.data).items() if k not in ("data_dir", "prefetch")}
-        trained = {"trainable": list(self.trainable)} if self.trainable else {}
+        trained: dict[str, Any] = {"trainable": list(self.trainable)} if self.trainable else {}
+        trained |= {"moments": "kept"} if self.moments is not None else {}
         return {
             "model": describe(self.model),
             "optimizer": {**describe(self.optimizer), "schedule_steps": self.steps, **trained},

@@ -26,6 +26,7 @@ from lcjax.parallel.rules import batch_sharding, batch_ways
 from lcjax.parallel.startup import check_agreement, gather
 from lcjax.serve import engine as serving
 from lcjax.train import state as states
+from lcjax.train.handover import continued
 from lcjax.train.job import Train
 from lcjax.train.preempt import Preemption
 from lcjax.train.program import dtypes, flags_sharding, state_stacks, step_program
@@ -91,6 +92,8 @@ def prepare(job: Train, output: Path, config: str) -> Run:
     restored = manager.restore(shapes, sections, accept=job.checkpoints.accept)
     if restored is None:
         state, step = states.create(start, shapes), 0
+        if job.moments is not None:
+            state = continued(state, shapes, Path(job.moments))
     else:
         state, step = restored.state, restored.step
         batches.set_state(restored.data_state)

@@ -13,7 +13,7 @@ from lcjax.models.decoder import Decoder
 from lcjax.models.spec import ModelSpec
 from lcjax.models.stacked import Stacks, stacked
 from lcjax.models.weights import carry_over, cast, check_patterns, matching
-from lcjax.parallel.rules import partition
+from lcjax.parallel.rules import partition, spread
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +79,7 @@ def create(start: Start, shapes: TrainState) -> TrainState:
     if start.weights is None and jax.tree.leaves(shapes)[0].sharding.mesh.size > 1:
         return jax.jit(start.state, out_shardings=shardings(shapes))()
     # One weight at a time compiles one small program per shape; the whole model in one takes 20 s of compiling.
-    return jax.device_put(start.state(), shardings(shapes))
+    return spread(start.state(), shardings(shapes))
 
 
 def abstract_state(start: Start, mesh: Mesh, stacks: Stacks = ()) -> TrainState:

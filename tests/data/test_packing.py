@@ -39,6 +39,16 @@ def test_render():
     }
 
 
+def test_joined_pieces_are_one_text():
+    """The separator, 0, ends a document as a target and begins the next as an input; 4 goes on from a row before."""
+    row = render([np.array([0, 5, 6, 0]), np.array([0, 7, ~0]), np.array([4, 8, 0])], 9, pad_id=9, separator=0)
+    np.testing.assert_array_equal(row["inputs"], [0, 5, 6, 0, 7, 0, 8, 9, 9])
+    np.testing.assert_array_equal(row["targets"], [5, 6, 0, 7, 0, 8, 0, 9, 9])
+    np.testing.assert_array_equal(row["positions"], [0, 1, 2, 3, 4, 5, 6, 0, 0])
+    np.testing.assert_array_equal(row["segment_ids"], [1, 1, 1, 1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(row["loss_weights"], [1, 1, 1, 1, 0, 1, 1, 0, 0])
+
+
 @pytest.mark.parametrize("length", [1, 7])
 def test_render_empty_row_is_padding(length):
     row = render([], length, pad_id=3)

@@ -256,11 +256,36 @@ def test_special_tokens_in_a_corpus_are_plain_text(build):
     assert documents_in(batch)[0][:-1] == list(b"<|endoftext|>")
 
 
+@pytest.mark.parametrize("packing", ["split", "fit"])
+def test_documents_joined_by_a_separator(build, packing):
+    """Nothing marks a joint but the separator, on which the loss is kept; `fit` puts the end of f behind all of abc."""
+    corpus = Memory(("abc" * 7, "de", "f" * 40, "ghij"))
+    spec = DataSpec(corpus, packing=packing, shuffle=False, separator="|", window=4)
+    rows = [{name: value[0] for name, value in batch.items()} for batch in take(build(spec), 4)]
+    for row in rows:
+        used = row["segment_ids"] > 0
+        np.testing.assert_array_equal(row["segment_ids"], used)
+        np.testing.assert_array_equal(row["loss_weights"], used)
+        np.testing.assert_array_equal(row["positions"], np.arange(32) * used)
+        np.testing.assert_array_equal(row["targets"][used][:-1], row["inputs"][used][1:])
+    texts = [bytes(row["inputs"][row["segment_ids"] > 0].tolist()) for row in rows]
+    if packing == "split":
+        assert b"".join(texts).startswith(b"|" + b"abc" * 7 + b"|de|" + b"f" * 40 + b"|ghij|" + b"abc" * 7 + b"|")
+    else:
+        assert b"|" + b"abc" * 7 + b"|" + b"f" * 8 in texts
+
+
+def test_a_separator_is_one_token_between_documents(build):
+    with pytest.raises(DataError, match=r"DataSpec.separator '<sep>' is 5 tokens of this tokenizer: name a single one"):
+        build(DataSpec(SHORT, separator="<sep>"))
+
+
 def test_fingerprint_follows_what_decides_the_rows(build):
     base = build(DataSpec(SHORT)).fingerprint
     assert build(DataSpec(SHORT, prefetch=0, data_dir="elsewhere")).fingerprint == base
-    for other in (DataSpec(LONG), DataSpec(SHORT, seed=1), DataSpec(SHORT, packing="fit"), DataSpec(SHORT, window=9)):
-        assert build(other).fingerprint != base
+    for changed in ({"seed": 1}, {"packing": "fit"}, {"window": 9}, {"separator": "|"}):
+        assert build(DataSpec(SHORT, **changed)).fingerprint != base
+    assert build(DataSpec(LONG)).fingerprint != base
     assert build(DataSpec(SHORT), length=33).fingerprint != base
 
 
@@ -301,6 +326,8 @@ def test_bad_numbers_are_named(build):
         (lambda: DataSpec(SHORT, window=0), "DataSpec.window is 0"),
         (lambda: DataSpec(SHORT, packing="tight"), "DataSpec.packing is 'tight': choose one of split, fit, pad"),
         (lambda: DataSpec(SHORT, long_documents="drop"), "DataSpec.long_documents is 'drop'"),
+        (lambda: DataSpec(SHORT, separator="|", packing="pad"), "separator is '|' with packing='pad', which joins no"),
+        (lambda: DataSpec(SHORT, separator="|", add_bos=True), r"separator is '\|' with add_bos=True: leave one"),
         (lambda: Mixture(()), "Mixture has no sources"),
         (lambda: Mixture((SHORT, LONG), weights=(1.0, 0.0)), r"Mixture.weights\[1\] is 0.0"),
         (lambda: Mixture((SHORT, LONG), weights=(1.0,)), "Mixture.weights has 1 entries for 2 sources"),

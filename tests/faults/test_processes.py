@@ -137,3 +137,40 @@ def test_a_sample_is_decoded_by_all_processes_where_the_parameters_lie(many, unb
     processes = run.start_all(2, "train.steps = 8", *sample, *scan)
     assert [process.wait(PATIENCE) for process in processes] == [0, 0], run.log.read_text()
     assert run.log.read_text().count("--- Document") == 1, "process 0 tells"
+
+
+@pytest.mark.slow
+def test_two_processes_answer_together_as_one_does(folder, many, unbroken):
+    """The prompt is that of process 0, which alone tells; the model is a run's, with a process's share on each."""
+    run = many("answers")
+    bound = (f"pretrained.source = '{unbroken.output}'", "generate.chat = False", "generate.max_new_tokens = 8")
+    mesh = ("generate.mesh = @Mesh()", "generate.engine = @Engine()", "Engine.batch = 2", "Engine.chunk = 16")
+    command = [sys.executable, str(ROOT / "decode.py"), f"--gin_file={ROOT / 'configs/decode/smollm2.gin'}"]
+
+    def start(name, *flags, bindings=(*bound, *mesh)):
+        bindings = [f"--gin_bindings={binding}" for binding in bindings]
+        return run.start(command=[*command, *bindings, f"--output={folder / name}", *flags])
+
+    assert start("alone", "--prompt=Document").wait(PATIENCE) == 0, run.log.read_text()
+    where = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
+    together = [start(f"answers-{n}", f"--prompt={'Document' * (n == 0)}", *where, f"--process={n}") for n in range(2)]
+    assert [process.wait(PATIENCE) for process in together] == [0, 0], run.log.read_text()
+    told = [folder / name / "answers.txt" for name in ("alone", "answers-0", "answers-1")]
+    assert told[0].read_text() == told[1].read_text()
+    assert len(told[0].read_text()) > 1
+    assert not told[2].exists()
+    where = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
+    apart = [start("apart", "--prompt=x", *where, f"--process={n}", bindings=bound) for n in range(2)]
+    assert [process.wait(PATIENCE) for process in apart] == [2, 2], run.log.read_text()
+    assert "generate.mesh is not set, and 2 processes answer together" in run.log.read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_stages_and_keep_moments(many):
+    """The second stage reads the first's parameters and moments on both processes."""
+    run = many("stages")
+    stages = ("train.stages = (@one/Stage(), @two/Stage())", "one/Stage.name = 'one'", "two/Stage.name = 'two'")
+    moments = ("two/Stage.keep_moments = True", "train.steps = 8")
+    processes = run.start_all(2, *stages, *moments)
+    assert [process.wait(PATIENCE) for process in processes] == [0, 0], run.log.read_text()
+    assert (run.output / "two" / "checkpoints" / "00000008").is_dir()

@@ -281,7 +281,16 @@ def test_plan_files(plan_file, tmp_path):
         MoA(str(plan_file), length=0)
     with pytest.raises(ValueError, match=r"layer 0 is Attention\(window=5"):
         method.model(dataclasses.replace(SPEC, pattern=(Attention(window=5), Attention())))
-    for text, message in (("{}", "'format'"), ('{"format": 2}', "not of format 1"), ("[1]", "integer"), ("x", "Exp")):
+    other = '{"format": 1, "method": "DPE"}'
+    empty = '{"format": 1, "method": "MoA"}'
+    bad = (
+        ("{}", "not of format 1"),
+        (other, "of MoA"),
+        ("[1]", "of MoA"),
+        (empty, "'alphas' is missing"),
+        ("x", "Exp"),
+    )
+    for text, message in bad:
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=f"is no plan of MoA .*{message}"):
             MoA(str(tmp_path / "bad.json")).model(SPEC)

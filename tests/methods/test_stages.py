@@ -1,14 +1,19 @@
 """A job in stages, through the training loop: each starts from the one before, and the last is a model to load."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 from lcjax import settings
+from lcjax.checkpoint.manager import CheckpointError
 from lcjax.eval.passkey_texts import PasskeyTexts
 from lcjax.methods import Lawcat, Lora
 from lcjax.models.recurrent import Linearized
@@ -18,6 +23,7 @@ from lcjax.train import loop
 from lcjax.train.job import Stage
 from lcjax.train.optimizers import Cosine
 from lcjax.train.preempt import Preemption
+from lcjax.train.progress import Progress
 from lcjax.train.transfer import AttentionTransfer
 from tests.faults.runs import TINY, TinyRun, write_corpus
 
@@ -64,7 +70,70 @@ def test_distillation_in_three_stages(job, tmp_path):
     assert (tmp_path / "transfer" / "metrics.jsonl").read_text() == steps
 
 
+def arrays(folder, step):
+    """A checkpoint's arrays by path."""
+    with ocp.StandardCheckpointer() as reader:
+        return {k: np.asarray(v) for k, v in reader.restore(folder / "checkpoints" / f"{step:08d}" / "state").items()}
+
+
+def step(run, compiled):
+    """To the run's end, with a step that was compiled for the same shapes."""
+    parts = contextlib.closing(run.manager), contextlib.closing(run.batches)
+    with parts[0], parts[1], Progress(run.job.steps, run.step, visible=False) as progress:
+        loop.steps(run, compiled, Preemption(), progress)
+
+
+def test_moments_kept_over_stages_and_over_an_interruption(job, tmp_path):
+    """The second stage of ProLong (arXiv 2410.02660) starts from the first's optimiser state, with a new schedule."""
+    model = dataclasses.replace(job.model, dtype="bfloat16")  # parameters are not rounded on the way either
+    stages = (Stage("short"), Stage("long", keep_moments=True), Stage("new"))
+    every = dataclasses.replace(job.checkpoints, every=1)
+    job = dataclasses.replace(job, model=model, steps=2, stages=stages, checkpoints=every)
+    (short, first), (long, second), (new, _) = job.runs(tmp_path)
+    assert (short.moments, long.moments, new.moments) == (None, str(first), None)
+    run = loop.prepare(short, first, "# resolved\n")
+    compiled = loop.compile_step(run)
+    step(run, compiled)
+
+    run = loop.prepare(long, second, "# resolved\n")
+    before = arrays(first, 2)
+    leaves = jax.tree_util.tree_flatten_with_path({"params": run.state.params, "opt_state": run.state.opt_state})[0]
+    handed = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+    (place,) = (name for name, leaf in handed.items() if not np.array_equal(leaf, before[name]))
+    assert (before[place], handed[place], int(run.state.step)) == (2, 0, 0), "only the place in the schedule is new"
+    assert any(leaf.any() for name, leaf in handed.items() if "/mu/" in name)
+    assert before.keys() - handed.keys() == {"key", "skipped", "skipped_in_row", "step"}
+
+    step(run, compiled)
+    unbroken = arrays(second, 2)
+    shutil.rmtree(second / "checkpoints" / "00000002")  # as a run leaves it that was killed in step 2
+    resumed = loop.prepare(long, second, "# resolved\n")
+    assert resumed.step == 1
+    step(resumed, compiled)
+    for name, array in arrays(second, 2).items():
+        np.testing.assert_array_equal(array, unbroken[name], err_msg=name)
+
+
+def test_moments_of_other_runs_are_refused(job, tmp_path):
+    stages = (Stage("short"), Stage("long", keep_moments=True))
+    (short, first), (long, second) = dataclasses.replace(job, stages=stages).runs(tmp_path)
+    run = loop.prepare(short, first, "# resolved\n")
+    loop.save(run)
+    run.manager.close()
+    run.batches.close()
+    some = dataclasses.replace(long, trainable=("mlp",))
+    with pytest.raises(
+        CheckpointError, match=r"moments cannot be kept: opt_state/\S* is .* and missing in what is to be"
+    ):
+        loop.prepare(some, second, "# resolved\n")
+    nowhere = dataclasses.replace(long, moments="runs/nowhere")
+    with pytest.raises(CheckpointError, match=r"train\.moments: runs/nowhere is not the folder of a training run"):
+        loop.prepare(nowhere, second, "# resolved\n")
+
+
 def test_bad_stages(job):
+    with pytest.raises(ValueError, match=r"stage 'a' keeps moments, and none comes before it"):
+        dataclasses.replace(job, stages=(Stage("a", keep_moments=True),))
     with pytest.raises(ValueError, match=r"stages are named \['a', 'a'\]"):
         dataclasses.replace(job, stages=(Stage("a"), Stage("a")))
     with pytest.raises(ValueError, match=r"call Train\.resolve first"):

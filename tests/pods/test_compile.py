@@ -23,7 +23,8 @@ from lcjax.serve.job import Generate
 from lcjax.serve.size import size_decoding
 from lcjax.train.size import size_train
 
-RUNS = sorted((Path(__file__).resolve().parents[2] / "configs" / "run" / "pod").glob("*.gin"))
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RUNS = sorted((CONFIGS / "run" / "pod").glob("*.gin"))
 QUICK = [run for run in RUNS if run.stem == "llama3_8b_128k"]
 
 pytestmark = [
@@ -83,6 +84,27 @@ def test_decoding_of_a_small_model():
         assert cache < sizing.arguments < 1.5 * cache
         assert sizing.peak < 2 * cache, "no second cache"
     assert "4 requests of 8,192 tokens on v5e:2x2 (4 chips): data=2 tensor=2" in decoding.name
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("unchecked")
+def test_decoding_of_one_layer_of_a_shipped_configuration():
+    """Decoding runs its layers one after the other, all alike; one costs half the compile time of two."""
+    job, _ = settings.load("generate", [CONFIGS / "decode" / "llama3_8b_128k.gin"])
+    assert isinstance(job.model, ModelSpec)
+    spec = dataclasses.replace(job.model, num_layers=1)
+    prefill, decoding = size_decoding(dataclasses.replace(job, model=spec), named_slice(job.mesh.slice))
+    batch, capacity, chunk = job.engine.batch, job.engine.capacity, job.engine.chunk
+    cache = 2 * batch * capacity * spec.num_kv_heads * spec.head_dim * 2 // job.mesh.tensor
+    weights = sum(leaf.size for leaf in jax.tree.leaves(abstract(spec)[1])) * 2 // job.mesh.tensor
+    for sizing in (prefill, decoding):
+        print(sizing.text())
+        assert sizing.fits, sizing.text()
+        assert cache + weights < sizing.arguments < 1.05 * (cache + weights)
+    assert decoding.peak < 1.05 * decoding.arguments, "the cache is written in place"
+    largest = [max(c.bytes for c in sizing.traffic) for sizing in (prefill, decoding)]
+    assert largest[0] <= batch * chunk * spec.width * 2, "activations travel, weights and caches stay"
+    assert largest[1] <= batch * spec.vocab_size * 4, "logits travel"
 
 
 def test_a_recurrence_with_one_decay_a_head():

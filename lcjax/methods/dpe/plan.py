@@ -1,6 +1,5 @@
 """The plan file of DPE (Lu et al., arXiv 2504.18857), and the method that puts a model under it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,13 +9,12 @@ from flax import nnx
 
 from lcjax.methods.base import Method, check_made_for, check_weights
 from lcjax.methods.duo import is_full
+from lcjax.methods.plan_file import read_plan, write_plan
 from lcjax.models.family import period
 from lcjax.models.spec import Attention, ModelSpec
 from lcjax.positions.dpe import DPE
 from lcjax.positions.laws import Rope
 from lcjax.positions.xpos import XPos
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -45,19 +43,17 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps({"format": FORMAT, "method": "DPE", **asdict(self)}) + "\n", encoding="utf-8")
+        write_plan(path, "DPE", asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         """Read what `save` wrote. Raises ValueError for a file that is none of those; OSError for no file."""
-        try:
-            held = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (held.pop("format"), held.pop("method")) != (FORMAT, "DPE"):
-                raise ValueError(f"it is not of format {FORMAT} of DPE")
+
+        def make(held: dict[str, Any]) -> Plan:
             selected = {int(layer): tuple(map(tuple, heads)) for layer, heads in held.pop("selected").items()}
             return cls(tuple(held.pop("factors")), selected=selected, **held)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no plan of DPE ({error}): make one with configs/eval/dpe.gin") from None
+
+        return read_plan(path, "DPE", make, "configs/eval/dpe.gin")
 
 
 @dataclass(frozen=True)

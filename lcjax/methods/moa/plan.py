@@ -1,6 +1,5 @@
 """The plan file of MoA (arXiv 2406.14909), and the method that puts a model under it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,11 +9,10 @@ from flax import nnx
 
 from lcjax.methods.base import Method, check_made_for, check_weights
 from lcjax.methods.moa.influence import check_full_attention
+from lcjax.methods.plan_file import read_plan, write_plan
 from lcjax.models.elastic import Elastic
 from lcjax.models.family import period
 from lcjax.models.spec import Attention, ModelSpec, check_positive
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -42,19 +40,17 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        write_plan(path, "MoA", asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read what `save` wrote. Raises ValueError for a file that is no plan; OSError for none."""
-        try:
-            held = json.loads(Path(path).read_text())
-            if held.pop("format") != FORMAT:
-                raise ValueError(f"not of format {FORMAT}")
+        """Read what `save` wrote. Raises ValueError for a file that is none of those; OSError for no file."""
+
+        def make(held: dict[str, Any]) -> Plan:
             alphas, betas = (tuple(map(tuple, held.pop(name))) for name in ("alphas", "betas"))
             return cls(alphas, betas, **held)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no plan of MoA ({error}): make one with configs/eval/moa_plan.gin") from None
+
+        return read_plan(path, "MoA", make, "configs/eval/moa_plan.gin")
 
 
 @dataclass(frozen=True)
