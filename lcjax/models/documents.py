@@ -56,7 +56,7 @@ class DocumentBlocks(Pattern):
     ) -> Float[Array, "B T H D"]:
         """Whole rows as three causal calls, of which kernels skip more: the first block, the documents, the last block.
 
-        The documents are a batch, each behind a copy of the first block's keys. Rows that are cut, or split over a mesh,
+        The documents are a batch, each behind a copy of the first block's keys. Rows that are cut or split over a mesh
         go by the mask.
         """
         layout = current_layout(q.shape[0], (), q.shape[1])

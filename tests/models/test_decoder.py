@@ -177,7 +177,8 @@ def test_one_row_on_a_gpu_is_a_product_of_two(inputs):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_gradients_of_wide_products_are_products_of_the_operands_dtype(dtype):
-    x, w, do = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate(((2, 5, 24), (24, 40), (2, 5, 40))))
+    shapes = (2, 5, 24), (24, 40), (2, 5, 40)
+    x, w, do = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate(shapes))
     pull = lambda f, *xw: jax.vjp(f, *xw)[1](do)
     narrow = x.astype(dtype), w.astype(dtype)
     wanted = pull(lambda x, w: jnp.matmul(x, w, precision="highest"), *(a.astype(jnp.float32) for a in narrow))
