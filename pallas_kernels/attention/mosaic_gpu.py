@@ -145,6 +145,10 @@ def refusal(call: Call, interpret: bool = False) -> str | None:
         (call.q.dtype == jnp.float32, "wgmma has no float32; cast to bfloat16 or use xla"),
         (any(d not in (64, 128, 256) for d in dims), f"head dims {dims[0]} and {dims[1]} are not 64, 128 or 256"),
         (not _bare(columns) and lists is not None, "run-time lists together with Stride or Intervals"),
+        (
+            not _bare(columns) and columns.block_k % tb.UNIT > 0,
+            f"the mask counts columns in blocks of {columns.block_k} keys; they must be multiples of {tb.UNIT}",
+        ),
         (call.segment_ids is not None and lists is not None, "segments together with run-time lists"),
         (call.whole is not None and (max(dims) > 128 or lists is not None), "parts of head dims above 128 or of lists"),
     ]

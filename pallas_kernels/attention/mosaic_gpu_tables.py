@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Int
 from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.one_run import OneRun
-from pallas_kernels.op import Unsupported
 from pallas_kernels.plan import INF, Plan, RowRuns
 from pallas_kernels.segments import NONE, sink_runs, sink_tiles
 
@@ -79,11 +78,9 @@ def cdiv(a: int, b: int) -> int:
 
 
 def in_units(plan: Plan, keys: int) -> Plan:
-    """The same plan with columns counted in key units."""
+    """The same plan, whose columns are whole key units, with columns counted in units."""
     if plan.expiry is None and plan.second is None:
         return dataclasses.replace(plan, block_k=UNIT)
-    if plan.block_k % UNIT:
-        raise Unsupported(f"the mask counts columns in blocks of {plan.block_k} keys; they must be multiples of {UNIT}")
     times, units = plan.block_k // UNIT, cdiv(keys, UNIT)
 
     def widen(x):

@@ -88,12 +88,16 @@ def assert_close(found, expected, tolerance: float) -> None:
         assert np.abs(x - y).max(initial=0) <= tolerance * max(np.sqrt(np.mean(y * y)), 1e-30)
 
 
-def assert_near(found, expected, tolerance: float) -> None:
-    """Root mean square of the error over that of what is expected: for bfloat16, whose sums have stray large errors."""
+def assert_near(found, expected, tolerance: float, floor: float = 0.0) -> None:
+    """Root mean square of the error over that of what is expected: for bfloat16, whose sums have stray large errors.
+
+    An error below `floor` is none.
+    """
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert x.shape == y.shape
-        assert np.sqrt(np.mean((x - y) ** 2)) <= tolerance * np.sqrt(np.mean(y * y))
+        error, size = (np.sqrt(np.mean(a * a)) for a in (x - y, y))
+        assert error <= max(tolerance * size, floor), f"{error:.2e} where {size:.2e} is expected"
 
 
 def packed(lengths, t) -> np.ndarray:

@@ -341,7 +341,9 @@ class TestOnHopper:
         assert_near(found, expected, 1.5e-2)
         q, k, v, decay, _, state = found_grads
         assert_near((q, k, v, state), (*expected_grads[:3], expected_grads[5]), 2.5e-2)
-        assert_near(decay, expected_grads[3], 5e-2)
+        # The gradient of a decay is a sum of q dq - k dk: where little is kept it cancels to less than their rounding.
+        terms = np.asarray(case.inputs[0], np.float64) * np.asarray(expected_grads[0], np.float64)
+        assert_near(decay, expected_grads[3], 5e-2, floor=2e-2 * np.sqrt(np.mean(terms**2)))
 
 
 class TestRecurrentStep:
