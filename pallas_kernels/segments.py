@@ -26,17 +26,23 @@ def sink_tiles(places: Int[Array, "B S"], sink: Int[Array | np.ndarray, " P"], t
     return places.reshape(places.shape[0], 1, -1, tile).min(-1) < jnp.asarray(sink)[:, None]
 
 
+def first_run(some: Bool[Array, "*shape n"]) -> tuple[Int[Array, "*shape"], Int[Array, "*shape"]]:
+    """[begin, end) of the first run along the last axis; both are n where there is none."""
+    at = jnp.arange(some.shape[-1], dtype=jnp.int32)
+    least = lambda some: jnp.where(some, at, some.shape[-1]).min(-1)
+    begin = least(some)
+    return begin, least(~some & (at > begin[..., None]))
+
+
 def sink_runs(wanted: Bool[Array, "B P nQ nK"]) -> tuple[Array, Array, Array, Array]:
     """Two runs of key tiles over what each query tile wants: (begin, stop, begin, stop), each int32 [B,P,nQ].
 
     The first run holds the sinks of the tile's first segment and has no holes. The second spans all others, which
     begin inside the tile: near its diagonal. An empty run begins at NONE and stops at 0.
     """
-    at = jnp.arange(wanted.shape[-1], dtype=jnp.int32)
-    least = lambda some: jnp.where(some, at, NONE).min(-1, keepdims=True)
-    begin = least(wanted)
-    hole = jnp.minimum(least(~wanted & (at > begin)), wanted.shape[-1])
-    rest = wanted & (at > hole)
-    stop = jnp.where(begin < NONE, hole, 0)
-    rest_stop = jnp.where(rest, at + 1, 0).max(-1)
-    return begin[..., 0], stop[..., 0], least(rest)[..., 0], rest_stop
+    tiles = wanted.shape[-1]
+    at = jnp.arange(tiles, dtype=jnp.int32)
+    begin, hole = first_run(wanted)
+    rest = wanted & (at > hole[..., None])
+    rest_begin, rest_stop = jnp.where(rest, at, NONE).min(-1), jnp.where(rest, at + 1, 0).max(-1)
+    return jnp.where(begin < tiles, begin, NONE), jnp.where(begin < tiles, hole, 0), rest_begin, rest_stop

@@ -18,7 +18,7 @@ from pallas_kernels.attention.call import Call
 from pallas_kernels.lists import BlockList
 from pallas_kernels.one_run import OneRun
 from pallas_kernels.plan import INF, Plan, RowRuns
-from pallas_kernels.segments import NONE, sink_runs, sink_tiles
+from pallas_kernels.segments import NONE, first_run, sink_runs, sink_tiles
 
 UNIT = 64  # keys per entry of a list; tiles of keys are one or two units
 ROW_TILE = 128  # query rows of a forward block, keys of a dK/dV block
@@ -159,21 +159,22 @@ def column_lists(chosen: BlockList, keys: int) -> ColumnLists:
     return ColumnLists(entries.astype(jnp.int32), begin.astype(jnp.int32).reshape(batch, heads, -1))
 
 
+def _ranges(rows: Int[Array, "B 2 m"], tile: int) -> tuple[Int[Array, "B M 1"], Int[Array, "B M 1"]]:
+    """Lowest and highest id of each `tile` entries."""
+    tiles = rows.reshape(rows.shape[0], 2, -1, tile)
+    return tiles[:, 0].min(-1)[:, :, None], tiles[:, 1].max(-1)[:, :, None]
+
+
 def _meet(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) -> Bool[Array, "B M n"]:
     """Which entries of `columns` have an id range that meets that of each `tile` entries of `rows`."""
-    tiles = rows.reshape(rows.shape[0], 2, -1, tile)
-    low, high = tiles[:, 0].min(-1)[:, :, None], tiles[:, 1].max(-1)[:, :, None]
+    low, high = _ranges(rows, tile)
     return (low <= columns[:, 1][:, None]) & (columns[:, 0][:, None] <= high)
 
 
 def _same(rows: Int[Array, "B 2 m"], columns: Int[Array, "B 2 n"], tile: int) -> tuple[Array, Array]:
     """First run [begin, end) of keys (or rows), int32 [B,M], that are of one segment with each `tile` units of rows."""
-    tiles = rows.reshape(rows.shape[0], 2, -1, tile)
-    low, high = tiles[:, 0].min(-1)[:, :, None], tiles[:, 1].max(-1)[:, :, None]
-    same = (low == high) & (columns[:, 0] == columns[:, 1])[:, None] & (columns[:, 0][:, None] == low)
-    at = jnp.arange(same.shape[-1], dtype=jnp.int32)
-    begin = jnp.where(same, at, same.shape[-1]).min(-1)
-    end = jnp.where(~same & (at > begin[..., None]), at, same.shape[-1]).min(-1)
+    low, high = _ranges(rows, tile)
+    begin, end = first_run((low == high) & (columns[:, 0][:, None] == low) & (columns[:, 1][:, None] == low))
     return begin * UNIT, end * UNIT
 
 
