@@ -15,8 +15,8 @@ once per process, so every row is a process of its own.
 `--tune` writes the tiles with the fewest hot bundles a score, forward and backward together, to `pallas_kernels/tuned`.
 
 A tile is rows, keys, keys a product for attention; tokens of a page, keys a step, new tokens a request for decoding,
-whose KV heads are a quarter of `--heads`, with 64 requests; tokens a grid step for gated linear attention, whose hot
-region is one chunk (the other two numbers say its length).
+whose KV heads are a quarter of `--heads`, with 64 requests; tokens a grid step for gated linear attention and the delta
+rule (`--op delta`), whose hot region is one chunk (the other two numbers say its length).
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 CODES = {
     "attention": ("ours_fwd", "ours_bwd", "splash_fwd", "splash_bwd"),
     "decode": ("ours_decode", "ragged_decode"),
     "linear": ("linear_fwd", "linear_bwd"),
+    "delta": ("delta_fwd", "delta_bwd"),
     "dual_chunk": tuple(f"{part}_{way}" for way in ("fwd", "bwd") for part in ("ours", "own", "before", "older")),
 }
 PARTS = ("own", "before", "older")  # the chunks that the three calls of dual chunk attention read
@@ -134,11 +135,11 @@ def compile_code(code: str, generation: str, tiles: tuple[int, int, int], length
 
     from pallas_kernels import aot
 
-    makers = {"ours_decode": _our_decode, "ragged_decode": _ragged_decode, "linear_fwd": _linear, "linear_bwd": _linear}
-    parts = {
-        f"{part}_{way}": functools.partial(_ours, part=n) for n, part in enumerate(PARTS) for way in ("fwd", "bwd")
-    }
-    maker = (makers | parts).get(code, _ours if code.startswith("ours") else _splash)
+    makers: dict[str, Callable] = {"ours_decode": _our_decode, "ragged_decode": _ragged_decode}
+    both_ways: dict[str, Callable] = {"linear": _linear, "delta": functools.partial(_linear, delta=True)}
+    both_ways |= {part: functools.partial(_ours, part=n) for n, part in enumerate(PARTS)}
+    makers |= {f"{name}_{way}": maker for name, maker in both_ways.items() for way in ("fwd", "bwd")}
+    maker = makers.get(code, _ours if code.startswith("ours") else _splash)
     forward, shapes = maker(tiles, length, heads, dim)
 
     def backward(*x):
@@ -187,16 +188,20 @@ def _splash(tiles, length, heads, dim):
     return attend, [jax.ShapeDtypeStruct((heads, length, dim), jnp.bfloat16)] * 3
 
 
-def _linear(tiles, length, heads, dim):
+def _linear(tiles, length, heads, dim, delta=False):
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels import gated_linear_attention
-    from pallas_kernels.gated_linear import mosaic_tpu, mosaic_tpu_bwd
+    from pallas_kernels.gated_linear import mosaic_tpu
 
-    mosaic_tpu.BLOCK_TOKENS = mosaic_tpu_bwd.BLOCK_TOKENS = tiles[0]
-    forward = lambda q, k, v, g: gated_linear_attention(q, k, v, g, implementation="mosaic_tpu")[0]
-    return forward, [jax.ShapeDtypeStruct((1, length, heads, dim), jnp.bfloat16)] * 4
+    mosaic_tpu.BLOCK_TOKENS = tiles[0]
+
+    def forward(q, k, v, g, beta=None):
+        return gated_linear_attention(q, k, v, g, beta=beta, implementation="mosaic_tpu")[0]
+
+    shapes = [jax.ShapeDtypeStruct((1, length, heads, dim), jnp.bfloat16)] * 4
+    return forward, shapes + [jax.ShapeDtypeStruct((1, length, heads), jnp.float32)] * delta
 
 
 def _our_decode(tiles, length, heads, dim):
@@ -308,6 +313,7 @@ def _report(options: argparse.Namespace, rows: list[dict]) -> dict:
         "dual_chunk": {"mask": parts},
         "decode": {"mask": "causal", "requests": BATCH, "kv_heads": options.heads // GROUP},
         "linear": {"decay": "vector"},
+        "delta": {"decay": "vector", "beta": "float32"},
     }[options.op]
     when = time.strftime("%Y-%m-%d")
     return {"date": when, "versions": versions, "call": call, "unit": "bundles (cycles without stalls)", "rows": rows}

@@ -33,7 +33,7 @@ def make_case(t=65, kind="vector", *, shape=(2, 2, 8, 5), dtype=np.float64, mean
     if normalise:
         q, k = np.abs(q), np.abs(k)
     if delta:
-        k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+        k = (k / np.linalg.norm(k.astype(np.float64), axis=-1, keepdims=True)).astype(dtype)
     size = {"none": None, "scalar": (b, t, h // group), "vector": (b, t, h // group, dk)}[kind]
     g = None if size is None else (mean * rng.exponential(size=size)).astype(dtype)
     beta = rng.uniform(size=(b, t, h)).astype(dtype) if delta else None
