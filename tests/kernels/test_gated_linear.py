@@ -393,7 +393,7 @@ class TestDeltaRule:
         assert_close(found, jax.jit(gated_linear_attention)(q, key, v), 1e-5)
 
     @pytest.mark.parametrize(
-        ("implementation", "dtype", "tolerance"), [("xla", np.float32, 1e-4), ("mosaic_tpu", jnp.bfloat16, 1e-1)]
+        ("implementation", "dtype", "tolerance"), [("xla", np.float32, 1e-5), ("mosaic_tpu", jnp.bfloat16, 5e-2)]
     )
     def test_identical_keys_stay_stable(self, implementation, dtype, tolerance):
         """All that is written cancels but the last value, and the roundings of 128 written ones do not."""
@@ -403,7 +403,7 @@ class TestDeltaRule:
         case = Case((q, k, v, None, np.ones_like(beta), None), (), options)
         with testing.interpret_tpu():
             found = forward(case, implementation)
-        assert_close(found, forward(case, "reference"), tolerance)
+        assert_near(found, forward(case, "reference"), tolerance)
 
 
 class TestBadInput:
