@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.gated_linear import mosaic_gpu_bwd, mosaic_gpu_fwd
-from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, WIDTH
-from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState, Problem, varying_like
+from pallas_kernels.gated_linear.mosaic_gpu_delta import delta_rule
+from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, WIDTH, add_tiles, add_up
+from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState, Problem, repeat_heads, varying_like
 from pallas_kernels.op import Unsupported, interpreter, platform
 
 MAX_WIDTH = 256
+MAX_DELTA_WIDTH = 128  # of shared memory
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -36,7 +38,7 @@ def _kernel_backward(scale, interpret, residuals, cotangents):
         wide = do.astype(jnp.float32) / weights
         do, d_weights = wide.astype(do.dtype), -(wide * o.astype(jnp.float32)).sum(-1)
     grads, d_first = mosaic_gpu_bwd.backward(*kept, (do, d_weights, d_last), scale=scale, interpret=interpret)
-    return *(_add_up(x, array.shape[2]) for x, array in zip(grads, residuals[:4], strict=True)), d_first
+    return *(add_up(x, array.shape[2]) for x, array in zip(grads, residuals[:4], strict=True)), d_first
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)
@@ -45,28 +47,23 @@ _kernel.defvjp(_kernel_forward, _kernel_backward)
 def _divided(found: mosaic_gpu_fwd.Result, scale: float) -> tuple[Array, Array | None]:
     """Outputs `[B, T, H, Dv]`, and the sums of weights `[B, T, H, 1]` that they are divided by, if any."""
     if found.weights is None:
-        return _add_tiles(found.o), None
+        return add_tiles(found.o), None
     weights = scale * jnp.moveaxis(found.weights.sum(0), 1, 2)[..., None] + NORMALISER_FLOOR
     return (found.o.astype(jnp.float32).sum(0) / weights).astype(found.o.dtype), weights
-
-
-def _add_tiles(x: Array) -> Array:
-    return x[0] if len(x) == 1 else x.astype(jnp.float32).sum(0).astype(x.dtype)
-
-
-def _add_up(x: Array, heads: int) -> Array:
-    """Over tiles and the query heads of each group: `[tiles, B, T, H, features]` to `[B, T, heads, features]`."""
-    if heads == x.shape[3]:
-        return _add_tiles(x)
-    groups = x.reshape(*x.shape[:3], heads, -1, x.shape[4])
-    return groups.astype(jnp.float32).sum((0, 4)).astype(x.dtype)
 
 
 def attend(p: Problem) -> tuple[Array, LinearState]:
     """The `mosaic_gpu` backend. `p` must have its segments folded. Log-decays are read in bfloat16, down to -16."""
     _check(p)
+    if p.beta is not None:
+        p = repeat_heads(p)
     padded = LinearState(_pad_state(p.state.s), None if p.state.z is None else _pad_state(p.state.z[..., None])[..., 0])
-    o, last = _kernel(_pad(p.q), _pad(p.k), _pad(p.v), _log_decay(p), padded, p.scale, interpreter())
+    arrays = (_pad(p.q), _pad(p.k), _pad(p.v), _log_decay(p))
+    if p.beta is None:
+        o, last = _kernel(*arrays, padded, p.scale, interpreter())
+    else:
+        o, s = delta_rule(*arrays, _pad_tokens(p.beta.astype(jnp.float32)), padded.s, p.scale, interpreter())
+        last = LinearState(s, None)
     (_, t, _, dk), dv = p.q.shape, p.v.shape[-1]
     return o[:, :t, :, :dv], LinearState(last.s[:, :, :dk, :dv], None if last.z is None else last.z[..., :dk])
 
@@ -76,9 +73,14 @@ def _pad_state(s: Array) -> Array:
     return jnp.pad(s, [(0, 0)] * 2 + [(0, -n % WIDTH) for n in s.shape[2:]])
 
 
+def _pad_tokens(x: Array) -> Array:
+    """Zeros up to whole chunks: tokens that do nothing."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), *[(0, 0)] * (x.ndim - 2)))
+
+
 def _pad(x: Array) -> Array:
     """Zeros up to whole chunks and tiles: tokens that do nothing, features that weigh nothing."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, -x.shape[3] % WIDTH)))
+    return jnp.pad(_pad_tokens(x), ((0, 0), (0, 0), (0, 0), (0, -x.shape[3] % WIDTH)))
 
 
 def _log_decay(p: Problem) -> Array:
@@ -96,10 +98,11 @@ def _check(p: Problem) -> None:
         capability = getattr(jax.devices()[0], "compute_capability", "unknown")
         if capability != "9.0":
             raise Unsupported(f"needs a Hopper GPU (compute capability 9.0), this one has {capability}")
-    if p.beta is not None:
-        raise Unsupported("the delta rule (beta) has no Hopper kernel")
+    if p.beta is not None and p.log_decay is not None and p.log_decay.ndim == 4:
+        raise Unsupported("the delta rule (beta) has a Hopper kernel for decays per head, not per key channel")
+    widest = MAX_WIDTH if p.beta is None else MAX_DELTA_WIDTH
     for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
         if x.dtype != jnp.bfloat16:
             raise Unsupported(f"{name} is {x.dtype}, the kernel takes bfloat16")
-        if x.shape[-1] > MAX_WIDTH:
-            raise Unsupported(f"{name} has {x.shape[-1]} features, the kernel takes at most {MAX_WIDTH}")
+        if x.shape[-1] > widest:
+            raise Unsupported(f"{name} has {x.shape[-1]} features, the kernel takes at most {widest}")

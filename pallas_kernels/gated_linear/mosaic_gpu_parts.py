@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
 
 CHUNK = 64
 WIDTH = 64  # of keys and values
@@ -245,3 +246,15 @@ def strong_units(found: Halves, split: Split):
 def unit_decays(found: Halves, split: Split):
     """Decay factors over each unit's tokens, `[units, 64]`."""
     return _to_unit_rows(jnp.exp(by_segment(found.sums.sum(3), split, 0).sum(2)), split)
+
+
+def add_tiles(x: Array) -> Array:
+    return x[0] if len(x) == 1 else x.astype(jnp.float32).sum(0).astype(x.dtype)
+
+
+def add_up(x: Array, heads: int) -> Array:
+    """Over tiles and the query heads of each group: `[tiles, B, T, H, features]` to `[B, T, heads, features]`."""
+    if heads == x.shape[3]:
+        return add_tiles(x)
+    groups = x.reshape(*x.shape[:3], heads, -1, x.shape[4])
+    return groups.astype(jnp.float32).sum((0, 4)).astype(x.dtype)

@@ -280,22 +280,51 @@ class TestMosaicGpu:
         assert_near(found_grads, expected_grads, 2.5e-2)
 
     @pytest.mark.parametrize(
-        ("dim", "normalise"), [(64, True), slow(64, False), slow(128, True), slow(256, True), slow(256, False)]
+        ("kind", "widths", "options"),
+        [
+            ("scalar", (32, 64), {"group": 2, "segment_ids": packed((40, 50), 100)}),
+            slow("none", (64, 128), {}),
+            slow("scalar", (128, 72), {}),
+            slow("scalar", (64, 64), {"mean": -50.0}),
+        ],
     )
-    def test_lowers_for_cuda(self, dim, normalise):
-        """Forward and backward; the normaliser makes no wider copy of the values."""
-        shape = jax.ShapeDtypeStruct((1, 4096, 4, dim), jnp.bfloat16)
+    def test_delta_rule(self, kind, widths, options):
+        case = make_case(100, kind, shape=(1, 2, *widths), dtype=jnp.bfloat16, delta=True, **options)
+        with op.interpret(plgpu.InterpretGPUParams()):
+            found, found_grads = with_gradients(case, "mosaic_gpu")
+        expected, expected_grads = with_gradients(case, "reference")
+        assert_near(found, expected, 1e-2)
+        assert_gradients_near(case, found_grads, expected_grads)
 
-        def loss(q, k, v, g):
-            o, state = gated_linear_attention(q, k, v, g, normalise=normalise, implementation="mosaic_gpu")
+    @pytest.mark.parametrize(
+        ("dim", "kind"),
+        [
+            *[(64, "normalised"), slow(64, "plain"), slow(128, "normalised"), slow(256, "normalised")],
+            *[slow(256, "plain"), (64, "delta"), slow(128, "delta")],
+        ],
+    )
+    def test_lowers_for_cuda(self, dim, kind):
+        """Forward and backward; the normaliser makes no wider copy of the values."""
+        wide = jax.ShapeDtypeStruct((1, 4096, 4, dim), jnp.bfloat16)
+        per_head = jax.ShapeDtypeStruct(wide.shape[:3], jnp.float32)
+        inputs = (wide, wide, wide, *((per_head, per_head) if kind == "delta" else (wide, None)))
+
+        def loss(q, k, v, g, beta):
+            options = {"beta": beta, "normalise": kind == "normalised", "implementation": "mosaic_gpu"}
+            o, state = gated_linear_attention(q, k, v, g, **options)
             return o.astype(jnp.float32).sum() + state.s.sum()
 
         with op.target_platform("gpu"):
-            traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(shape, shape, shape, shape)
+            traced = jax.jit(jax.grad(loss, range(5))).trace(*inputs)
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
         assert f"x4x{dim + 1}x" not in text
         assert f"x4x{dim + 64}x" not in text
+
+    def test_delta_rule_refuses_a_decay_for_every_channel(self):
+        case = make_case(20, delta=True, dtype=jnp.bfloat16)
+        with op.interpret(plgpu.InterpretGPUParams()), pytest.raises(Unsupported, match="for decays per head, not per"):
+            forward(case, "mosaic_gpu")
 
     def test_refuses_float32(self):
         case = make_case(20, dtype=np.float32)
@@ -341,17 +370,30 @@ class TestOnHopper:
         for other in others:
             jax.tree.map(np.testing.assert_array_equal, first, other)
 
+    @pytest.mark.parametrize(("t", "widths"), [(63, (64, 64)), (1000, (128, 128)), (1000, (32, 72))])
+    @pytest.mark.parametrize(("kind", "mean"), [("none", 0), ("scalar", -0.05), ("scalar", -5)])
+    def test_delta_rule(self, t, widths, kind, mean):
+        ids = packed((t // 3, t // 2), t)
+        case = make_case(t, kind, mean=mean, shape=(1, 6, *widths), dtype=jnp.bfloat16, delta=True, segment_ids=ids)
+        self.check(case)
+
     def check(self, case):
         """With and without a gradient, which the normaliser makes two programs."""
         expected, expected_grads = with_gradients(case, "reference")
         assert_near(forward(case, "mosaic_gpu"), expected, 1.5e-2)
         found, found_grads = with_gradients(case, "mosaic_gpu")
         assert_near(found, expected, 1.5e-2)
-        q, k, v, decay, _, state = found_grads
-        assert_near((q, k, v, state), (*expected_grads[:3], expected_grads[5]), 2.5e-2)
-        # The gradient of a decay is a sum of q dq - k dk: where little is kept it cancels to less than their rounding.
-        terms = np.asarray(case.inputs[0], np.float64) * np.asarray(expected_grads[0], np.float64)
-        assert_near(decay, expected_grads[3], 5e-2, floor=2e-2 * np.sqrt(np.mean(terms**2)))
+        assert_gradients_near(case, found_grads, expected_grads)
+
+
+def assert_gradients_near(case, found, expected):
+    q, k, v, decay, beta, state = found
+    assert_near((q, k, v, beta, state), (*expected[:3], *expected[4:]), 2.5e-2)
+    if decay is None:
+        return
+    # The gradient of a decay is a sum of q dq - k dk: where little is kept it cancels to less than their rounding.
+    terms = np.asarray(case.inputs[0], np.float64) * np.asarray(expected[0], np.float64)
+    assert_near(decay, expected[3], 5e-2, floor=2e-2 * np.sqrt(np.mean(terms**2)))
 
 
 class TestRecurrentStep:
