@@ -8,7 +8,7 @@ once. Which taps count is a word of bits for each token.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ HALO = 8  # rows beside it, one more than the widest convolution reaches
 MARKS = 96  # words for a tile: its tokens, those after it, and as many more as make whole lines of 128 bytes
 WIDTH = 64  # channels of a tile
 STEP = 16  # tokens in registers at once: eight neighbouring channels of one of them to a thread
-SLOTS = 528  # programs that the chip runs at once
-STAGES = 3  # tiles on their way or in use
+SLOTS = 396  # programs that the chip runs at once: the backward takes 130 registers a thread
+STAGES = 4  # tiles on their way or in use
 LAYOUT = plgpu.Layout.TILED(
     Tiling(((STEP, WIDTH), (4, WIDTH), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
@@ -65,13 +65,13 @@ def choose_split(batch: int, tokens: int, channels: int) -> Split:
 
 
 class Refs(NamedTuple):
-    """Operands of a sweep, in global memory; absent ones are None."""
+    """Operands of a sweep, in global memory."""
 
-    source: jax.Array  # [B, T, C]
-    beside: jax.Array  # [B, 8, C], the rows before the first tile, of a backward sweep those after the last
-    taps: jax.Array  # [W, C] float32, first that of the current token
-    marks: jax.Array | None  # [B, tiles, 96] int32
-    partner: jax.Array | None  # [B, T, C]
+    source: Any  # [B, T, C]
+    beside: Any  # [B, 8, C], the rows before the first tile, of a backward sweep those after the last
+    taps: Any  # [W, C] float32, first that of the current token
+    marks: Any  # [B, tiles, 96] int32, or None where all taps count
+    partner: Any  # [B, T, C] or None
 
 
 def _pick(ref, rows: int):
@@ -92,7 +92,7 @@ def _tile(buffers, taps, sums, out, start, *, reverse: bool):
     """Outputs of a tile, to global memory; and `sums`, to each tap's of which its products with the partner go."""
     source, marks, partner = buffers
     for row in range(0, ROWS, STEP):
-        y = None
+        y: Any = None
         own = None if partner is None else _kept(_pick(partner, row), marks, row, 0)
         for d, tap in enumerate(taps):
             x = _pick(source, row + d if reverse else HALO + row - d)
@@ -105,7 +105,7 @@ def _tile(buffers, taps, sums, out, start, *, reverse: bool):
 
 
 def _body(*refs, present: tuple[bool, ...], split: Split, width: int, reverse: bool):
-    """A program's tiles: three on their way or in use, each with its halo, marks and partner."""
+    """A program's tiles, `STAGES` of them on their way or in use, each with its halo, marks and partner."""
     inputs, outputs = refs[: sum(present)], refs[sum(present) :]
     given = iter(inputs)
     r = Refs(*(next(given) if there else None for there in present))
@@ -170,11 +170,20 @@ def sweep(r: Refs, *, reverse: bool, interpret=None) -> tuple[Float[Array, "B T 
     if r.partner is not None:
         out_type.append(jax.ShapeDtypeStruct((programs, width, STEP, WIDTH), jnp.float32))
     present = tuple(x is not None for x in r)
-    body = functools.partial(_body, present=present, split=split, width=width, reverse=reverse)
-    options = {"interpret": interpret}
-    if not interpret:  # no thread reads shared memory that another one stores to: the copies' barriers are enough
-        options = {"compiler_params": plgpu.CompilerParams(unsafe_no_auto_barriers=True)}
-    kernel = plgpu.kernel(body, out_type=out_type, grid=(programs,), grid_names=("program",), **options)
+
+    def causal_conv(*refs):
+        _body(*refs, present=present, split=split, width=width, reverse=reverse)
+
+    # no thread reads shared memory that another one stores to, so the copies' own barriers are enough
+    params = None if interpret else plgpu.CompilerParams(unsafe_no_auto_barriers=True)
+    kernel = plgpu.kernel(
+        causal_conv,
+        out_type=out_type,
+        grid=(programs,),
+        grid_names=("program",),
+        compiler_params=params,
+        interpret=interpret or False,
+    )
     y, *sums = kernel(*(x for x in r if x is not None))
     if not sums:
         return y, None
@@ -196,6 +205,7 @@ def _kernel_backward(interpret, residuals, dy):
     x, before, w, marks = residuals
     after = jnp.zeros((x.shape[0], HALO, x.shape[2]), x.dtype)
     dx, dw = sweep(Refs(dy, after, _taps(w), marks, x), reverse=True, interpret=interpret)
+    assert dw is not None
     dw, d_before = dw[::-1], None
     if before is not None:
         _, pull = jax.vjp(lambda before, w: _from_before(before, w, marks), before, w.astype(jnp.float32))
