@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv.problem import Problem, ids_with_tail
-from pallas_kernels.op import Unsupported, interpreter, platform
+from pallas_kernels.op import Unsupported, interpreter, require_hopper
 
 ROWS = 64  # tokens of a tile
 HALO = 8  # rows beside it, one more than the widest convolution reaches
@@ -89,8 +89,9 @@ def _kept(x, marks, rows: int, tap: int):
 
 
 def _tile(buffers, taps, sums, out, start, *, reverse: bool):
-    """Outputs of a tile, to global memory; and `sums`, to each tap's of which its products with the partner go."""
+    """Writes a tile's outputs to global memory; `sums` with each tap's products with the partner added."""
     source, marks, partner = buffers
+    sums = list(sums)
     for row in range(0, ROWS, STEP):
         y: Any = None
         own = None if partner is None else _kept(_pick(partner, row), marks, row, 0)
@@ -99,18 +100,18 @@ def _tile(buffers, taps, sums, out, start, *, reverse: bool):
             x = _kept(x, marks, row + d if reverse else row, d)
             y = x * tap if y is None else y + x * tap
             if own is not None:
-                sums = (*sums[:d], sums[d] + x * own, *sums[d + 1 :])
+                sums[d] += x * own
         out[pl.ds(start + row, STEP)] = y.astype(out.dtype)
-    return sums
+    return tuple(sums)
 
 
 def _body(*refs, present: tuple[bool, ...], split: Split, width: int, reverse: bool):
     """A program's tiles, `STAGES` of them on their way or in use, each with its halo, marks and partner."""
-    inputs, outputs = refs[: sum(present)], refs[sum(present) :]
-    given = iter(inputs)
+    given = iter(refs)
     r = Refs(*(next(given) if there else None for there in present))
-    place = split.place(jax.lax.axis_index("program"))
-    columns = (slice(None), place.channels)
+    out_gmem, *sums_gmem = given
+    program = jax.lax.axis_index("program")
+    place = split.place(program)
     tile_at, halo_at = (0, ROWS) if reverse else (HALO, 0)
     taps = [plgpu.load(r.taps.at[d, place.channels], layout=LAYOUT.reduce(0), optimized=False) for d in range(width)]
     taps = [jax.lax.broadcast_in_dim(tap, (STEP, WIDTH), (1,)) for tap in taps]
@@ -122,7 +123,7 @@ def _body(*refs, present: tuple[bool, ...], split: Split, width: int, reverse: b
             edge = tile == (split.tiles - 1 if reverse else 0)
             halo = source.at[slot, pl.ds(halo_at, HALO)]
             near = pl.ds(tile * ROWS + (ROWS if reverse else -HALO), HALO)
-            pl.when(edge)(lambda: plgpu.copy_gmem_to_smem(r.beside.at[place.row, *columns], halo, signal))
+            pl.when(edge)(lambda: plgpu.copy_gmem_to_smem(r.beside.at[place.row, :, place.channels], halo, signal))
             pl.when(~edge)(lambda: plgpu.copy_gmem_to_smem(r.source.at[place.row, near, place.channels], halo, signal))
             whole = source.at[slot, pl.ds(tile_at, ROWS)]
             plgpu.copy_gmem_to_smem(r.source.at[place.row, rows, place.channels], whole, signal)
@@ -140,13 +141,13 @@ def _body(*refs, present: tuple[bool, ...], split: Split, width: int, reverse: b
             plgpu.commit_smem()  # a barrier: every warp is done with the slot that is filled next
             pl.when(i + STAGES - 1 < place.count)(lambda: load(i + STAGES - 1))
             buffers = [None if ref is None else ref.at[slot] for ref in (source, marks, partner)]
-            out = outputs[0].at[place.row, :, place.channels]
+            out = out_gmem.at[place.row, :, place.channels]
             return _tile(buffers, taps, sums, out, (place.first + i) * ROWS, reverse=reverse)
 
         blank = lambda: plgpu.layout_cast(jnp.zeros((STEP, WIDTH), jnp.float32), LAYOUT)
         sums = jax.lax.fori_loop(0, place.count, turn, tuple(blank() for _ in taps) if r.partner is not None else ())
         for d, total in enumerate(sums):
-            outputs[1][jax.lax.axis_index("program"), d] = total
+            sums_gmem[0][program, d] = total
 
     pl.run_scoped(
         scoped,
@@ -258,12 +259,7 @@ def convolve_mosaic_gpu(p: Problem) -> Float[Array, "B T C"]:
 
 
 def _check(p: Problem) -> None:
-    if interpreter() is None and platform() != "gpu":
-        raise Unsupported(f"needs a Hopper GPU, this is {platform()}")
-    if interpreter() is None and jax.default_backend() == "gpu":
-        capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-        if capability != "9.0":
-            raise Unsupported(f"needs a Hopper GPU (compute capability 9.0), this one has {capability}")
+    require_hopper()
     if p.x.dtype != jnp.bfloat16:
         raise Unsupported(f"x is {p.x.dtype}, the kernel takes bfloat16")
     if p.x.shape[2] % WIDTH:

@@ -9,7 +9,7 @@ from jaxtyping import Array
 from pallas_kernels.gated_linear import mosaic_gpu_bwd, mosaic_gpu_fwd
 from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, WIDTH
 from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState, Problem, varying_like
-from pallas_kernels.op import Unsupported, interpreter, platform
+from pallas_kernels.op import Unsupported, interpreter, require_hopper
 
 MAX_WIDTH = 256
 
@@ -90,12 +90,7 @@ def _log_decay(p: Problem) -> Array:
 
 
 def _check(p: Problem) -> None:
-    if interpreter() is None and platform() != "gpu":
-        raise Unsupported(f"needs a Hopper GPU, this is {platform()}")
-    if interpreter() is None and jax.default_backend() == "gpu":
-        capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-        if capability != "9.0":
-            raise Unsupported(f"needs a Hopper GPU (compute capability 9.0), this one has {capability}")
+    require_hopper()
     if p.beta is not None:
         raise Unsupported("the delta rule (beta) has no Hopper kernel")
     for name, x in (("q", p.q), ("k", p.k), ("v", p.v)):
