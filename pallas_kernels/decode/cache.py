@@ -31,7 +31,7 @@ class KVCache:
     k: Array
     v: Array
     lengths: Int[Array, " B"]
-    factors: Int32[Array, "_ K _"] | None = None
+    factors: Int[Array, "_ K _"] | None = None
     page_table: Int[Array, "B W"] | Int[Array, "B K W"] | None = None
     ring: int | None = None
 
