@@ -152,8 +152,10 @@ class PagedCache:
         keep = keep if valid is None else keep & valid
         physical = dropped(physical, keep, self.pool)
         at = lambda buffer: buffer.at[physical, :, slot % self.page]
-        pairs = zip((self.k, self.v, self.factors), encode(k, v, self.k.dtype), strict=True)
-        k, v, factors = (None if buffer is None else written(at(buffer), new) for buffer, new in pairs)
+        k, v, factors = encode(k, v, self.k.dtype)
+        if factors is not None:
+            factors = written(at(self.factors), factors)
+        k, v = written(at(self.k), k), written(at(self.v), v)
         return replace(self, k=k, v=v, factors=factors, length=length + jnp.asarray(count), start=self.length)
 
     def _check(self, count: Counts) -> None:
