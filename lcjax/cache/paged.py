@@ -72,12 +72,13 @@ class PagedCache:
         width = -(-capacity // page)
         count = batch * width if pool is None else pool
         shape = (count, num_kv_heads, page, head_dim)
-        arrays = [jnp.zeros(shape, dtype) for _ in range(2)] + [no_factors(shape[:3], dtype)]
+        k, v = (jnp.zeros(shape, dtype) for _ in range(2))
         table = np.arange(batch * width, dtype=np.int32).reshape(batch, width)
         pages = np.full((batch,), width, np.int32)
         if pool is not None:
             table, pages = np.zeros_like(table), np.zeros_like(pages)
-        return cls(*arrays, jnp.asarray(table), jnp.asarray(pages), no_tokens(batch), no_tokens(batch))
+        tables = jnp.asarray(table), jnp.asarray(pages)
+        return cls(k, v, no_factors(shape[:3], dtype), *tables, no_tokens(batch), no_tokens(batch))
 
     @property
     def page(self) -> int:

@@ -97,11 +97,21 @@ def _check_query(q: Array, cache: KVCache) -> tuple[int, int, int, int]:
         raise ValueError(f"q: {heads} heads are not a multiple of the cache's {cache.num_kv_heads} KV heads")
     if cache.lengths.shape != (batch,):
         raise ValueError(f"cache: lengths {cache.lengths.shape}, q has batch {batch}")
+    _check_factors(cache)
+    return batch, queries, heads, dim
+
+
+def _check_factors(cache: KVCache) -> None:
     if (cache.k.dtype == jnp.int8) != (cache.factors is not None):
         raise ValueError(f"cache: keys are {cache.k.dtype}; int8 needs factors, other types take none")
-    if cache.factors is not None and cache.factors.dtype != jnp.int32:
+    if cache.factors is None:
+        return
+    if cache.factors.dtype != jnp.int32:
         raise ValueError(f"cache: factors are {cache.factors.dtype}, not the int32 words that pack_factors makes")
-    return batch, queries, heads, dim
+    rows, one, other, _ = cache.k.shape
+    expected = (rows, one, other) if cache.page_table is not None else (rows, other, one)
+    if cache.factors.shape != expected:
+        raise ValueError(f"cache: factors have shape {cache.factors.shape}, keys {cache.k.shape} need {expected}")
 
 
 def check_lengths(cache: KVCache, queries: int) -> None:

@@ -232,7 +232,7 @@ def fetch(tiles: Tiles, shape: Shape, refs, scratch) -> None:
             plgpu.copy_gmem_to_smem(refs.v.at[where], scratch.v.at[slot], scratch.v_ready.at[slot])
             if shape.quantized:
                 outer, *inner = where
-                at = (outer, *inner) if shape.paged else (outer, *reversed(inner))  # factors are head-major
+                at = where if shape.paged else (outer, *reversed(inner))  # factors are head-major
                 plgpu.copy_gmem_to_smem(refs.factors.at[at], scratch.factors.at[slot], scratch.k_ready.at[slot])
 
         lax.fori_loop(0, count, visit, None)

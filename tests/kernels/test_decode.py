@@ -224,6 +224,10 @@ def test_all_blocks_selected_equals_dense():
             {"k": jnp.zeros((2, 256, KV, D), jnp.int8), "factors": jnp.zeros((2, KV, 256), jnp.int16)},
             "factors are int16, not the int32 words",
         ),
+        (
+            {"k": jnp.zeros((2, 256, KV, D), jnp.int8), "factors": jnp.zeros((2, 256, KV), jnp.int32)},
+            r"factors have shape \(2, 256, 2\), keys \(2, 256, 2, 64\) need \(2, 2, 256\)",
+        ),
     ],
 )
 def test_bad_caches_are_named(change, says):
