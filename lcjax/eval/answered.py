@@ -26,7 +26,7 @@ class Answered(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationTexts(ABC):
-    """`count` stretches of `text` (as in `read_text`) from which a model goes on by itself, for up to `answer` tokens."""
+    """`count` stretches of `text` (see `read_text`) that a model goes on from by itself, for up to `answer` tokens."""
 
     text: str = "python"
     count: int = 16
