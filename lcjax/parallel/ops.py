@@ -175,8 +175,7 @@ def decode_attention(
         k=stored,
         v=stored,
         lengths=spec("batch"),
-        k_scale=per_head(cache.k_scale, rows[0], "heads"),
-        v_scale=per_head(cache.v_scale, rows[0], "heads"),
+        factors=per_head(cache.factors, rows[0], "heads"),
         page_table=per_head(cache.page_table, "batch", *pages),
     )
     listed = None if lists is None else spec("batch", "heads" if lists.idx.shape[1] > 1 else "all")
