@@ -74,6 +74,11 @@ class Refs(NamedTuple):
     partner: Any  # [B, T, C] or None
 
 
+def _rows(count: int):
+    """Rows of every tile on its way, each whole: a swizzle would start anew at every row that a load begins with."""
+    return plgpu.SMEM((STAGES, count, WIDTH), jnp.bfloat16, transforms=(plgpu.TilingTransform((1, WIDTH)),))
+
+
 def _pick(ref, rows: int):
     """16 rows of a tile as float32 registers."""
     return plgpu.load(ref.at[pl.ds(rows, STEP)], layout=LAYOUT, optimized=False).astype(jnp.float32)
@@ -151,9 +156,9 @@ def _body(*refs, present: tuple[bool, ...], split: Split, width: int, reverse: b
 
     pl.run_scoped(
         scoped,
-        plgpu.SMEM((STAGES, ROWS + HALO, WIDTH), jnp.bfloat16),
+        _rows(ROWS + HALO),
         None if r.marks is None else plgpu.SMEM((STAGES, MARKS), jnp.int32),
-        None if r.partner is None else plgpu.SMEM((STAGES, ROWS, WIDTH), jnp.bfloat16),
+        None if r.partner is None else _rows(ROWS),
         plgpu.Barrier(num_barriers=STAGES, num_arrivals=2 + (r.marks is not None) + (r.partner is not None)),
     )
 
