@@ -3,7 +3,7 @@
 Every case is checked against the XLA backend before it is timed. The figures are milliseconds a layer: one compiled
 program runs several layers, each with queries that depend on the layer before and the cache of another layer, so that
 nothing is hoisted or found in a cache on the chip, and the host's part of a call is shared. cuDNN and XLA are timed in
-the same way. Bandwidth counts each byte of the keys, values and scales that a layer must read, once.
+the same way. Bandwidth counts each byte of the keys, values and factors that a layer must read, once.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ def make_cache(seed: int, batch: int, size: int, dtype: Any) -> pk.KVCache:
     if dtype == jnp.bfloat16:
         return pk.KVCache(draw(seed, *shape), draw(seed + 1, *shape), lengths)
     codes = lambda s: jax.random.randint(jax.random.key(s), shape, -127, 128, jnp.int8)
-    factors = lambda s: jax.random.uniform(jax.random.key(s), (batch, KV_HEADS, size), minval=0.5 / 127, maxval=4 / 127)
-    return pk.KVCache(codes(seed), codes(seed + 1), lengths, factors(seed + 2), factors(seed + 3))
+    factor = lambda s: jax.random.uniform(
+        jax.random.key(s), (batch, KV_HEADS, size), jnp.bfloat16, minval=0.5 / 127, maxval=4 / 127
+    )
+    return pk.KVCache(codes(seed), codes(seed + 1), lengths, pk.pack_factors(factor(seed + 2), factor(seed + 3)))
 
 
 def attend(implementation: str, q: jax.Array, cache: pk.KVCache, lists: pk.BlockList | None = None) -> jax.Array:

@@ -3,10 +3,11 @@
     python -m benchmarks.moa_plan --filler book.txt --passages other.txt --output benchmarks/results/moa_plan.json
     python -m benchmarks.moa_plan --plan runs/moa/plan.json --filler book.txt --passages other.txt
 
-Without `--plan` one is made first, from Python's documentation, and kept beside the output. At each length, fixed for
-its requests: "dense" is the model itself; "plan" the plan's spans; "uniform" one span for all heads, the plan's mean;
-"random" the plan's spans dealt out to the heads at random, so that the density is the same to the token. All keep one
-block of 64 first tokens. `--filler` is also the text whose perplexity is measured, from `--start` tokens on.
+Without `--plan` one is made first, from questions about Python's documentation and passages of it that come again, and
+kept beside the output. At each length, fixed for its requests: "dense" is the model itself; "plan" the plan's spans;
+"uniform" one span for all heads, the plan's mean; "random" the plan's spans dealt out to the heads at random, so that
+the density is the same to the token. All keep one block of 64 first tokens. `--filler` is also the text whose
+perplexity is measured, from `--start` tokens on.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import numpy as np
 from benchmarks import common
 from lcjax.cache.base import AttentionCache
 from lcjax.cache.room import Room
+from lcjax.eval.answered import Questions, Quotations
 from lcjax.eval.copy_recall import CopyRecallProbe
 from lcjax.eval.moa import PlanSpans
 from lcjax.eval.perplexity import Perplexity
@@ -76,7 +78,7 @@ def make_plan(model: Loaded, args: argparse.Namespace) -> Plan:
     """A plan of half density for SmolLM2."""
     folder = args.output.parent if args.output else Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    PlanSpans(space=SMOLLM2, validation=VALIDATION, cuts=2).run(model, folder)
+    PlanSpans((Questions(count=8), Quotations(count=8)), SMOLLM2, VALIDATION, cuts=2).run(model, folder)
     return Plan.load(folder / "plan.json")
 
 

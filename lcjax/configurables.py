@@ -96,6 +96,7 @@ CONFIGURABLES = {
     "rank_documents": "lcjax.eval.ranking:RankDocuments",
     "plan_spans": "lcjax.eval.moa:PlanSpans",
     "Questions": "lcjax.eval.answered:Questions",
+    "Quotations": "lcjax.eval.answered:Quotations",
     "SearchSpace": "lcjax.methods.moa.rules:SearchSpace",
     "duo_plan": "lcjax.eval.duo:DuoPlan",
     "detect_dpe": "lcjax.eval.dpe:DetectDPE",

@@ -4,7 +4,7 @@ from pallas_kernels import masks
 from pallas_kernels.attention.api import block_sparse_attention
 from pallas_kernels.causal_conv import causal_conv1d, causal_conv1d_sharded, causal_conv1d_step
 from pallas_kernels.decode.api import decode_attention
-from pallas_kernels.decode.cache import KVCache, quantize_tokens
+from pallas_kernels.decode.cache import KVCache, pack_factors, quantize_tokens
 from pallas_kernels.decode.select import BlockBounds, block_bounds, block_scores, select_blocks
 from pallas_kernels.dual_chunk import chunk_masks, dual_chunk_attention
 from pallas_kernels.gated_linear import (
@@ -38,6 +38,7 @@ __all__ = [
     "gated_linear_attention_truncated",
     "masks",
     "merge_attention",
+    "pack_factors",
     "quantize_tokens",
     "recurrent_step",
     "select_blocks",

@@ -39,6 +39,22 @@ def interpret(parameters: Any) -> contextlib.AbstractContextManager[None]:
     return _interpreter(parameters)
 
 
+def require_hopper() -> None:
+    """Declines what would run on anything but a Hopper GPU; interpreted kernels and lowering for one pass.
+
+    Raises:
+      Unsupported: another platform, or a GPU of another generation.
+    """
+    if interpreter() is not None:
+        return
+    if platform() != "gpu":
+        raise Unsupported(f"needs a Hopper GPU, this is {platform()}")
+    if jax.default_backend() == "gpu":
+        capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+        if capability != "9.0":
+            raise Unsupported(f"needs a Hopper GPU (compute capability 9.0), this one has {capability}")
+
+
 def lazy(module: str, name: str) -> Callable:
     """A backend `name` in `module` whose import is put off until it is called."""
 

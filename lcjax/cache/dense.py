@@ -40,8 +40,7 @@ class DenseCache:
 
     k: Any  # [B,S,K,D]
     v: Any  # [B,S,K,Dv]
-    k_scale: Any  # float32 [B,K,S], of int8
-    v_scale: Any
+    factors: Any  # int32 [B,K,S], of int8: two bfloat16 a word (`encoding`)
     length: Any  # int32 [B]
     start: Any  # int32 [B]
 
@@ -49,8 +48,8 @@ class DenseCache:
     def init(cls, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> "DenseCache":
         """An empty cache for `capacity` tokens a request; `dtype` int8 halves what bfloat16 takes."""
         shape, factors = (batch, capacity, num_kv_heads, head_dim), (batch, num_kv_heads, capacity)
-        arrays = [jnp.zeros(shape, dtype) for _ in range(2)] + [no_factors(factors, dtype) for _ in range(2)]
-        return cls(*arrays, no_tokens(batch), no_tokens(batch))
+        k, v = (jnp.zeros(shape, dtype) for _ in range(2))
+        return cls(k, v, no_factors(factors, dtype), no_tokens(batch), no_tokens(batch))
 
     @property
     def capacity(self) -> int:
@@ -59,8 +58,8 @@ class DenseCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values: 2 B S K D times the width of the dtype (K and V of equal width); int8: D + 4."""
-        return stored_bytes(self.k, self.v, self.k_scale, self.v_scale)
+        """Bytes of keys and values: 2 B S K D times the width of the dtype (K and V of equal width); int8: D + 2."""
+        return stored_bytes(self.k, self.v, self.factors)
 
     def with_keys(self, k: Float[Array, "B S K E"]) -> "DenseCache":
         """The same tokens with other keys in the slots."""
@@ -73,22 +72,18 @@ class DenseCache:
         batch, tokens = k.shape[:2]
         count = appended(tokens, valid, batch)
         check_room(self.length, count, self.capacity)
-        (k, k_scale), (v, v_scale) = encode(k, self.k.dtype), encode(v, self.v.dtype)
-        length = jnp.asarray(self.length)
+        k, v, new_factors = encode(k, v, self.k.dtype)
+        length, factors = jnp.asarray(self.length), self.factors
         if known_empty(self.length):
-            scales = [
-                None if buffer is None else write_first(buffer, new.swapaxes(1, 2), axis=2)
-                for buffer, new in ((self.k_scale, k_scale), (self.v_scale, v_scale))
-            ]
-            new = write_first(self.k, k), write_first(self.v, v), *scales
+            if factors is not None:
+                factors = write_first(factors, new_factors.swapaxes(1, 2), axis=2)
+            new = write_first(self.k, k), write_first(self.v, v), factors
             return DenseCache(*new, length=length + jnp.asarray(count), start=self.length)
         slot = length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-        rows, there = jnp.arange(batch)[:, None], dropped(slot, valid, self.capacity)
-        scales = [
-            None if buffer is None else written(buffer.at[rows, :, there], new)
-            for buffer, new in ((self.k_scale, k_scale), (self.v_scale, v_scale))
-        ]
-        new = write_slots(self.k, k, slot, valid), write_slots(self.v, v, slot, valid), *scales
+        if factors is not None:
+            rows, there = jnp.arange(batch)[:, None], dropped(slot, valid, self.capacity)
+            factors = written(factors.at[rows, :, there], new_factors)
+        new = write_slots(self.k, k, slot, valid), write_slots(self.v, v, slot, valid), factors
         return DenseCache(*new, length=length + count, start=self.length)
 
     def prepare(self, q: Array) -> "DenseCache":
@@ -102,14 +97,12 @@ class DenseCache:
     def held(self, tokens: int) -> pk.KVCache:
         """What the decode op reads after an append of `tokens`."""
         length = jnp.minimum(jnp.asarray(self.start) + tokens, self.capacity)
-        return pk.KVCache(self.k, self.v, length, self.k_scale, self.v_scale)
+        return pk.KVCache(self.k, self.v, length, self.factors)
 
     def floats(self, dtype: DTypeLike, tokens: int | None = None) -> tuple[Array, Array]:
         """Keys and values of the first `tokens` slots (default: all), widened to `dtype` where they are codes."""
         cut = lambda x, axis: x if x is None or tokens is None else jax.lax.slice_in_dim(x, 0, tokens, axis=axis)
-        pairs = (self.k, self.k_scale), (self.v, self.v_scale)
-        k, v = (decode(cut(stored, 1), cut(factors, 2), dtype) for stored, factors in pairs)
-        return k, v
+        return decode(cut(self.k, 1), cut(self.v, 1), cut(self.factors, 2), dtype)
 
     def positions(self) -> Int[Array, "B S"]:
         """The absolute position of the token in each slot."""
@@ -124,7 +117,7 @@ class DenseCache:
             return through_op(q, *self.floats(q.dtype, tokens), mask, **options)
         if not few(tokens):
             return through_op(q, *self.floats(q.dtype), mask, q_offset=self.start, kv_length=self.length, **options)
-        if self.k_scale is not None:
+        if self.factors is not None:
             return by_op(q, self.held(tokens), mask, **options)
         if (done := by_kernel(q, self.held(tokens), mask, **options)) is not None:
             return done
@@ -138,15 +131,13 @@ class DenseCache:
         """Copies of `tokens` slots of each request from `first` on; what was at `first` is at 0, `length` with it."""
         at = jnp.minimum(first[:, None] + jnp.arange(tokens, dtype=jnp.int32), self.capacity - 1)
         rows = jnp.arange(at.shape[0])[:, None]
-        scales = [
-            None if x is None else jnp.take_along_axis(x, at[:, None], axis=2) for x in (self.k_scale, self.v_scale)
-        ]
+        factors = None if self.factors is None else jnp.take_along_axis(self.factors, at[:, None], axis=2)
         counts = (jnp.asarray(x) - first for x in (self.length, self.start))
-        return DenseCache(self.k[rows, at], self.v[rows, at], *scales, *counts)
+        return DenseCache(self.k[rows, at], self.v[rows, at], factors, *counts)
 
     def fork(self, rows: Counts) -> "DenseCache":
         """Copies of the rows."""
-        return DenseCache(*take_rows(rows, self.k, self.v, self.k_scale, self.v_scale, self.length, self.start))
+        return DenseCache(*take_rows(rows, self.k, self.v, self.factors, self.length, self.start))
 
     def evict(self, drop: Bool[Array, "B"]) -> "DenseCache":
         """The slots stay as they are, beyond the length."""

@@ -1,8 +1,8 @@
 """Tokens in pages of a common pool: requests of different lengths share memory, and forks share a prefix.
 
 A page holds `page` tokens of every KV head, one head's tokens together, `[K, page, D]`: what one copy of a decode step
-reads. int8 factors lie beside, `[K, page]`; codes of 4 bits would be pages
-of D / 2 bytes a token with the same factors.
+reads. int8 factors lie beside, `[K, page]`, a word a token; codes of 4 bits would be pages of D / 2 bytes a token with
+the same factors.
 Page n of a request (tokens n * page ...) is `table[b, n]` of the pool, for n below `pages[b]`.
 """
 
@@ -45,8 +45,7 @@ class PagedCache:
 
     k: Any  # [P,K,page,D]
     v: Any  # [P,K,page,Dv]
-    k_scale: Any  # float32 [P,K,page], of int8
-    v_scale: Any
+    factors: Any  # int32 [P,K,page], of int8: two bfloat16 a word (`encoding`)
     table: Any  # int32 [B,W]; always pages that exist
     pages: Any  # int32 [B]: entries of the table that are the request's own or shared with a fork
     length: Any  # int32 [B]
@@ -73,12 +72,13 @@ class PagedCache:
         width = -(-capacity // page)
         count = batch * width if pool is None else pool
         shape = (count, num_kv_heads, page, head_dim)
-        arrays = [jnp.zeros(shape, dtype) for _ in range(2)] + [no_factors(shape[:3], dtype) for _ in range(2)]
+        k, v = (jnp.zeros(shape, dtype) for _ in range(2))
         table = np.arange(batch * width, dtype=np.int32).reshape(batch, width)
         pages = np.full((batch,), width, np.int32)
         if pool is not None:
             table, pages = np.zeros_like(table), np.zeros_like(pages)
-        return cls(*arrays, jnp.asarray(table), jnp.asarray(pages), no_tokens(batch), no_tokens(batch))
+        tables = jnp.asarray(table), jnp.asarray(pages)
+        return cls(k, v, no_factors(shape[:3], dtype), *tables, no_tokens(batch), no_tokens(batch))
 
     @property
     def page(self) -> int:
@@ -97,8 +97,8 @@ class PagedCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the pool and the table: 2 P K page D times the width of the dtype (int8: D + 4), and 4 B W."""
-        return stored_bytes(self.k, self.v, self.k_scale, self.v_scale) + 4 * self.table.size
+        """Bytes of the pool and the table: 2 P K page D times the width of the dtype (int8: D + 2), and 4 B W."""
+        return stored_bytes(self.k, self.v, self.factors) + 4 * self.table.size
 
     def reserve(self, tokens: Counts | int) -> "PagedCache":
         """Give each request the pages that its next `tokens` tokens need.
@@ -153,11 +153,11 @@ class PagedCache:
         keep = keep if valid is None else keep & valid
         physical = dropped(physical, keep, self.pool)
         at = lambda buffer: buffer.at[physical, :, slot % self.page]
-        (k, k_scale), (v, v_scale) = encode(k, self.k.dtype), encode(v, self.v.dtype)
-        pairs = ((self.k, k), (self.v, v), (self.k_scale, k_scale), (self.v_scale, v_scale))
-        arrays = [None if buffer is None else written(at(buffer), new) for buffer, new in pairs]
-        names = dict(zip(("k", "v", "k_scale", "v_scale"), arrays, strict=True))
-        return replace(self, **names, length=length + jnp.asarray(count), start=self.length)
+        k, v, factors = encode(k, v, self.k.dtype)
+        if factors is not None:
+            factors = written(at(self.factors), factors)
+        k, v = written(at(self.k), k), written(at(self.v), v)
+        return replace(self, k=k, v=v, factors=factors, length=length + jnp.asarray(count), start=self.length)
 
     def _check(self, count: Counts) -> None:
         """Room and pages for the new tokens: at once where the numbers are known, under jit in the debug checks."""
@@ -181,23 +181,19 @@ class PagedCache:
     def held(self, tokens: int) -> pk.KVCache:
         """What the decode op reads after an append of `tokens`."""
         length = jnp.minimum(jnp.asarray(self.start) + tokens, self.capacity)
-        return pk.KVCache(self.k, self.v, length, self.k_scale, self.v_scale, self.table)
+        return pk.KVCache(self.k, self.v, length, self.factors, self.table)
 
     def floats(self, dtype: DTypeLike, tokens: int | None = None) -> tuple[Array, Array]:
         """Keys and values `[B,S,K,D]` of the first `tokens` slots (default: all), copied in the order of the tokens."""
         size = self.capacity if tokens is None else tokens
         table = self.table[:, : -(-size // self.page)]
 
-        def gathered(pool: Array, factors: Array | None) -> Array:
+        def gathered(pool: Array) -> Array:
             inner = jnp.moveaxis(pool[table], 2, 1)  # [B,K,W,page,...]
-            rows = inner.reshape(*inner.shape[:2], -1, *inner.shape[4:])[:, :, :size]
-            if factors is None:
-                return rows
-            scale = jnp.moveaxis(factors[table], 2, 1).reshape(*rows.shape[:2], -1)[:, :, :size]
-            return decode(rows.swapaxes(1, 2), scale, dtype).swapaxes(1, 2)
+            return inner.reshape(*inner.shape[:2], -1, *inner.shape[4:])[:, :, :size]
 
-        k, v = (gathered(*pair).swapaxes(1, 2) for pair in ((self.k, self.k_scale), (self.v, self.v_scale)))
-        return k, v
+        factors = None if self.factors is None else gathered(self.factors)
+        return decode(gathered(self.k).swapaxes(1, 2), gathered(self.v).swapaxes(1, 2), factors, dtype)
 
     def attend(
         self, q: Float[Array, "B T H D"], mask: Mask, **options: Unpack[Options]
@@ -222,7 +218,7 @@ class PagedCache:
         source, target = (jnp.take_along_axis(t, last, axis=1)[:, 0] for t in (table, forked.table))
         target = jnp.where(again & (full < forked.pages), target, self.pool)  # the others keep theirs
         copy = lambda pool: None if pool is None else pool.at[target].set(pool[source], mode="drop")
-        arrays = {name: copy(getattr(self, name)) for name in ("k", "v", "k_scale", "v_scale")}
+        arrays = {name: copy(getattr(self, name)) for name in ("k", "v", "factors")}
         return replace(forked, **arrays)
 
     def evict(self, drop: Bool[Array, "B"]) -> "PagedCache":

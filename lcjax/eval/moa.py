@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from lcjax.eval.answered import Answered, Questions
+from lcjax.eval.answered import Answered, CalibrationTexts, Questions
 from lcjax.eval.measure import Table
 from lcjax.methods.base import identity_of
 from lcjax.methods.moa import influence
@@ -29,11 +29,11 @@ from lcjax.serve.source import Loaded
 class PlanSpans:
     """A plan for the model, as plan.json in the output folder: the best at `validation` tokens, which no profile has.
 
-    questions: what the model answers itself; only its answers' loss counts. batch: texts answered at a time. cuts and
-    seconds: see `pareto` and `Effort`.
+    texts: what the model answers itself, of one length of answers; only their loss counts. batch: texts answered at a
+    time. cuts and seconds: see `pareto` and `Effort`.
     """
 
-    questions: Questions = field(default_factory=Questions)
+    texts: Sequence[CalibrationTexts] = field(default_factory=lambda: (Questions(),))
     space: SearchSpace = field(default_factory=SearchSpace)
     validation: int = 12288
     batch: int = 4
@@ -46,7 +46,10 @@ class PlanSpans:
             raise ValueError(
                 f"plan_spans.validation {self.validation} is one of the profiled lengths; choose one in between"
             )
-        if self.validation <= self.questions.answer:
+        answers = sorted({texts.answer for texts in self.texts})
+        if len(answers) != 1:
+            raise ValueError(f"plan_spans.texts have answers of {answers} tokens; give them one length")
+        if self.validation <= answers[0]:
             raise ValueError(f"plan_spans.validation {self.validation} leaves no room before an answer; raise it")
 
     def run(self, model: Loaded, output: Path) -> dict[str, Table]:
@@ -54,7 +57,7 @@ class PlanSpans:
         influence.check_full_attention(model.spec)
         engine = Engine(capacity=max(*self.space.profiles, self.validation), batch=self.batch)
         generator = Generator(model.graphdef, model.params, model.spec, model.tokenizer, engine)
-        ask = functools.partial(self.questions.ask, model, generator)
+        ask = functools.partial(self.ask, model, generator)
         problem = self.problem(model, ask)
         choices = pareto(problem, self.cuts, Effort(seconds=self.seconds))
         rows = ask(self.validation)
@@ -65,7 +68,7 @@ class PlanSpans:
         density = dict(zip(self.space.lengths, self.space.densities()[:, choices[best]].mean(1).tolist(), strict=True))
         about = {
             "space": asdict(self.space),
-            "questions": asdict(self.questions),
+            "texts": [{"kind": type(texts).__name__, **asdict(texts)} for texts in self.texts],
             "validation": {"length": self.validation, "dense": losses[0], "plans": losses[1:]},
             "density": density,
             "influence_lost": problem.scaled().total(choices[best]).tolist(),
@@ -76,6 +79,11 @@ class PlanSpans:
         tables = {"dense_loss": {at: losses[0]}, "loss": {at: losses[1 + best]}}
         tables["density"] = {str(length): share for length, share in density.items()}
         return {f"{self.name}_{name}": table for name, table in tables.items()}
+
+    def ask(self, model: Loaded, generator: Generator, length: int) -> Answered:
+        """Rows of `length` tokens from all texts."""
+        rows = [texts.ask(model, generator, length) for texts in self.texts]
+        return Answered(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
 
     def problem(self, model: Loaded, ask: Callable[[int], Answered]) -> Problem:
         """The influence that each rule loses on each head, at every profiled length; `ask` gives rows of a length."""

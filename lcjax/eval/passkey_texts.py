@@ -13,10 +13,10 @@ from lcjax.eval.words import compound
 class PasskeyTexts:
     """A `lcjax.data` source of `count` questions with `least` to `most` lines of filler each, depths and keys drawn.
 
-    One line of filler is about 26 tokens. The keys come from other draws than the test's. A third of the texts begin
-    with the pass key, which is farthest from its question and what models learn last. named: further keys, each
+    One line of filler is about 26 tokens. The keys come from other draws than the test's. named: further keys, each
     with a name and at a depth of its own, asked for in another order before the pass key itself: what a model learns
-    to retrieve from a long text grows with them, and the text hardly does.
+    to retrieve from a long text grows with them, and the text hardly does. A third of all keys stand at the beginning,
+    farthest from their questions, which is what models learn last.
     """
 
     count: int = 10_000
@@ -51,7 +51,8 @@ class _Questions(MadeTexts):
         while len(keys) < self._source.named:
             keys[compound(rng)] = rng.randrange(10_000, 100_000)
         for name, key in keys.items():
-            body.insert(rng.randint(1, len(body)), f"The pass key of {name} is {key}. Remember it.")
+            place = rng.choice((1, rng.randint(1, len(body)), rng.randint(1, len(body))))
+            body.insert(place, f"The pass key of {name} is {key}. Remember it.")
         for name in rng.sample([*keys], len(keys)):
             body += [f"What is the pass key of {name}?", f"The pass key of {name} is {keys[name]}."]
         return "\n".join([*body, question, f"{draft.answer_prefix} {draft.references[0]}."])

@@ -1,5 +1,6 @@
 """Dense projections over any number of input and output axes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from jaxtyping import Array, Float, Int
 from lcjax.layers.weight import Draw, Weight
 from lcjax.parallel.weights import whole
 from pallas_kernels.op import platform
+
+JOINED_TOKENS = 64  # up to which projections of the same tokens may be one product
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
@@ -32,6 +35,18 @@ def contract(
     over = tuple(axis + alone for axis in last), tuple(range(inputs))
     y = jax.lax.dot_general(wide, kernel, (over, ((), ())), precision=precision(x.dtype))
     return y[0] if alone else y
+
+
+def apart(x: Float[Array, "B T n"], count: int) -> Iterator[Float[Array, "B T n"]]:
+    """x for each of `count` projections, which XLA for GPUs is not to join.
+
+    It joins products of one x (of up to 32 MiB each), and as kernels take whole arrays, copies then cut the result up
+    again. With few tokens these are small, and launches count for more.
+    """
+    yield x
+    for _ in range(count - 1):
+        x = jax.lax.optimization_barrier(x) if platform() == "gpu" and x.shape[1] > JOINED_TOKENS else x
+        yield x
 
 
 @jax.custom_vjp

@@ -175,8 +175,7 @@ def decode_attention(
         k=stored,
         v=stored,
         lengths=spec("batch"),
-        k_scale=per_head(cache.k_scale, rows[0], "heads"),
-        v_scale=per_head(cache.v_scale, rows[0], "heads"),
+        factors=per_head(cache.factors, rows[0], "heads"),
         page_table=per_head(cache.page_table, "batch", *pages),
     )
     listed = None if lists is None else spec("batch", "heads" if lists.idx.shape[1] > 1 else "all")
@@ -249,18 +248,21 @@ def causal_conv(
         return stand_in(2 * math.prod(x.shape) * taps.shape[0], jax.ShapeDtypeStruct(x.shape, x.dtype), x, taps)
     layout = current_layout(x.shape[0], (x.shape[2],), None if tail is not None else x.shape[1])
 
-    def channels(op: Callable[..., tuple[Array, Array]], x, taps, bias, ids, **options):
+    op = pk.causal_conv1d
+    if layout is not None and layout.length is not None:
+        op = functools.partial(pk.causal_conv1d_sharded, axis_name=layout.length)
+
+    def channels(x, taps, bias, tail, ids):
         flat, bias = x.reshape(*x.shape[:2], -1), None if bias is None else bias.reshape(-1)
         weights = taps.reshape(taps.shape[0], -1)
-        return op(flat, weights, bias=bias, segment_ids=ids, activation=activation, **options)[0].reshape(x.shape)
+        return op(flat, weights, bias=bias, tail=tail, segment_ids=ids, activation=activation)[0].reshape(x.shape)
 
-    if layout is None or layout.length is None:  # shifted multiply-adds: the compiler splits them itself
-        return channels(pk.causal_conv1d, x, taps, bias, segment_ids, tail=tail)
-    shard = functools.partial(channels, pk.causal_conv1d_sharded, axis_name=layout.length)
-    arguments = (x, taps, bias, segment_ids)
-    specs: Any = (QUERY, ("taps", "heads", "dim"), ("heads", "dim"), ("batch", "length"))
+    arguments = (x, taps, bias, tail, segment_ids)
+    if layout is None:
+        return channels(*arguments)
+    specs: Any = (QUERY, ("taps", "heads", "dim"), ("heads", "dim"), ("batch", "taps", "heads"), ("batch", "length"))
     specs = tuple(None if a is None else layout.spec(*axes) for a, axes in zip(arguments, specs, strict=True))
-    return per_shard(shard, specs, layout.spec(*QUERY))(*arguments)
+    return per_shard(channels, specs, layout.spec(*QUERY))(*arguments)
 
 
 def _counted_attention(q: Array, k: Array, v: Array, mask: Mask, return_lse: bool) -> Any:

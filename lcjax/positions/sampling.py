@@ -49,23 +49,32 @@ class Randomised(Sampler):
 
 @dataclass(frozen=True)
 class E2LLM(Sampler):
-    """E2-LLM (Liu et al., arXiv 2401.06951): a scale g in 1..max_scale and an offset: one run serves all scales.
+    """E2-LLM (Liu et al., arXiv 2401.06951): a scale g and an offset for each row: one run serves all scales.
 
-    Position m becomes m / g for the first `anchors` tokens and (m + t) / g for the rest, t uniform in 0..(g - 1) T: all
-    lie in the row's own range. max_scale 1 is plain. Use the model with `DynamicLinear`.
+    Position m becomes m / g for the first `anchors` tokens and (m + t) / g for the rest, t drawn so that all lie below
+    `original_length` (0: the row's own), and g uniform among those up to `max_scale` with which the row fits there.
+    max_scale 1 is plain. Use the model with `DynamicLinear`.
     """
 
     max_scale: int = 20
     anchors: int = 4
+    original_length: int = 0
 
     def __post_init__(self):
         _at_least(self, 1, "max_scale")
-        _at_least(self, 0, "anchors")
+        _at_least(self, 0, "anchors", "original_length")
 
     def row(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-        scale = int(rng.integers(1, self.max_scale + 1))
+        length = self.original_length or len(ids)
+        least = -(-len(ids) // length)
+        if least > self.max_scale:
+            raise ValueError(
+                f"E2LLM.max_scale is {self.max_scale}; rows of {len(ids)} tokens need {least} to lie below "
+                f"original_length {length}"
+            )
+        scale = int(rng.integers(least, self.max_scale + 1))
         found = np.arange(len(ids), dtype=np.float64)
-        found[self.anchors :] += rng.integers(0, (scale - 1) * len(ids) + 1)
+        found[self.anchors :] += rng.integers(0, scale * length - len(ids) + 1)
         return found / scale
 
 

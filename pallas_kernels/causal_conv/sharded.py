@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.causal_conv.api import Activation, check, convolve, ids_with_tail, last_inputs
+from pallas_kernels.causal_conv.api import check, last_inputs
+from pallas_kernels.causal_conv.problem import Activation, ids_with_tail
+from pallas_kernels.causal_conv.xla import convolve
 from pallas_kernels.gated_linear.problem import varying_like
 from pallas_kernels.gated_linear.segments import gather_segments
 

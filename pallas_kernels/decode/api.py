@@ -47,7 +47,7 @@ def decode_attention(
 
     Args:
       q: one to eight new tokens a request, rotated.
-      cache: contiguous, ring or paged; bfloat16, float32, or int8 with scales.
+      cache: contiguous, ring or paged; bfloat16, float32, or int8 with factors.
       mask: causal, from `pallas_kernels.masks`; all keys by default, or only the listed ones when `lists` is given.
       lists: key blocks of the cache in token order (not physical pages), one row of blocks: `nQ` is 1. `Hs` is 1 or K.
       scale: of the scores, D**-0.5 by default.
@@ -97,9 +97,21 @@ def _check_query(q: Array, cache: KVCache) -> tuple[int, int, int, int]:
         raise ValueError(f"q: {heads} heads are not a multiple of the cache's {cache.num_kv_heads} KV heads")
     if cache.lengths.shape != (batch,):
         raise ValueError(f"cache: lengths {cache.lengths.shape}, q has batch {batch}")
-    if (cache.k.dtype == jnp.int8) != (cache.k_scale is not None) or (cache.v_scale is None) != (cache.k_scale is None):
-        raise ValueError(f"cache: keys are {cache.k.dtype}; int8 needs k_scale and v_scale, other types take none")
+    _check_factors(cache)
     return batch, queries, heads, dim
+
+
+def _check_factors(cache: KVCache) -> None:
+    if (cache.k.dtype == jnp.int8) != (cache.factors is not None):
+        raise ValueError(f"cache: keys are {cache.k.dtype}; int8 needs factors, other types take none")
+    if cache.factors is None:
+        return
+    if cache.factors.dtype != jnp.int32:
+        raise ValueError(f"cache: factors are {cache.factors.dtype}, not the int32 words that pack_factors makes")
+    rows, one, other, _ = cache.k.shape
+    expected = (rows, one, other) if cache.page_table is not None else (rows, other, one)
+    if cache.factors.shape != expected:
+        raise ValueError(f"cache: factors have shape {cache.factors.shape}, keys {cache.k.shape} need {expected}")
 
 
 def check_lengths(cache: KVCache, queries: int) -> None:

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention.mosaic_tpu_parts import HIDDEN, LN2, LOG2E, LOWEST, finite, product, wide
+from pallas_kernels.decode.cache import unpack_factors
 from pallas_kernels.decode.call import Call
 from pallas_kernels.decode.mosaic_tpu_visits import CHUNK, LANES, LISTED, WHOLE, Layout, Visits, make_visits, order_of
 from pallas_kernels.merge import merge_attention
@@ -124,10 +125,10 @@ def _unit(call: Call, order: str) -> tuple[int, int]:
             raise Unsupported(f"a cache of {cache.capacity} slots; it takes {LANES} or more")
         most = min(STEP, cache.capacity // LANES * LANES)
         unit = most if block is None else math.gcd(most, block)
-    lanes = order == "transposed" or (cache.k_scale is not None and cache.kind != "paged")
+    lanes = order == "transposed" or (cache.factors is not None and cache.kind != "paged")
     multiple = LANES if lanes else 1 if order == "tokens" else 32 // cache.k.dtype.itemsize
     ends = unit if cache.kind == "paged" else math.gcd(unit, cache.capacity)
-    if cache.k_scale is not None and cache.kind == "paged" and unit != cache.k.shape[2]:
+    if cache.factors is not None and cache.kind == "paged" and unit != cache.k.shape[2]:
         raise Unsupported(f"int8 pages of {cache.k.shape[2]} read in blocks of {unit}; make lists of whole pages")
     if ends % multiple:
         raise Unsupported(
@@ -158,7 +159,7 @@ def attend_with(call: Call, layout: Layout, parts: int) -> tuple[Float[Array, "B
         capacity=cache.capacity,
         rows_per_page=cache.k.shape[2] // layout.unit if paged else 0,
         ring=cache.ring,
-        quantized=cache.k_scale is not None,
+        quantized=cache.factors is not None,
         dense=plan.dense,
         lists=call.lists is not None,
         scale=call.scale,
@@ -239,12 +240,11 @@ def _launch(c: Config, call: Call, visits: Visits) -> tuple[Array, Array]:
         "total": pltpu.VMEM((rows, c.value_dim), jnp.float32),
         "chunk": pltpu.SMEM((SLOTS, 1, 2 * CHUNK), jnp.int32),
         "chunk_sem": pltpu.SemaphoreType.DMA((SLOTS,)),
-        "sems": pltpu.SemaphoreType.DMA((4, 2)),
+        "sems": pltpu.SemaphoreType.DMA((3, 2)),
     }
     if c.quantized:
-        inputs |= {"k_scale": (jnp.asarray(cache.k_scale), hbm), "v_scale": (jnp.asarray(cache.v_scale), hbm)}
-        shape = (2, layout.per_step, c.kv_heads, layout.unit)
-        scratch |= {"k_factor": pltpu.VMEM(shape, jnp.float32), "v_factor": pltpu.VMEM(shape, jnp.float32)}
+        inputs["factors"] = jnp.asarray(cache.factors), hbm
+        scratch["factor_tile"] = pltpu.VMEM((2, layout.per_step, c.kv_heads, layout.unit), jnp.int32)
     kept = jnp.float32 if c.parts > 1 else call.q.dtype
     shapes = [
         jax.ShapeDtypeStruct((c.parts, c.programs, rows, c.value_dim), kept),
@@ -304,8 +304,8 @@ def copies(c: Config, r, program, slot, n, place, act: str) -> None:
             case "transposed":
                 pairs.append((source.at[owner, heads, :, rows], target.at[slot, :, :, held]))
     if c.quantized:
-        for source, target in ((r.k_scale, r.k_factor), (r.v_scale, r.v_factor)):
-            pairs.append((source.at[owner] if c.rows_per_page else source.at[owner, :, rows], target.at[slot, n]))
+        source = r.factors.at[owner] if c.rows_per_page else r.factors.at[owner, :, rows]
+        pairs.append((source, r.factor_tile.at[slot, n]))
     for m, (source, target) in enumerate(pairs):
         getattr(pltpu.make_async_copy(source, target, r.sems.at[m, slot]), act)()
 
@@ -456,9 +456,10 @@ def _multiply(c: Config, r, slot, keep) -> None:
     keys, values = _heads_of(c, r.k_tile.at[slot], c.dim), _heads_of(c, r.v_tile.at[slot], c.value_dim)
     dtype, flat = r.q.dtype, c.layout.order != "transposed"
     scale = c.scale * LOG2E if c.soft_cap is None else c.scale / c.soft_cap
+    factors = [_factors(c, r, slot, h) for h in range(c.heads)] if c.quantized else []
     scores = []
     for h, k in enumerate(keys):
-        factor = _factor(c, r.k_factor, slot, h) * scale if c.quantized else scale
+        factor = factors[h][0] * scale if c.quantized else scale
         scores.append(product(r.q[0, h], k.astype(dtype), "nt" if flat else "nn") * factor)
     score = jnp.concatenate(scores, 0)
     if c.soft_cap is not None:
@@ -476,7 +477,7 @@ def _multiply(c: Config, r, slot, keep) -> None:
         rows = slice(h * c.rows, (h + 1) * c.rows)
         mine, v = weight[rows], v.astype(dtype)
         if c.quantized:
-            mine = mine * _factor(c, r.v_factor, slot, h)
+            mine = mine * factors[h][1]
             mine = mine if keep is None else jnp.where(keep[rows], mine, 0.0)
         elif keep is not None:
             v = finite(v)
@@ -484,10 +485,11 @@ def _multiply(c: Config, r, slot, keep) -> None:
     r.total[...] = r.total[...] * wide(shrink, c.value_dim) + jnp.concatenate(parts, 0)
 
 
-def _factor(c: Config, ref, slot, h: int):
-    """[1, tokens]: the int8 factors of a program's head."""
+def _factors(c: Config, r, slot, h: int):
+    """The int8 factors of a program's head, [1, tokens] of the keys and of the values."""
     head = h if c.layout.sets == 1 else lax.rem(pl.program_id(1), c.layout.sets)
-    return jnp.concatenate([ref[slot, n, pl.ds(head, 1)] for n in range(c.layout.per_step)], 1)
+    words = [r.factor_tile[slot, n, pl.ds(head, 1)] for n in range(c.layout.per_step)]
+    return unpack_factors(jnp.concatenate(words, 1))
 
 
 def _heads_of(c: Config, ref, dim: int) -> list:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.decode.cache import KVCache
+from pallas_kernels.decode.cache import KVCache, unpack_factors
 from pallas_kernels.decode.call import Call
 
 
@@ -18,9 +18,9 @@ def rows_of(cache: KVCache, batch: int, head: int) -> tuple[Float[Array, "S D"],
     else:
         pick = lambda x: x[batch, :, head]
     k, v = pick(cache.k).astype(jnp.float32), pick(cache.v).astype(jnp.float32)
-    if cache.k_scale is not None:
-        scale = lambda s: pick(s) if cache.page_table is not None else s[batch, head]
-        k, v = k * scale(cache.k_scale)[:, None], v * scale(cache.v_scale)[:, None]
+    if cache.factors is not None:
+        of_k, of_v = unpack_factors(pick(cache.factors) if cache.page_table is not None else cache.factors[batch, head])
+        k, v = k * of_k[:, None], v * of_v[:, None]
     return k, v
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.cache import KVCache
+from pallas_kernels.decode.cache import KVCache, unpack_factors
 from pallas_kernels.decode.call import Call
 from pallas_kernels.decode.schedule import static_visits
 
@@ -14,20 +14,17 @@ BLOCK = 64
 CHUNK = 1024  # keys of each request read in one step
 
 
-def gather(x: Array, scale: Array | None, cache: KVCache, slot: Int[Array, "B K N"]) -> tuple[Array, Array | float]:
-    """Rows of `x` [B,K,N,D] at `slot` for every request and KV head, and their int8 factors [B,K,1,1,N] or 1."""
+def places(cache: KVCache, slot: Int[Array, "B K N"]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Where the slots of every request and KV head lie: in keys and values, and in factors."""
     batch, kv_heads, _ = slot.shape
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     if cache.page_table is None:
-        rows, factors = x[b, slot, h], None if scale is None else scale[b, h, slot]
-    else:
-        page = x.shape[2]
-        table = cache.page_table if cache.page_table.ndim == 3 else cache.page_table[:, None]
-        table = jnp.broadcast_to(table, (batch, kv_heads, table.shape[-1]))
-        physical = jnp.clip(jnp.take_along_axis(table, slot // page, axis=2), 0, x.shape[0] - 1)
-        rows = x[physical, h, slot % page]
-        factors = None if scale is None else scale[physical, h, slot % page]
-    return rows, 1.0 if factors is None else factors[:, :, None, None]
+        return (b, slot, h), (b, h, slot)
+    pages, _, page = cache.k.shape[:3]
+    table = cache.page_table if cache.page_table.ndim == 3 else cache.page_table[:, None]
+    table = jnp.broadcast_to(table, (batch, kv_heads, table.shape[-1]))
+    physical = jnp.clip(jnp.take_along_axis(table, slot // page, axis=2), 0, pages - 1)
+    return (physical, h, slot % page), (physical, h, slot % page)
 
 
 def attend(call: Call) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
@@ -61,8 +58,11 @@ def attend(call: Call) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]
         if blocks is not None:  # a listed block adds the keys that the static part lacks
             allowed = allowed == jnp.repeat(is_static, block, axis=2)[:, :, None, None]
         keep = alive[:, :, None, None] & (j <= query) & allowed
-        (k, k_factor), (v, v_factor) = (gather(*x, cache, slot) for x in _stored(cache))
-        k, v = (jnp.where(alive[..., None], x, 0).astype(q.dtype) for x in (k, v))
+        at, factors_at = places(cache, slot)
+        k, v = (jnp.where(alive[..., None], x[at], 0).astype(q.dtype) for x in (cache.k, cache.v))
+        k_factor = v_factor = 1.0
+        if cache.factors is not None:
+            k_factor, v_factor = unpack_factors(cache.factors[factors_at][:, :, None, None])
         s = jnp.einsum("btkgd,bknd->bktgn", rows, k, preferred_element_type=jnp.float32) * (call.scale * k_factor)
         s = s if call.soft_cap is None else call.soft_cap * jnp.tanh(s / call.soft_cap)
         s = jnp.where(keep, s, -jnp.inf)
@@ -84,7 +84,3 @@ def attend(call: Call) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]
     o = o.swapaxes(1, 2).reshape(batch, queries, heads, dv)
     lse = lse.swapaxes(2, 3).reshape(batch, heads, queries)
     return o.astype(q.dtype), lse
-
-
-def _stored(cache: KVCache) -> tuple[tuple[Array, Array | None], tuple[Array, Array | None]]:
-    return (cache.k, cache.k_scale), (cache.v, cache.v_scale)

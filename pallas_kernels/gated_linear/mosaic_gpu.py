@@ -10,7 +10,7 @@ from pallas_kernels.gated_linear import mosaic_gpu_bwd, mosaic_gpu_fwd
 from pallas_kernels.gated_linear.mosaic_gpu_delta import delta_rule
 from pallas_kernels.gated_linear.mosaic_gpu_parts import CHUNK, WIDTH, add_tiles, add_up
 from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState, Problem, repeat_heads, varying_like
-from pallas_kernels.op import Unsupported, interpreter, platform
+from pallas_kernels.op import Unsupported, interpreter, require_hopper
 
 MAX_WIDTH = 256
 MAX_DELTA_WIDTH = 128  # of shared memory
@@ -92,12 +92,7 @@ def _log_decay(p: Problem) -> Array:
 
 
 def _check(p: Problem) -> None:
-    if interpreter() is None and platform() != "gpu":
-        raise Unsupported(f"needs a Hopper GPU, this is {platform()}")
-    if interpreter() is None and jax.default_backend() == "gpu":
-        capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-        if capability != "9.0":
-            raise Unsupported(f"needs a Hopper GPU (compute capability 9.0), this one has {capability}")
+    require_hopper()
     if p.beta is not None and p.log_decay is not None and p.log_decay.ndim == 4:
         raise Unsupported("the delta rule (beta) has a Hopper kernel for decays per head, not per key channel")
     widest = MAX_WIDTH if p.beta is None else MAX_DELTA_WIDTH

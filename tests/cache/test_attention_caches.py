@@ -94,8 +94,8 @@ def expected(name, qkv, mask, **options):
     """One shot over what the cache can hold of the keys and values: int8 loses, nothing else does."""
     q, *stored = qkv
     if "int8" in name:
-        codes = [encode(x, jnp.int8) for x in stored]
-        stored = [decode(x, factor.swapaxes(1, 2), jnp.float32) for x, factor in codes]
+        k, v, factors = encode(*stored, jnp.int8)
+        stored = decode(k, v, factors.swapaxes(1, 2), jnp.float32)
     return block_sparse_attention(q, *stored, mask, return_lse=True, implementation="reference", **options)
 
 
@@ -318,14 +318,14 @@ def test_what_no_token_was_written_to_is_never_read(qkv, init):
 
 def test_bytes_are_the_formula():
     assert DenseCache.init(B, 100, K, D, jnp.bfloat16).bytes == 2 * B * 100 * K * D * 2
-    assert DenseCache.init(B, 100, K, D, jnp.int8).bytes == 2 * B * 100 * K * (D + 4)
+    assert DenseCache.init(B, 100, K, D, jnp.int8).bytes == 2 * B * 100 * K * (D + 2)
     assert ring().bytes == 2 * B * (SINK + WINDOW) * K * D * 4
     assert grouped().bytes == 2 * B * (SINK + WINDOW + T) * D * 4
     # of 12 blocks of 4 tokens: 0, 5 and 10, and 0, 2 and 7; and a ring of two
     assert strided().bytes == 2 * B * K * (2 + 3) * 4 * D * 4
     pages = PagedCache.init(B, 100, K, D, jnp.bfloat16, page=16, pool=9)
     assert pages.bytes == 2 * 9 * K * 16 * D * 2 + 4 * B * 7
-    assert PagedCache.init(B, 100, K, D, jnp.int8, page=16).bytes == 2 * 14 * K * 16 * (D + 4) + 4 * B * 7
+    assert PagedCache.init(B, 100, K, D, jnp.int8, page=16).bytes == 2 * 14 * K * 16 * (D + 2) + 4 * B * 7
     assert selected().bytes == selected().inner.bytes + 2 * B * (4 * T // PAGE) * K * D * 4
 
 

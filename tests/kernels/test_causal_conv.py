@@ -1,9 +1,15 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import causal_conv1d, causal_conv1d_step
+from pallas_kernels import causal_conv1d, causal_conv1d_step, op
+from pallas_kernels.op import Unsupported
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def draw(*shape, seed=0):
@@ -86,3 +92,68 @@ def test_shapes_and_names_that_do_not_fit():
         causal_conv1d(x, w, segment_ids=jnp.asarray([[2, 2, 1, 1]]))
     with pytest.raises(ValueError, match="'relu'"):
         causal_conv1d(x, w, activation="relu")
+
+
+class TestMosaicGpu:
+    """The Hopper kernel interpreted, against the multiply-adds in float32, and its CUDA lowering."""
+
+    @pytest.mark.parametrize(
+        ("length", "width", "packed", "tail"),
+        [(130, 4, True, True), slow(64, 2, False, True), slow(200, 8, True, False)],
+    )
+    def test_matches_the_reference(self, length, width, packed, tail):
+        """All gradients; documents that end around the border of a tile, padding that holds NaN."""
+        ids = None
+        if packed:
+            first = np.repeat([1, 2, 3, 4, 0], [2, 61, 2, length - 70, 5])
+            first[30:32] = -1
+            ids = jnp.asarray(first)[None]
+        case = [draw(1, length, 64), draw(width, 64, seed=1), draw(1, width - 1, 64, seed=2)]
+        x, w, tail_array = (part.astype(jnp.bfloat16) for part in case)
+        if ids is not None:
+            x = jnp.where(ids[..., None] > 0, x, jnp.nan)
+        arguments = (x, w, tail_array) if tail else (x, w)
+        weights = draw(1, length, 64, seed=3).astype(jnp.bfloat16)
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def run(arguments, implementation):
+            def f(x, w, tail=None):
+                return causal_conv1d(x, w, tail=tail, segment_ids=ids, implementation=implementation)[0]
+
+            y, pull = jax.vjp(f, *arguments)
+            return y, *pull(weights.astype(y.dtype))
+
+        with op.interpret(plgpu.InterpretGPUParams()):
+            found = run(arguments, "mosaic_gpu")
+        expected = run(tuple(part.astype(jnp.float32) for part in arguments), "xla")
+        for one, other in zip(found, expected, strict=True):
+            one = np.asarray(one, np.float32)
+            np.testing.assert_allclose(one, other, rtol=2**-8, atol=2**-8)  # of bfloat16, rounded once
+
+    def test_lowers_for_cuda(self):
+        x, w, ids = (
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in (((2, 1024, 192), jnp.bfloat16), ((4, 192), jnp.bfloat16), ((2, 1024), jnp.int32))
+        )
+
+        def loss(x, w, ids):
+            return causal_conv1d(x, w, segment_ids=ids)[0].astype(jnp.float32).sum()
+
+        with op.target_platform("gpu"):
+            text = jax.jit(jax.grad(loss, (0, 1))).trace(x, w, ids).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "options", "says"),
+        [
+            ((1, 64, 64), jnp.float32, {}, "x is float32"),
+            ((1, 64, 60), jnp.bfloat16, {}, "x has 60 channels"),
+            ((1, 63, 64), jnp.bfloat16, {}, "x has 63 tokens"),
+            ((1, 64, 64), jnp.bfloat16, {"activation": "silu"}, "a bias or activation"),
+        ],
+    )
+    def test_refuses(self, shape, dtype, options, says):
+        with op.interpret(plgpu.InterpretGPUParams()), pytest.raises(Unsupported, match=says):
+            causal_conv1d(
+                jnp.ones(shape, dtype), jnp.ones((4, shape[2]), dtype), implementation="mosaic_gpu", **options
+            )

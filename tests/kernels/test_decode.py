@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import pallas_kernels as pk
 from pallas_kernels import op
 from pallas_kernels.decode import api, mosaic_gpu, schedule, xla
-from pallas_kernels.decode.cache import KVCache, quantize_tokens
+from pallas_kernels.decode.cache import KVCache, pack_factors, quantize_tokens, unpack_factors
 from pallas_kernels.masks import Causal, Sink, Stride, Window, per_head
 
 KV, GROUP, D = 2, 3, 64
@@ -46,7 +46,7 @@ def paged(per_kv_head: bool) -> KVCache:
 
 def quantized() -> KVCache:
     (k, ks), (v, vs) = (quantize_tokens(draw(2, 256, KV, D, seed=n)) for n in (1, 2))
-    return KVCache(k, v, jnp.array([200, 64]), ks.swapaxes(1, 2), vs.swapaxes(1, 2))
+    return KVCache(k, v, jnp.array([200, 64]), pack_factors(ks, vs).swapaxes(1, 2))
 
 
 def block_list(heads: int = KV) -> pk.BlockList:
@@ -108,8 +108,8 @@ def test_mosaic_gpu(case, interpreted):
 def test_lowers_for_hopper(dim, dtype):
     def make():
         store = jnp.zeros((2, 4096, 8, dim), dtype)
-        factors = jnp.zeros((2, 8, 4096)) if dtype == jnp.int8 else None
-        return KVCache(store, store, jnp.zeros(2, jnp.int32), factors, factors)
+        factors = jnp.zeros((2, 8, 4096), jnp.int32) if dtype == jnp.int8 else None
+        return KVCache(store, store, jnp.zeros(2, jnp.int32), factors)
 
     cache = jax.eval_shape(make)
     q = jax.ShapeDtypeStruct((2, 1, 32, dim), jnp.bfloat16)
@@ -153,7 +153,17 @@ def test_decoding_equals_the_rows_of_prefill():
 def test_int8_is_within_its_bound():
     x = draw(4, 100, D, dtype=jnp.float32)
     codes, factor = quantize_tokens(x)
-    assert (jnp.abs(codes * factor[..., None] - x) <= jnp.abs(x).max(-1, keepdims=True) / 254 + 1e-6).all()
+    most = jnp.abs(x).max(-1, keepdims=True)
+    step = factor.astype(jnp.float32)[..., None]
+    assert (codes >= -127).all()
+    assert (step <= most / 127 * (1 + 2**-7)).all()
+    assert (jnp.abs(codes * step - x) <= most / 252 + 1e-6).all()
+
+
+def test_factors_survive_their_words():
+    of_k, of_v = (jnp.exp(20 * draw(3, 40, seed=n, dtype=jnp.float32)).astype(jnp.bfloat16) for n in (1, 2))
+    for found, wanted in zip(unpack_factors(pack_factors(of_k, of_v)), (of_k, of_v), strict=True):
+        np.testing.assert_array_equal(found, wanted.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("programs", [1, 5, 132])
@@ -209,7 +219,15 @@ def test_all_blocks_selected_equals_dense():
         ({"lengths": jnp.array([0, 64])}, "length 0 is outside 1..256"),
         ({"k": jnp.zeros((2, 256, KV, 128), jnp.bfloat16)}, "head dim 128"),
         ({"k": jnp.zeros((2, 256, 4, D), jnp.bfloat16)}, "6 heads are not a multiple"),
-        ({"k": jnp.zeros((2, 256, KV, D), jnp.int8)}, "int8 needs k_scale"),
+        ({"k": jnp.zeros((2, 256, KV, D), jnp.int8)}, "int8 needs factors"),
+        (
+            {"k": jnp.zeros((2, 256, KV, D), jnp.int8), "factors": jnp.zeros((2, KV, 256), jnp.int16)},
+            "factors are int16, not the int32 words",
+        ),
+        (
+            {"k": jnp.zeros((2, 256, KV, D), jnp.int8), "factors": jnp.zeros((2, 256, KV), jnp.int32)},
+            r"factors have shape \(2, 256, 2\), keys \(2, 256, 2, 64\) need \(2, 2, 256\)",
+        ),
     ],
 )
 def test_bad_caches_are_named(change, says):
@@ -256,7 +274,7 @@ class TestPlantedBugs:
         self.expect_caught("sink and window")
 
     def test_codes_without_their_factors(self, monkeypatch):
-        monkeypatch.setattr(xla, "gather", lambda x, _, *rest, gather=xla.gather: gather(x, None, *rest))
+        monkeypatch.setattr(xla, "unpack_factors", lambda words: (1.0, 1.0))
         self.expect_caught("int8")
 
     def test_a_ring_read_as_if_it_never_turned(self, monkeypatch):

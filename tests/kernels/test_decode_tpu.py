@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 import pallas_kernels as pk
 from pallas_kernels import testing
 from pallas_kernels.decode import api, mosaic_tpu, mosaic_tpu_visits
-from pallas_kernels.decode.cache import KVCache, quantize_tokens
+from pallas_kernels.decode.cache import KVCache, pack_factors, quantize_tokens, unpack_factors
 from pallas_kernels.decode.call import Call
 from pallas_kernels.masks import Causal, Sink, Stride, Window, per_head
 
@@ -54,10 +54,15 @@ def paged(per_kv_head: bool = False, page: int = 32, dim: int = 128) -> KVCache:
 
 def quantized(cache: KVCache) -> KVCache:
     """The same in int8; codes of slots without a token are of NaN, their factors NaN."""
-    (k, k_scale), (v, v_scale) = quantize_tokens(cache.k), quantize_tokens(cache.v)
-    if cache.page_table is None:
-        k_scale, v_scale = k_scale.swapaxes(1, 2), v_scale.swapaxes(1, 2)
-    return dataclasses.replace(cache, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+    (k, of_k), (v, of_v) = quantize_tokens(cache.k), quantize_tokens(cache.v)
+    factors = pack_factors(of_k, of_v)
+    return dataclasses.replace(cache, k=k, v=v, factors=factors.swapaxes(1, 2) if cache.page_table is None else factors)
+
+
+def without_nan(factors: jax.Array | None) -> jax.Array | None:
+    if factors is None:
+        return None
+    return pack_factors(*(jnp.nan_to_num(x).astype(jnp.bfloat16) for x in unpack_factors(factors)))
 
 
 def block_list(block: int, heads: int = 2) -> pk.BlockList:
@@ -92,9 +97,7 @@ def compare(case: str, parts: int = 1, races: bool = False) -> None:
     cache = make()
     dtype = jnp.float32 if cache.k.dtype == jnp.float32 else jnp.bfloat16
     q = draw(2, queries, cache.num_kv_heads * GROUP, cache.k.shape[-1], seed=9, dtype=dtype)
-    clean = dataclasses.replace(
-        cache, **{n: jnp.nan_to_num(x) for n in ("k_scale", "v_scale") if (x := getattr(cache, n)) is not None}
-    )
+    clean = dataclasses.replace(cache, factors=without_nan(cache.factors))
     want = pk.decode_attention(q, clean, mask, return_lse=True, implementation="reference", **options)
     with testing.interpret_tpu(races=races, eager_copies=not races), pytest.MonkeyPatch.context() as patch:
         if parts > 1:

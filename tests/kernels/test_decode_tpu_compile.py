@@ -30,16 +30,16 @@ def shaped(*shape, dtype=jnp.int32):
 
 def contiguous(batch, slots, kv_heads, dim, dtype=jnp.bfloat16, ring=None) -> pk.KVCache:
     kv = jnp.zeros((batch, slots, kv_heads, dim), dtype)
-    scale = jnp.zeros((batch, kv_heads, slots)) if dtype == jnp.int8 else None
-    return pk.KVCache(kv, kv, jnp.zeros(batch, jnp.int32), scale, scale, None, ring)
+    factors = jnp.zeros((batch, kv_heads, slots), jnp.int32) if dtype == jnp.int8 else None
+    return pk.KVCache(kv, kv, jnp.zeros(batch, jnp.int32), factors, None, ring)
 
 
 def paged(batch, tokens, kv_heads, dim, dtype=jnp.bfloat16, page=64, pages=None, table_heads=None) -> pk.KVCache:
     pages, own = pages or batch * tokens // page, () if table_heads is None else (table_heads,)
     kv = jnp.zeros((pages, kv_heads, page, dim), dtype)
-    scale = jnp.zeros((pages, kv_heads, page)) if dtype == jnp.int8 else None
+    factors = jnp.zeros((pages, kv_heads, page), jnp.int32) if dtype == jnp.int8 else None
     table = jnp.zeros((batch, *own, tokens // page), jnp.int32)
-    return pk.KVCache(kv, kv, jnp.zeros(batch, jnp.int32), scale, scale, table)
+    return pk.KVCache(kv, kv, jnp.zeros(batch, jnp.int32), factors, table)
 
 
 def shapes_of(make, *args, **options) -> pk.KVCache:

@@ -216,7 +216,7 @@ def test_conflicts_are_named(tmp_path):
 def test_split_caches_hold_what_they_should_and_no_more():
     """Retrieval heads everything, in int8 where that is asked for; streaming heads sinks and the latest tokens."""
     spec = dataclasses.replace(SPEC, pattern=(Attention(pattern=Spans((SINK, 0, SINK), (WINDOW, None, WINDOW))),))
-    for layout, per_token in ((CacheLayout(), 2 * 4 * 4), (CacheLayout(dtype="int8"), 2 * (4 + 4))):
+    for layout, per_token in ((CacheLayout(), 2 * 4 * 4), (CacheLayout(dtype="int8"), 2 * (4 + 2))):
         caches = init_caches(spec, 2, 64, layout)
         assert cache_bytes(caches) == 3 * 2 * (64 * per_token + 2 * (SINK + WINDOW) * 2 * 4 * 4)
     cache = caches[0]

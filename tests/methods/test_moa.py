@@ -13,7 +13,7 @@ from flax import nnx
 
 from lcjax import settings
 from lcjax.eval import moa
-from lcjax.eval.answered import Answered, Questions
+from lcjax.eval.answered import Answered, Questions, Quotations
 from lcjax.methods.moa import MoA, Plan, influence
 from lcjax.methods.moa.influence import block_influence, deletion_effects
 from lcjax.methods.moa.plan import under
@@ -320,8 +320,9 @@ def test_a_plan_from_texts_to_file(tmp_path):
     """The whole way on a toy: density within bounds, two rules a layer at most, and a file that decodes."""
     text = tmp_path / "text.txt"
     text.write_text("The miller counted nine sacks, and the carter drove them home before the rain. " * 40)
-    questions = Questions(str(text), question="What?", count=2, answer=6, chat=False)
-    job = moa.PlanSpans(questions, SPACE, validation=40, batch=2)
+    questions = Questions(text=str(text), question="What?", count=1, answer=6, chat=False)
+    quotations = Quotations(text=str(text), cue=3, count=1, answer=6)
+    job = moa.PlanSpans((questions, quotations), SPACE, validation=40, batch=2)
     tables = job.run(toy(), tmp_path)
     plan = Plan.load(tmp_path / "plan.json")
     for length, share in tables["moa_density"].items():
@@ -331,8 +332,15 @@ def test_a_plan_from_texts_to_file(tmp_path):
         assert 0.48 - 1e-9 <= share <= 0.6 + 1e-9
     assert all(len({*zip(a, b, strict=True)}) <= 2 for a, b in zip(plan.alphas, plan.betas, strict=True))
     assert tables["moa_loss"]["40"] == min(plan.about["validation"]["plans"])
-    with pytest.raises(ValueError, match="question alone takes 8 tokens"):
+    with pytest.raises(ValueError, match="Questions: 1 tokens more are needed"):
         list(questions.prompts(toy(), 8))
+    with pytest.raises(ValueError, match="hold no passage of 9"):
+        list(quotations.prompts(toy(), 12))
+    prompt = next(iter(quotations.prompts(toy(), 40)))
+    assert len(prompt) == 40
+    assert prompt[-3:] in [prompt[i : i + 3] for i in range(len(prompt) - 3 - 6)]
+    with pytest.raises(ValueError, match=r"answers of \[6, 7\] tokens"):
+        moa.PlanSpans((questions, dataclasses.replace(quotations, answer=7)), SPACE, validation=40)
     with pytest.raises(ValueError, match="is one of the profiled lengths"):
         dataclasses.replace(job, validation=32)
 

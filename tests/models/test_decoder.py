@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lcjax.layers.linear import contract, wide_product
+from lcjax.layers.linear import apart, contract, wide_product
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.flops import flops_per_token, param_count, visible_keys
 from lcjax.models.recurrent import GatedLinear
@@ -189,3 +189,10 @@ def test_gradients_of_wide_products_are_products_of_the_operands_dtype(dtype):
     text = str(jax.make_jaxpr(lambda *xw: pull(wide_product, *xw))(*narrow))
     assert text.count("dot_general") == 3
     assert dtype == "float32" or text.count("preferred_element_type=float32") == 1
+
+
+@pytest.mark.parametrize(("tokens", "platform", "barriers"), [(65, "gpu", 2), (64, "gpu", 0), (65, "tpu", 0)])
+def test_projections_of_many_tokens_stay_apart_on_a_gpu(tokens, platform, barriers):
+    with target_platform(platform):
+        text = str(jax.make_jaxpr(lambda x: list(apart(x, 3)))(jnp.zeros((1, tokens, 8))))
+    assert text.count("optimization_barrier") == barriers

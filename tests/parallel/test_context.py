@@ -168,6 +168,17 @@ def test_convolution(degree, packed):
     assert_equal_gradients(lambda x, w: ops.causal_conv(x, w, segment_ids=ids), oracle, (x, taps), context(degree))
 
 
+def test_convolution_behind_a_tail():
+    """Rows that go on, split by requests and heads only."""
+    x, taps, tail = rows(0, 2, 7, 2, 4), rows(1, 4, 2, 4), rows(2, 2, 3, 8)
+
+    def oracle(x, taps, tail):
+        return pk.causal_conv1d(x.reshape(2, 7, 8), taps.reshape(4, 8), tail=tail)[0].reshape(x.shape)
+
+    mesh = make_mesh(data=2, fsdp=1, context=2, tensor=2)
+    assert_equal_gradients(lambda x, w, tail: ops.causal_conv(x, w, tail=tail), oracle, (x, taps, tail), mesh)
+
+
 def test_sink_logits_and_all_axes_at_once():
     mesh = make_mesh(data=2, fsdp=1, context=2, tensor=2)
     q, k, v, logits = rows(0, 2, LENGTH, 4, 8), rows(1, 2, LENGTH, 2, 8), rows(2, 2, LENGTH, 2, 8), rows(3, 4)

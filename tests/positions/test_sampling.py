@@ -49,6 +49,12 @@ def test_e2llm_covers_its_range_and_no_more():
     np.testing.assert_allclose(np.diff(found[:, 4:], axis=1), np.broadcast_to(1 / scale[:, None], (200, 59)), atol=1e-5)
 
 
+def test_e2llm_of_longer_rows_starts_at_the_scale_that_they_need():
+    found = E2LLM(max_scale=8, original_length=24).positions(ROWS, 0, 0, 0)
+    assert 22 < found.max() < 24
+    assert set(np.round(1 / (found[:, 1] - found[:, 0]))) == set(range(3, 9))
+
+
 def test_clex_spans_its_factor():
     found = SAMPLERS[2].positions(ROWS, 0, 0, 0)
     factor = (found[:, -1] + 1) / LENGTH
@@ -86,6 +92,7 @@ def test_stretch_keeps_lines_even():
     [
         (lambda: Stretch(factor=4.0), "boundaries is empty"),
         (lambda: E2LLM(max_scale=0), "max_scale is 0"),
+        (lambda: E2LLM(2, original_length=24).positions(ROWS, 0, 0, 0), "rows of 64 tokens need 3 to lie below"),
         (lambda: CLEXPositions(max_factor=4), "original_length is 0"),
         (lambda: LongRecipe(target=8), "boundaries is empty"),
         (
