@@ -350,13 +350,17 @@ def _each_row_tile(g: Inputs, s: Static, tiles: BackwardTiles, w: Column, unit, 
         pattern = g.pattern[head] if s.patterns > 1 else jnp.int32(0)
         field = fields(g.table, w.batch, pattern, unit)
         first, begin_1, begin_2 = field(tb.STEPS_1), field(tb.BEGIN_1), field(tb.BEGIN_2)
-        inner = field(tb.C_INNER), field(tb.C_INNER_END)
+        inner, count = (field(tb.C_INNER), field(tb.C_INNER_END)), first + field(tb.STEPS_2)
 
         def step(r, carry):
+            if (
+                not s.causal
+            ):  # whose columns begin at their diagonals: others would add to one row tile of dQ all at once
+                r = lax.rem(r + w.index * (ROW_TILE // tiles.dkv_block_q), jnp.maximum(count, 1))
             tile = jnp.where(r < first, begin_1 + r, begin_2 + r - first)
             return body(Visit(head, tile, pattern, field, *inner, jnp.int32(0)), carry)
 
-        carry = lax.fori_loop(0, first + field(tb.STEPS_2), step, carry)
+        carry = lax.fori_loop(0, count, step, carry)
         return carry if s.lists != "call" else _each_listed(g, s, tiles, w, head, pattern, field, body, carry)
 
     if w.heads_here == 1:
