@@ -49,6 +49,8 @@ def _divided(found: mosaic_gpu_fwd.Result, scale: float) -> tuple[Array, Array |
     if found.weights is None:
         return add_tiles(found.o), None
     weights = scale * jnp.moveaxis(found.weights.sum(0), 1, 2)[..., None] + NORMALISER_FLOOR
+    if len(found.o) == 1:
+        return found.o[0], weights
     return (found.o.astype(jnp.float32).sum(0) / weights).astype(found.o.dtype), weights
 
 

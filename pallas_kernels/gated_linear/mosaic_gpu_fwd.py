@@ -32,7 +32,7 @@ from pallas_kernels.gated_linear.mosaic_gpu_parts import (
     read,
     tile,
 )
-from pallas_kernels.gated_linear.problem import LinearState
+from pallas_kernels.gated_linear.problem import NORMALISER_FLOOR, LinearState
 
 WARPGROUPS = 3
 type Also = Literal["states", "weights", "keys"]
@@ -115,19 +115,19 @@ def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interp
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()
         pl.when(i + 1 < place.count)(lambda: load(i + 1))  # after a barrier: every warp is done with the other slot
-        first, second = (mm([(g.at[slot].transpose((1, 0)), sums.at[n])]).sum(1) for n in (Sums.FIRST, Sums.SECOND))
+        first, second = (parts.over_tokens(g.at[slot], sums.at[n], mm) for n in (Sums.FIRST, Sums.SECOND))
         suffix = jnp.exp(mm([(sums.at[Sums.SUFFIX], g.at[slot])]))
         plgpu.barrier_wait(signal(slot * 3))
         weighted[...] = bf16(read(k.at[slot]) * suffix)
         half[0], half[1] = first, second
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(half, halves_gmem.at[place.sums(place.first + i)])
-        plgpu.barrier_wait(signal(slot * 3 + 1))
-        total = jax.lax.broadcast_in_dim(jnp.exp(first + second), (WIDTH, WIDTH), (0,))
-        new = mm([(weighted.transpose((1, 0)), v.at[slot])], state * total)
+        total = jnp.exp(first + second)
         if keys_gmem:
-            keys = keys * jnp.exp(first + second) + mm([(weighted.transpose((1, 0)), sums.at[Sums.ALL])]).sum(1)
-        return new, strongest, keys
+            keys = keys * total + parts.over_tokens(weighted, sums.at[Sums.ALL], mm)
+        plgpu.barrier_wait(signal(slot * 3 + 1))
+        state = state * jax.lax.broadcast_in_dim(total, (WIDTH, WIDTH), (0,))
+        return mm([(weighted.transpose((1, 0)), v.at[slot])], state), strongest, keys
 
     start = (parts.zeros(), parts.vector(), parts.vector() if keys_gmem else None)
     state_gmem[unit], strongest_gmem[unit], keys = jax.lax.fori_loop(0, place.count, chunk, start)
@@ -177,20 +177,19 @@ class Carried(NamedTuple):
 
     def add(self, weighted, v, sums, mm) -> "Carried":
         """With the chunk's keys, decayed as the state is."""
-        keys = weighted.transpose((1, 0))
-        state = mm([(keys, v)], self.state)
+        state = mm([(weighted.transpose((1, 0)), v)], self.state)
         if self.keys is None:
             return Carried(state, None)
-        return Carried(state, self.keys + mm([(keys, sums.at[Sums.OUTPUTS_ALL])]).sum(1))
+        return Carried(state, self.keys + parts.over_tokens(weighted, sums.at[Sums.OUTPUTS_ALL], mm))
 
 
 def _read(row, scores, v, state_tile, keys_ref, mm):
     """Each query's sum of values, and (with the normaliser) of weights, over the chunk and the state before it."""
-    o = mm([(row, state_tile), (scores, v)])
-    if keys_ref is None:
-        return o, None
-    before = row.astype(jnp.float32) * parts.per_column(keys_ref)
-    return o, before.sum(1) + scores.astype(jnp.float32).sum(1)
+    weights = None
+    if keys_ref is not None:
+        before = row.astype(jnp.float32) * parts.per_column(keys_ref)
+        weights = before.sum(1) + scores.astype(jnp.float32).sum(1)
+    return mm([(row, state_tile), (scores, v)]), weights
 
 
 def _mild_chunk(tiles, half, sums, mm, carried: Carried):
@@ -272,6 +271,8 @@ def _outputs_body(
             def _():
                 named["weights"][place.weights(place.first + i)] = weights
 
+        if "weights" in also and split.key_tiles == 1:
+            o /= jax.lax.broadcast_in_dim(scale * weights + NORMALISER_FLOOR, o.shape, (0,))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_tile[...] = bf16(o * scale)
         plgpu.commit_smem()
@@ -292,7 +293,8 @@ def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, als
     """`o` by key tile `[Dk/64, B, T, H, Dv]` in bfloat16, and of the normaliser's or the backward's what `also` names.
 
     'states': those that enter each chunk `[B, N, H, Dk, Dv]` in bfloat16; 'keys': the sums of keys that do
-    `[B, N, H, Dk]`; 'weights': the sums of weights by key tile `[Dk/64, B, H, T]`, both in float32.
+    `[B, N, H, Dk]`; 'weights': the sums of weights by key tile `[Dk/64, B, H, T]`, both in float32; where there is one
+    tile, o is divided by them.
     """
     n = WARPGROUPS
     normalise = "weights" in also
@@ -346,7 +348,7 @@ def entry_states(local: Array, decay: Array, start: Array, split: Split, *, reve
 
 
 class Result(NamedTuple):
-    """Of `forward`; Dk / 64 key tiles are to be added up."""
+    """Of `forward`; several key tiles are to be added up, and then divided by the sum of `weights` if there are any."""
 
     o: Array  # [key tiles, B, T, H, Dv]
     weights: Array | None  # [key tiles, B, H, T], with the normaliser

@@ -40,22 +40,22 @@ def _after(n):
     return np.triu(np.ones((CHUNK, CHUNK)), n)
 
 
-def _half(n):
-    """Column 0 marks half n of the chunk."""
-    t, column = np.mgrid[:CHUNK, :CHUNK]
-    return (t // (CHUNK // 2) == n) & (column == 0)
+def _marks(*halves):
+    """Row 0 marks these halves of the chunk."""
+    row, t = np.mgrid[:CHUNK, :CHUNK]
+    return np.isin(t // (CHUNK // 2), halves) & (row == 0)
 
 
 class Sums:
     """Constant `[n, 64, 64]` matrices and the names of their rows.
 
     Row i of a product with a chunk's log-decays is the sum that the function's docstring says. FIRST, SECOND and ALL
-    are multiplied from the left by a transposed tile, one sum over tokens to each channel.
+    are for `over_tokens`.
     """
 
     PAIRS = np.stack([_from_middle(CHUNK), _from_middle(8), *map(_to_border, LEVELS), _after(0)])
     MIDDLE, INNER, L8, L16, L32, LATER = range(6)
-    STATES = np.stack([_after(1), _half(0), _half(1), _half(0) | _half(1)])
+    STATES = np.stack([_after(1), _marks(0), _marks(1), _marks(0, 1)])
     SUFFIX, FIRST, SECOND, ALL = range(4)
     OUTPUTS = np.stack([*PAIRS[:LATER], STATES[ALL]])
     OUTPUTS_ALL = LATER
@@ -173,6 +173,11 @@ def read(ref):
 
 def zeros(rows: int = WIDTH, columns: int = WIDTH):
     return plgpu.layout_cast(jnp.full((rows, columns), 0, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def over_tokens(x, marks, mm):
+    """Each channel's sum over the marked tokens of a `[tokens, channels]` tile: a product eight columns wide."""
+    return mm([(x.transpose((1, 0)), marks.at[pl.ds(0, 8)].transpose((1, 0)))]).sum(1)
 
 
 def vector():
