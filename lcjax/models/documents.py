@@ -14,8 +14,11 @@ from lcjax.models.patterns import Pattern
 from lcjax.parallel import ops
 from lcjax.parallel.layout import current_layout
 from lcjax.parallel.work import counting
+from pallas_kernels import merge_attention
 from pallas_kernels.masks import Causal, Intervals, Mask
 from pallas_kernels.plan import INF
+
+PARTS = 4  # of the keys that the last block reads: its few tiles of rows would leave half of a GPU idle
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,30 @@ class DocumentBlocks(Pattern):
         size, batch, ids = self.size, q.shape[0], segment_ids
         call = functools.partial(ops.attention, mask=Causal(), **options)
         pair = lambda queries, keys: None if ids is None else (queries(ids), keys(ids))
-        head, tail = (lambda x: x[:, :size]), (lambda x: x[:, -size:])
+        head = lambda x: x[:, :size]
         parts = [
             call(head(q), head(k), head(v), segment_ids=None if ids is None else head(ids)),
             call(
                 self._own(q), self._read(k), self._read(v), segment_ids=pair(self._own, self._read),
                 q_offset=jnp.full(batch * self.documents, size),
             ),
-            call(tail(q), k, v, segment_ids=pair(tail, lambda x: x), q_offset=jnp.full(batch, self.length - size)),
+            self._last(call, q, k, v, ids),
         ]  # fmt: skip
         return jnp.concatenate([cast(Array, o).reshape(batch, -1, *q.shape[2:]) for o in parts], axis=1)
+
+    def _last(self, call: Any, q: Array, k: Array, v: Array, ids: Array | None) -> Array:
+        """The last block's rows: on equal parts of the keys at once where these divide, and then merged."""
+        divides = self.length % PARTS == 0 and self.size * PARTS <= self.length
+        count = PARTS if divides and call.keywords.get("sink_logits") is None else 1
+        batch, keys = q.shape[0], self.length // count
+        rows = lambda x: jnp.repeat(x[:, -self.size :], count, axis=0)
+        part = lambda x: x.reshape(batch * count, keys, *x.shape[2:])
+        o, lse = call(
+            rows(q), part(k), part(v), segment_ids=None if ids is None else (rows(ids), part(ids)),
+            q_offset=jnp.tile(self.length - self.size - keys * jnp.arange(count), batch), return_lse=True,
+        )  # fmt: skip
+        each = lambda x: jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0)
+        return merge_attention(*zip(each(o), each(lse), strict=True))[0]
 
     def _own(self, x: Array) -> Array:
         """`[B,T,...]` -> `[B documents, size, ...]`."""

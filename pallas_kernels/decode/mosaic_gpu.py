@@ -33,8 +33,8 @@ from pallas_kernels.plan import Plan
 
 MAX_ROWS = 64  # new tokens by heads of a group
 SMEM_BYTES = 220 * 1024  # of an SM, for all its programs
-# Blocks in flight, at most. int8 on an H100 (head dim 128, 32K and 128K tokens; with float32 factors and without the
-# compiler's barriers): four take 36.2 and 109.8 us at batch 1, 214.5 and 810 at 8; six take 37.6, 111.2, 217.6 and 814.
+# Blocks in flight, at most. int8 on an H100 (head dim 128, 128K tokens): four take 108.5 us at batch 1 and 787 at 8,
+# five 109.0 and 795, six 110.1 and 788.
 MOST_STAGES, MOST_STAGES_INT8 = 6, 4
 
 

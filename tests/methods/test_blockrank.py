@@ -65,14 +65,15 @@ def test_blocks_are_the_explicit_mask():
     assert [pairs(n) for n in (0, 3, 6)] == [(n + 2) * 36 + (2 * n + 1) * 64 for n in (0, 3, 6)]  # linear
 
 
-def test_the_op_on_blocks_is_masked_attention_with_its_gradients():
+@pytest.mark.parametrize("documents", [2, 3], ids=["last block reads parts", "whole"])
+def test_the_op_on_blocks_is_masked_attention_with_its_gradients(documents):
     """Two rows of other documents, each block padded on its left."""
-    size, documents = 6, 3
+    size = 6
     blocks = DocumentBlocks(size, documents)
     keys = jax.random.split(jax.random.key(0), 4)
     q, do = (jax.random.normal(key, (2, blocks.length, 4, 6)) for key in keys[:2])
     k, v = (jax.random.normal(key, (2, blocks.length, 2, 6)) for key in keys[2:])
-    pads = jnp.array([[2, 0, 5, 1, 3], [0, 6, 1, 4, 0]])  # the second row has no first document
+    pads = jnp.array([[2, 0, 5, 1, 3], [0, 6, 1, 4, 0]])[:, -documents - 2 :]  # one block of the second row is empty
     segments = (jnp.arange(size) >= pads[:, :, None]).reshape(2, -1).astype(jnp.int32)
     seen = jnp.asarray(explicit(documents, size)) & (segments[:, None, None] > 0)
     real = (segments > 0)[..., None, None]
