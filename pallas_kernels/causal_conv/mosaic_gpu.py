@@ -163,6 +163,7 @@ def _body(*refs, present: tuple[bool, ...], split: Split, width: int, reverse: b
     )
 
 
+@functools.partial(jax.jit, static_argnames=("reverse", "interpret"))  # the layers of a model share one lowering
 def sweep(r: Refs, *, reverse: bool, interpret=None) -> tuple[Float[Array, "B T C"], Float[Array, "W C"] | None]:
     """`sum_d taps[d] source[t - d]` (of a reverse sweep `t + d`) over the taps that count, T a multiple of 64.
 

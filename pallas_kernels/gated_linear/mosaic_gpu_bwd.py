@@ -293,6 +293,7 @@ def _body(unit, sums, ins, outs, buffers, signal, *, split: Split, scale: float,
     plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "interpret", "slots"))  # the layers of a model share one lowering
 def backward(
     q, k, v, g, saved, last: LinearState, cotangents, *, scale: float, interpret=None, slots: int = 264
 ) -> tuple[tuple[Array, ...], LinearState]:

@@ -180,6 +180,7 @@ def _missing_body(unit, k_gmem, v_gmem, rows_gmem, u_gmem, w_gmem, k, v, rows, w
     plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")  # the layers of a model share one lowering
 def missing(k, v, rows, *, interpret=None) -> list[Array]:
     """U, like v, and W, like k: a state S that enters a chunk lacks `U + W S`."""
     key_tiles, value_tiles = k.shape[-1] // WIDTH, v.shape[-1] // WIDTH
@@ -216,6 +217,7 @@ def _owed_body(
     plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")  # the layers of a model share one lowering
 def owed(q, k, do, rows, *, interpret=None) -> list[Array]:
     """U, like do, and W, like k: what a chunk writes has the cotangent `U + W dS`, dS being that of the state after."""
     key_tiles, value_tiles = k.shape[-1] // WIDTH, do.shape[-1] // WIDTH
@@ -311,6 +313,7 @@ def _through_body(unit, arrays, start, outs, tiles: _Tiles, barriers, *, interpr
     plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")  # the layers of a model share one lowering
 def through_chunks(u, w, k, rows, start, reads=(), *, interpret=None) -> list[Array]:
     """x and `beta x`, like u, with `x = U + W S` chunk by chunk.
 
