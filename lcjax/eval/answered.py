@@ -59,8 +59,6 @@ class CalibrationTexts(ABC):
 
     def stretches(self, model: Loaded, room: int) -> Iterator[tuple[Random, Sequence[int]]]:
         """`room` tokens of each text from a random place on, and the generator that drew it."""
-        if room < 1:
-            raise ValueError(f"{type(self).__name__}: {1 - room} tokens more are needed; choose longer texts")
         ids = model.tokenizer.encode(read_text(self.text)[:CHARACTERS], special=False)
         if len(ids) < room:
             name = f"{type(self).__name__}.text"
@@ -88,7 +86,10 @@ class Questions(CalibrationTexts):
         before, after = around(tokenizer, "", asked) if self.chat else ("", f"{asked}\n")
         head = tokenizer.encode(before, add_bos=tokenizer.adds_bos and not self.chat)
         tail = tokenizer.encode(after)
-        for _, text in self.stretches(model, room - len(head) - len(tail)):
+        room -= len(head) + len(tail)
+        if room < 1:
+            raise ValueError(f"Questions: the question alone takes {len(head) + len(tail)} tokens; choose longer texts")
+        for _, text in self.stretches(model, room):
             yield (*head, *text, *tail)
 
 

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from lcjax.cache.base import AttentionCache, SlotCache
-from lcjax.layers.linear import Linear, apart
+from lcjax.layers.linear import Linear, each
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
 from lcjax.models.spec import Attention, ModelSpec
@@ -55,8 +55,7 @@ class HeadProjections(nnx.Module):
         self, x: Float[Array, "B T width"]
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """q, k (normed, not rotated) and v."""
-        for_q, for_k, for_v = apart(x, 3)
-        q, k, v = self.query(for_q), self.key(for_k), self.value(for_v)
+        q, k, v = each(x, self.query, self.key, self.value)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v

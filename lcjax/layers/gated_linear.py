@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from lcjax.cache.recurrent import RecurrentCache
 from lcjax.layers.attention import Context
-from lcjax.layers.linear import Linear, apart
+from lcjax.layers.linear import Linear, each
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.recurrence import Convolution, Inputs, recur
 from lcjax.layers.weight import Weight
@@ -66,8 +66,7 @@ class GatedLinearLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T width"], context: Context, cache: RecurrentCache | None = None
     ) -> tuple[Float[Array, "B T width"], RecurrentCache | None]:
-        for_q, for_k, for_v = apart(x, 3)
-        streams, tails = {"q": self.query(for_q), "k": self.key(for_k), "v": self.value(for_v)}, {}
+        streams, tails = dict(zip("qkv", each(x, self.query, self.key, self.value), strict=True)), {}
         for name, convolve in self.convs.items():
             tail = None if cache is None else cache.tails[name]
             streams[name], tails[name] = convolve(streams[name], context, tail)

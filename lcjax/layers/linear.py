@@ -1,6 +1,6 @@
 """Dense projections over any number of input and output axes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -37,16 +37,16 @@ def contract(
     return y[0] if alone else y
 
 
-def apart(x: Float[Array, "B T n"], count: int) -> Iterator[Float[Array, "B T n"]]:
-    """x for each of `count` projections, which XLA for GPUs is not to join.
+def each(x: Float[Array, "B T n"], *projections: Callable[[Array], Array]) -> Iterator[Array]:
+    """Every projection of x, in products that XLA for GPUs is not to join.
 
     It joins products of one x (of up to 32 MiB each), and as kernels take whole arrays, copies then cut the result up
     again. With few tokens these are small, and launches count for more.
     """
-    yield x
-    for _ in range(count - 1):
-        x = jax.lax.optimization_barrier(x) if platform() == "gpu" and x.shape[1] > JOINED_TOKENS else x
-        yield x
+    for n, project in enumerate(projections):
+        if n and platform() == "gpu" and x.shape[1] > JOINED_TOKENS:
+            x = jax.lax.optimization_barrier(x)
+        yield project(x)
 
 
 @jax.custom_vjp

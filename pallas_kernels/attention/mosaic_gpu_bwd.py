@@ -353,9 +353,7 @@ def _each_row_tile(g: Inputs, s: Static, tiles: BackwardTiles, w: Column, unit, 
         inner, count = (field(tb.C_INNER), field(tb.C_INNER_END)), first + field(tb.STEPS_2)
 
         def step(r, carry):
-            if (
-                not s.causal
-            ):  # whose columns begin at their diagonals: others would add to one row tile of dQ all at once
+            if not s.causal:  # causal columns begin apart, at their diagonals; others would all add to one tile of dQ
                 r = lax.rem(r + w.index * (ROW_TILE // tiles.dkv_block_q), jnp.maximum(count, 1))
             tile = jnp.where(r < first, begin_1 + r, begin_2 + r - first)
             return body(Visit(head, tile, pattern, field, *inner, jnp.int32(0)), carry)

@@ -356,9 +356,8 @@ class Result(NamedTuple):
     saved: tuple[LinearState, Halves] | None  # what enters each chunk, and what the backward must know of g
 
 
-@functools.partial(
-    jax.jit, static_argnames=("scale", "save", "interpret", "slots")
-)  # the layers of a model share one lowering
+# The layers of a model share one lowering.
+@functools.partial(jax.jit, static_argnames=("scale", "save", "interpret", "slots"))
 def forward(q, k, v, g, start: LinearState, *, scale: float, save: bool = False, interpret=None, slots: int = 396):
     """q, k, g `[B, T, H, Dk]`, v `[B, T, H, Dv]` bfloat16, T and widths multiples of 64; k, v, g of H heads or fewer.
 

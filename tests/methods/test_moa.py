@@ -332,7 +332,7 @@ def test_a_plan_from_texts_to_file(tmp_path):
         assert 0.48 - 1e-9 <= share <= 0.6 + 1e-9
     assert all(len({*zip(a, b, strict=True)}) <= 2 for a, b in zip(plan.alphas, plan.betas, strict=True))
     assert tables["moa_loss"]["40"] == min(plan.about["validation"]["plans"])
-    with pytest.raises(ValueError, match="Questions: 1 tokens more are needed"):
+    with pytest.raises(ValueError, match="question alone takes 8 tokens"):
         list(questions.prompts(toy(), 8))
     with pytest.raises(ValueError, match="hold no passage of 9"):
         list(quotations.prompts(toy(), 12))

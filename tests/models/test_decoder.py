@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lcjax.layers.linear import apart, contract, wide_product
+from lcjax.layers.linear import contract, each, wide_product
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.flops import flops_per_token, param_count, visible_keys
 from lcjax.models.recurrent import GatedLinear
@@ -194,5 +194,5 @@ def test_gradients_of_wide_products_are_products_of_the_operands_dtype(dtype):
 @pytest.mark.parametrize(("tokens", "platform", "barriers"), [(65, "gpu", 2), (64, "gpu", 0), (65, "tpu", 0)])
 def test_projections_of_many_tokens_stay_apart_on_a_gpu(tokens, platform, barriers):
     with target_platform(platform):
-        text = str(jax.make_jaxpr(lambda x: list(apart(x, 3)))(jnp.zeros((1, tokens, 8))))
+        text = str(jax.make_jaxpr(lambda x: list(each(x, *3 * [jnp.sin])))(jnp.zeros((1, tokens, 8))))
     assert text.count("optimization_barrier") == barriers
