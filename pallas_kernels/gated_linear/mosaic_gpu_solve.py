@@ -119,10 +119,13 @@ class Place(NamedTuple):
 
 
 def _kernel(body, units: int, out_type, scratch, signals: int, interpret):
-    """A kernel of one warpgroup to each of `units`: `body(unit, inputs and outputs..., scratch..., barriers)`."""
+    """A kernel of one warpgroup to each of `units`: `body(unit, inputs, outputs, scratch, barriers)`."""
 
     def entry(*refs):
-        body(jax.lax.axis_index("unit"), *refs)
+        *refs, barriers = refs
+        ins = len(refs) - len(out_type) - len(scratch)
+        outs = ins + len(out_type)
+        body(jax.lax.axis_index("unit"), refs[:ins], refs[ins:outs], refs[outs:], barriers)
 
     return plgpu.kernel(
         entry,
@@ -133,6 +136,30 @@ def _kernel(body, units: int, out_type, scratch, signals: int, interpret):
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret or False,
     )
+
+
+def _by_chunk(body, inputs, widths: tuple[int, int], interpret) -> list[Array]:
+    """Runs `body` on every chunk of every head: tiles of `inputs`, the last of which are `Rows`, come to its scratch,
+    and two tiles for work. Outputs have these widths."""
+    arrays = inputs[:-1]
+    b, t, h, _ = arrays[0].shape
+    tiles = [x.shape[-1] // WIDTH for x in arrays]
+    types = [jax.ShapeDtypeStruct((b, t, h, width), jnp.bfloat16) for width in widths]
+    mm = functools.partial(products, interpret=bool(interpret))
+
+    def entry(unit, ins, outs, scratch, barriers):
+        at, (*loaded, rows, work) = _place(unit, (b, t, h)), scratch
+        pairs = [
+            (x.at[at.tokens(n)], y.at[n]) for x, y, count in zip(ins, loaded, tiles, strict=False) for n in range(count)
+        ]
+        _load([*pairs, (ins[-1].at[at.rows], rows)], barriers)
+        for n in range(len(pairs) + 1):
+            plgpu.barrier_wait(barriers.at[n])
+        body(at, loaded, Rows(rows), (work.at[0], work.at[1]), outs, mm)
+        plgpu.wait_smem_to_gmem(0)
+
+    scratch = [*map(tile, tiles), Rows.buffer(), tile(2)]
+    return _kernel(entry, b * (t // CHUNK) * h, types, scratch, sum(tiles) + 1, interpret)(*inputs)
 
 
 def _load(pairs, barriers, first=0) -> None:
@@ -156,81 +183,52 @@ def _decayed_keys(k, rows: Rows, mm):
     return jnp.where(j < i, found * rows.pairs(), 0.0)
 
 
-def _place(unit, shape) -> Place:
-    """Of a unit among the chunks and heads of `[B, T, H, features]`, heads first, as memory has them."""
-    _, t, heads, _ = shape
+def _place(unit, shape: tuple[int, int, int]) -> Place:
+    """Of a unit among the chunks and heads of `[B, T, H]`, heads first, as memory has them."""
+    _, t, heads = shape
     head, rest = jax.lax.rem(unit, heads), jax.lax.div(unit, heads)
     return Place(jax.lax.div(rest, t // CHUNK), jax.lax.rem(rest, t // CHUNK), head)
 
 
-def _missing_body(unit, k_gmem, v_gmem, rows_gmem, u_gmem, w_gmem, k, v, rows, work, barriers, *, interpret: bool):
-    at, mm = _place(unit, k_gmem.shape), functools.partial(products, interpret=interpret)
-    keys, values = range(k.shape[0]), range(v.shape[0])
-    loads = [(k_gmem.at[at.tokens(n)], k.at[n]) for n in keys] + [(v_gmem.at[at.tokens(n)], v.at[n]) for n in values]
-    _load([*loads, (rows_gmem.at[at.rows], rows)], barriers)
-    for n in range(len(loads) + 1):
-        plgpu.barrier_wait(barriers.at[n])
-    strength = parts.per_column(rows.at[2])
-    solve = unit_lower_inverse(_decayed_keys(k, Rows(rows), mm) * strength, (work.at[0], work.at[1]), mm)
-    erase = bf16(-solve * Rows(rows).prefix_of_columns())
-    for n in values:
-        _write_out([(mm([(bf16(solve), v.at[n])]), v.at[n], u_gmem.at[at.tokens(n)])])
-    for n in keys:
-        _write_out([(mm([(erase, k.at[n])]), k.at[n], w_gmem.at[at.tokens(n)])])
-    plgpu.wait_smem_to_gmem(0)
+def _write_products(left: Ref | Array, tiles: Ref, out: Ref, at: Place, mm) -> None:
+    """left times each tile, in its place and on to global memory."""
+    for n in range(tiles.shape[0]):
+        _write_out([(mm([(left, tiles.at[n])]), tiles.at[n], out.at[at.tokens(n)])])
+
+
+def _missing_body(at: Place, loaded, rows: Rows, work, outs, mm):
+    k, v = loaded
+    strength = parts.per_column(rows.ref.at[2])
+    solve = unit_lower_inverse(_decayed_keys(k, rows, mm) * strength, work, mm)
+    erase = bf16(-solve * rows.prefix_of_columns())
+    _write_products(bf16(solve), v, outs[0], at, mm)
+    _write_products(erase, k, outs[1], at, mm)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")  # the layers of a model share one lowering
 def missing(k, v, rows, *, interpret=None) -> list[Array]:
     """U, like v, and W, like k: a state S that enters a chunk lacks `U + W S`."""
-    key_tiles, value_tiles = k.shape[-1] // WIDTH, v.shape[-1] // WIDTH
-    scratch = [tile(key_tiles), tile(value_tiles), Rows.buffer(), tile(2)]
-    body = functools.partial(_missing_body, interpret=bool(interpret))
-    units = k.shape[0] * (k.shape[1] // CHUNK) * k.shape[2]
-    run = _kernel(body, units, [_like(v), _like(k)], scratch, key_tiles + value_tiles + 1, interpret)
-    return run(k, v, rows)
+    return _by_chunk(_missing_body, (k, v, rows), (v.shape[-1], k.shape[-1]), interpret)
 
 
-def _owed_body(
-    unit, q_gmem, k_gmem, do_gmem, rows_gmem, u_gmem, w_gmem, q, k, do, rows, work, barriers, *, interpret: bool
-):
-    at, mm = _place(unit, k_gmem.shape), functools.partial(products, interpret=interpret)
-    keys, values = range(k.shape[0]), range(do.shape[0])
-    loads = [(gmem.at[at.tokens(n)], smem.at[n]) for gmem, smem in ((q_gmem, q), (k_gmem, k)) for n in keys]
-    loads += [(do_gmem.at[at.tokens(n)], do.at[n]) for n in values]
-    _load([*loads, (rows_gmem.at[at.rows], rows)], barriers)
-    for n in range(len(loads) + 1):
-        plgpu.barrier_wait(barriers.at[n])
-    r, (first, second) = Rows(rows), (work.at[0], work.at[1])
-    solve = unit_lower_inverse(_decayed_keys(k, r, mm) * along_rows(r.beta()), (first, second), mm)
-    scores = mm([(q.at[n], k.at[n].transpose((1, 0))) for n in keys])
-    scores = bf16(jnp.where(parts.causal(), scores * r.pairs(), 0.0))
-    first[...], second[...] = bf16(solve), bf16(solve * along_rows(r.suffix()))
+def _owed_body(at: Place, loaded, rows: Rows, work, outs, mm):
+    (q, k, do), (first, second) = loaded, work
+    solve = unit_lower_inverse(_decayed_keys(k, rows, mm) * along_rows(rows.beta()), work, mm)
+    scores = mm([(q.at[n], k.at[n].transpose((1, 0))) for n in range(k.shape[0])])
+    scores = bf16(jnp.where(parts.causal(), scores * rows.pairs(), 0.0))
+    first[...], second[...] = bf16(solve), bf16(solve * along_rows(rows.suffix()))
     plgpu.commit_smem()
     read_later = bf16(mm([(scores, first)]))
     first[...] = read_later
     plgpu.commit_smem()
-    for n in values:
-        _write_out([(mm([(first.transpose((1, 0)), do.at[n])]), do.at[n], u_gmem.at[at.tokens(n)])])
-    for n in keys:
-        _write_out([(mm([(second.transpose((1, 0)), k.at[n])]), k.at[n], w_gmem.at[at.tokens(n)])])
-    plgpu.wait_smem_to_gmem(0)
+    _write_products(first.transpose((1, 0)), do, outs[0], at, mm)
+    _write_products(second.transpose((1, 0)), k, outs[1], at, mm)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")  # the layers of a model share one lowering
 def owed(q, k, do, rows, *, interpret=None) -> list[Array]:
     """U, like do, and W, like k: what a chunk writes has the cotangent `U + W dS`, dS being that of the state after."""
-    key_tiles, value_tiles = k.shape[-1] // WIDTH, do.shape[-1] // WIDTH
-    tiles = [tile(key_tiles), tile(key_tiles), tile(value_tiles)]
-    scratch = [*tiles, Rows.buffer(), tile(2)]
-    body = functools.partial(_owed_body, interpret=bool(interpret))
-    units = k.shape[0] * (k.shape[1] // CHUNK) * k.shape[2]
-    run = _kernel(body, units, [_like(do), _like(k)], scratch, 2 * key_tiles + value_tiles + 1, interpret)
-    return run(q, k, do, rows)
-
-
-def _like(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+    return _by_chunk(_owed_body, (q, k, do, rows), (do.shape[-1], k.shape[-1]), interpret)
 
 
 class _Tiles(NamedTuple):
@@ -323,12 +321,12 @@ def through_chunks(u, w, k, rows, start, reads=(), *, interpret=None) -> list[Ar
     """
     key_tiles, units = k.shape[-1] // WIDTH, u.shape[0] * u.shape[2] * (u.shape[-1] // WIDTH)
     scratch, structure = jax.tree.flatten(_Tiles.scratch(key_tiles, bool(reads)))
-    ins, signals = 4 + len(reads), 2 + 2 * key_tiles + (1 + key_tiles if reads else 0)
+    signals = 2 + 2 * key_tiles + (1 + key_tiles if reads else 0)
 
-    def body(unit, *refs):
-        arrays, start, outs, buffers = refs[:ins], refs[ins], refs[ins + 1 : ins + 3], refs[ins + 3 : -1]
-        tiles = jax.tree.unflatten(structure, buffers)
-        _through_body(unit, arrays, start, outs, tiles, refs[-1], interpret=bool(interpret))
+    def body(unit, ins, outs, buffers, barriers):
+        (*arrays, start), tiles = ins, jax.tree.unflatten(structure, buffers)
+        _through_body(unit, arrays, start, outs, tiles, barriers, interpret=bool(interpret))
 
-    run = _kernel(body, units, [_like(u), _like(u)], scratch, 2 * signals, interpret)
+    like_u = jax.ShapeDtypeStruct(u.shape, jnp.bfloat16)
+    run = _kernel(body, units, [like_u, like_u], scratch, 2 * signals, interpret)
     return run(u, w, k, rows, *reads, start)
