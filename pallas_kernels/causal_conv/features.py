@@ -94,6 +94,4 @@ def _check(x, w, maps, tail) -> None:
     if maps.shape[:2] != (heads, dim):
         raise ValueError(f"maps has shape {maps.shape}: give ({heads}, {dim}, features), as w has heads")
     if tail is not None and tail.shape != (x.shape[0], width - 1, *x.shape[2:]):
-        raise ValueError(
-            f"tail has shape {tail.shape}: width {width} needs {(x.shape[0], width - 1, *x.shape[2:])}"
-        )
+        raise ValueError(f"tail has shape {tail.shape}: width {width} needs {(x.shape[0], width - 1, *x.shape[2:])}")

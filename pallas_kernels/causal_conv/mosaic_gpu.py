@@ -57,10 +57,10 @@ class Place(NamedTuple):
     count: jax.Array  # of tiles
 
 
-def choose_split(batch: int, tokens: int, columns: int) -> Split:
-    """Enough parts to fill the chip about once."""
+def choose_split(batch: int, tokens: int, columns: int, slots: int) -> Split:
+    """Enough parts to fill `slots` programs about once."""
     tiles = -(-tokens // ROWS)
-    parts = max(1, min(tiles, SLOTS // (batch * columns)))
+    parts = max(1, min(tiles, slots // (batch * columns)))
     per_part = -(-tiles // parts)
     return Split(columns, tiles, -(-tiles // per_part), per_part)
 
@@ -183,7 +183,7 @@ def sweep(r: Refs, *, reverse: bool, interpret=None) -> tuple[Float[Array, "B T 
     mark says that it reads the one d before it; bit 0 that it is no padding.
     """
     (batch, tokens, channels), width = r.source.shape, len(r.taps)
-    split = choose_split(batch, tokens, channels // WIDTH)
+    split = choose_split(batch, tokens, channels // WIDTH, SLOTS)
     programs = batch * split.parts * split.columns
     out_type = [jax.ShapeDtypeStruct(r.source.shape, r.source.dtype)]
     if r.partner is not None:

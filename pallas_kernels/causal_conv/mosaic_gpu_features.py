@@ -2,8 +2,8 @@
 
 A program takes tiles of 64 tokens of one head. It convolves a tile as `mosaic_gpu` does, leaves the result in shared
 memory as the tensor cores read it, multiplies it by the head's map, and the softmax of the product and of its negative
-take its place there, as there are as many features as channels. Three programs share an SM: one waits for memory or
-the tensor cores while another computes.
+take its place there, as there are as many features as channels. Several programs share an SM, so that one computes
+while others wait for memory or the tensor cores.
 
 The backward pass goes through the parts once more; only x is kept for it.
 """
@@ -23,6 +23,7 @@ from pallas_kernels.gated_linear.mosaic_gpu_parts import products, tile
 from pallas_kernels.op import Unsupported, interpreter, require_hopper
 
 STAGES = 2  # tiles on their way or in use
+SLOTS = {64: 660, 128: 396}  # programs that the chip runs at once, by channels of a head: 88 and 160 registers
 
 
 class Refs(NamedTuple):
@@ -64,12 +65,12 @@ def _softmax(u):
 
 def _softmax_halves(u):
     """Over either half of the columns of a tile."""
-    left = plgpu.broadcasted_iota(jnp.int32, u.shape, 1, layout=plgpu.Layout.WGMMA) < WIDTH // 2
-    low = jnp.finfo(u.dtype).min
-    top = jnp.where(left, _spread(jnp.where(left, u, low).max(1)), _spread(jnp.where(left, low, u).max(1)))
-    weights = jnp.exp(u - top)
-    sums = (jnp.where(side, weights, 0.0).sum(1) for side in (left, ~left))
-    return jnp.maximum(weights * jnp.where(left, *(_spread(1 / total) for total in sums)), features.FEATURE_FLOOR)
+    column = plgpu.broadcasted_iota(jnp.int32, u.shape, 1, layout=plgpu.Layout.WGMMA)
+    halves = column < WIDTH // 2, column >= WIDTH // 2
+    left, right = (_spread(jnp.where(half, u, jnp.finfo(u.dtype).min).max(1)) for half in halves)
+    weights = jnp.exp(u - jnp.where(halves[0], left, right))
+    left, right = (_spread(1 / jnp.where(half, weights, 0.0).sum(1)) for half in halves)
+    return jnp.maximum(weights * jnp.where(halves[0], left, right), features.FEATURE_FLOOR)
 
 
 def _spread(rows):
@@ -134,7 +135,7 @@ def _body(r: Refs, out, split: Split, heads: Heads, *, width: int, interpret: bo
 def sweep(r: Refs, heads: Heads, *, interpret=None) -> Float[Array, "B T C"]:
     """Features of every head, for T a multiple of 64."""
     batch, tokens, _ = r.source.shape
-    split = mosaic_gpu.choose_split(batch, tokens, heads.count)
+    split = mosaic_gpu.choose_split(batch, tokens, heads.count, SLOTS[heads.tiles * WIDTH])
     present = tuple(x is not None for x in r)
 
     def hedgehog_conv(*refs):
