@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from lcjax.cache.recurrent import RecurrentCache, ragged_tail
 from lcjax.layers.attention import Context, HeadProjections, attend
-from lcjax.layers.gated_linear import GATE_TEMPERATURE
+from lcjax.layers.forget import GATE_TEMPERATURE, log_forget
 from lcjax.layers.linear import Linear
 from lcjax.layers.recurrence import Convolution, Inputs, masked, recur, repeat_heads
 from lcjax.layers.weight import Weight
@@ -78,8 +78,7 @@ class LinearizedLayer(HeadProjections):
     def _log_decay(self, x: Float[Array, "B T width"]) -> Float[Array, "B T K Dk"] | None:
         if self.decay_down is None or self.decay_up is None:
             return None
-        logits = self.decay_up(self.decay_down(x)).astype(jnp.float32)
-        return jax.nn.log_sigmoid(logits) / GATE_TEMPERATURE
+        return log_forget(self.decay_down(x), self.decay_up)
 
     def _features(
         self, streams: dict[str, jax.Array], context: Context, cache: RecurrentCache | None
