@@ -92,9 +92,9 @@ def copy_tile(source, beside, buffer, tile, signal, *, last: int | None = None):
 
 
 def load_taps(ref, width: int):
-    """Registers of the taps `ref` [W, 64], each for 16 tokens."""
+    """Float32 registers of the taps `ref` [W, 64], each for 16 tokens."""
     taps = [plgpu.load(ref.at[d], layout=LAYOUT.reduce(0), optimized=False) for d in range(width)]
-    return [jax.lax.broadcast_in_dim(tap, (STEP, WIDTH), (1,)) for tap in taps]
+    return [jax.lax.broadcast_in_dim(tap.astype(jnp.float32), (STEP, WIDTH), (1,)) for tap in taps]
 
 
 def pick(ref, rows: int):

@@ -31,7 +31,7 @@ class Refs(NamedTuple):
 
     source: Any  # [B, T, K D]
     beside: Any  # [B, 8, K D], the rows before the first tile
-    taps: Any  # [W, H D] float32, first that of the current token
+    taps: Any  # [W, H D], last that of the current token
     maps: Any  # [H, D, 64]: W, or [W, -W] of heads of 64
     marks: Any  # [B, tiles, 96] int32, or None where all taps count
 
@@ -82,7 +82,7 @@ def _body(r: Refs, out, split: Split, heads: Heads, *, width: int, interpret: bo
     place = split.place(jax.lax.axis_index("program"))
     own = [heads.channels(place.column, n) for n in range(heads.tiles)]
     shared = [heads.channels(place.column, n, shared=True) for n in range(heads.tiles)]
-    taps = [mosaic_gpu.load_taps(r.taps.at[:, channels], width) for channels in own]
+    taps = [mosaic_gpu.load_taps(r.taps.at[:, channels], width)[::-1] for channels in own]
 
     def scoped(source, marks, maps, y, arrived, maps_arrived):
         def load(i):
@@ -166,7 +166,7 @@ def _kernel(p: features.Problem, interpret) -> Float[Array, "B T H D"]:
     operands = Refs(
         source=x,
         beside=mosaic_gpu.rows_beside(before.reshape(batch, width - 1, -1)),
-        taps=mosaic_gpu.float_taps(p.w.reshape(width, -1)),
+        taps=p.w.reshape(width, -1),
         maps=maps if dim == 2 * WIDTH else jnp.concatenate([maps, -maps], axis=2),
         marks=mosaic_gpu.mark_tokens(p.segments, width, x.shape[1]),
     )
