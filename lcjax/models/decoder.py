@@ -15,6 +15,7 @@ from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
 from lcjax.models.spec import ModelSpec
 from lcjax.models.stack import apply_stacked
+from lcjax.parallel.balanced import order_of
 from lcjax.parallel.rules import constrain
 from lcjax.positions.by_factor import CLEX
 from lcjax.positions.clex import Flow
@@ -112,16 +113,25 @@ class Decoder(nnx.Module):
         start = 0 if caches is None else caches[0].length[:, None]
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if caches is None:
+            return self._whole(tokens, positions, segment_ids, remat, scan), None
         context = self.context(positions, start, segment_ids, valid)
         x = self.embedded(tokens)
-        if caches is None:
-            x = apply_stacked(list(self.layers), x, context, remat, scan)
-            return self.norm(x), None
         advanced = []
         for block, cache in zip(self.layers, caches, strict=True):
             x, cache = block(x, context, cache)
             advanced.append(cache)
         return self.norm(x), tuple(advanced)
+
+    def _whole(self, tokens: Array, positions: Array, segment_ids: Any, remat: str, scan: bool) -> Array:
+        """Final normed states of whole rows."""
+        spec, full = self.spec, positions.ndim == 2 and all(mixer.full for mixer in self.spec.layers)
+        order = order_of(full, *tokens.shape, spec.num_heads, spec.num_kv_heads)
+        tokens, positions, segment_ids = order.deal(tokens, positions, segment_ids)
+        with order.held():
+            context = self.context(positions, 0, segment_ids, None)
+            x = self.norm(apply_stacked(list(self.layers), self.embedded(tokens), context, remat, scan))
+        return order.restore(x)
 
     def unembedding(self) -> Float[Array, "width V"]:
         """The matrix that `logits` multiplies by, in the parameters' dtype (a transposed view of a tied table)."""
