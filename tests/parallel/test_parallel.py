@@ -55,7 +55,7 @@ def test_sharded_equals_single(degrees):
 
 
 def ring_pass(layers):
-    """A decoder of full attention alone as a function of its parameters, packed rows of 32 tokens, and the parameters."""
+    """Final states of packed rows by a decoder of full attention alone, as a function of its parameters; and these."""
     spec = dataclasses.replace(SPEC, num_layers=layers, pattern=(Attention(sink_logits=True),))
     graphdef, params = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)), nnx.Param)
     segments = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 2]], [5, 20, 7], axis=1))
@@ -71,7 +71,7 @@ def ring_pass(layers):
 
 
 def test_a_pass_is_dealt_out_once():
-    """Full attention alone around a ring: the same states and gradients, in stored order, and no layer moves queries."""
+    """Full attention alone around a ring: states and gradients as on one device, and no layer moves queries."""
     hidden, params = ring_pass(2)
     weights = jax.random.normal(jax.random.key(2), (2, 32, SPEC.width))
 
