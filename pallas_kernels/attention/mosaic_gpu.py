@@ -22,7 +22,7 @@ from pallas_kernels.attention.mosaic_gpu_common import Inputs, Static
 from pallas_kernels.attention.mosaic_gpu_fwd import ForwardTiles, forward
 from pallas_kernels.masks import Mask
 from pallas_kernels.one_run import OneRun, one_run
-from pallas_kernels.op import Unsupported, platform
+from pallas_kernels.op import Unsupported, interpreter, require_hopper
 from pallas_kernels.plan import INF, Plan, namespace
 
 SHORT_ROWS, DENSE_PERSISTENT = 2560, 65536  # keys, measured on an H100 (`tuned/`)
@@ -34,9 +34,8 @@ def attend(
     *,
     forward_tiles: ForwardTiles | None = None,
     backward_tiles: BackwardTiles | None = None,
-    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
-    """(o, lse) of the call on a Hopper GPU, or in the interpreter.
+    """(o, lse) of the call on a Hopper GPU, or interpreted (`op.interpret`).
 
     The gradient runs one kernel or, for a deterministic call, two. Head dims above 128 take it from `xla`: two
     accumulators of 64 x 256 for dK and dV fill all registers of a warpgroup.
@@ -44,8 +43,11 @@ def attend(
     Raises:
       Unsupported: with the reason.
     """
-    if reason := refusal(call, interpret):
+    require_hopper()
+    _require_sound_cuda()
+    if reason := refusal(call):
         raise Unsupported(reason)
+    interpret = interpreter() is not None
     (_, length, heads, dim), (keys, _, dim_v) = call.q.shape, call.v.shape[1:]
     plan = call.mask.plan(heads, length, keys, tb.ROW_TILE, tb.UNIT)
     one, plan = one_run(plan, keys), tb.in_units(plan, keys)
@@ -136,12 +138,11 @@ class Tables(NamedTuple):
     segments: Any
 
 
-def refusal(call: Call, interpret: bool = False) -> str | None:
-    """Why this backend cannot run the call, or None."""
+def refusal(call: Call) -> str | None:
+    """Why this backend cannot run the call on any GPU, or None."""
     dims = (call.q.shape[-1], call.v.shape[-1])
     lists, columns = call.lists, call.mask.plan(call.q.shape[2], 1, call.k.shape[1], 1, tb.UNIT)
     refused = [
-        (platform() != "gpu" and not interpret, f"needs an NVIDIA Hopper GPU, this is {platform()}"),
         (call.q.dtype == jnp.float32, "wgmma has no float32; cast to bfloat16 or use xla"),
         (any(d not in (64, 128, 256) for d in dims), f"head dims {dims[0]} and {dims[1]} are not 64, 128 or 256"),
         (not _bare(columns) and lists is not None, "run-time lists together with Stride or Intervals"),
@@ -155,20 +156,15 @@ def refusal(call: Call, interpret: bool = False) -> str | None:
     if lists is not None:
         sizes = f"list blocks of {lists.block_q} x {lists.block_k} are not multiples of {tb.ROW_TILE} x {tb.UNIT}"
         refused.append((bool(lists.block_q % tb.ROW_TILE or lists.block_k % tb.UNIT), sizes))
-    return next((reason for hit, reason in refused if hit), None) or (None if interpret else _device_reason())
+    return next((reason for hit, reason in refused if hit), None)
 
 
-@functools.cache
-def _device_reason() -> str | None:
-    if jax.default_backend() != "gpu":
-        return None  # lowering ahead of time
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    if not str(capability).startswith("9."):
-        return f"needs compute capability 9.x (Hopper), this GPU has {capability}"
-    version = _cuda_version()
+def _require_sound_cuda() -> None:
+    """Declines the versions of CUDA that break these kernels; lowering without a GPU passes."""
+    version = _cuda_version() if jax.default_backend() == "gpu" else 0
     if version in CUDA_MISCOMPILED:
-        return f"CUDA {version // 1000}.{version % 1000 // 10} miscompiles masked wgmma loops; use 12.9.1 or newer"
-    return None
+        found = f"CUDA {version // 1000}.{version % 1000 // 10}"
+        raise Unsupported(f"{found} miscompiles masked wgmma loops; use 12.9.1 or newer")
 
 
 def _cuda_version() -> int:
