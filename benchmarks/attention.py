@@ -45,7 +45,7 @@ GATES: dict[str, Mask] = {  # the same rules at sizes that bite at a length the 
     "sink_64_window_2048_stride_64x64": Causal() & (Sink(64) | Window(200) | Stride(block=64, every=4)),
 }
 GATE_LENGTH, GATE_LIMIT = 2048 + 7, 1e-2
-LIBRARY_PATTERNS = ("causal",)  # the op gives them to a library; our kernel is timed beside it
+LIBRARY_PATTERNS = ("causal",)  # the op may give them to a library: our kernel is timed beside its choice
 TILE = 128
 DENSITY_WINDOWS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 102_400)  # of 128K: to 5 % sparsity
 

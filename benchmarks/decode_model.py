@@ -95,7 +95,9 @@ class Run:
         capacity = -(-(context + room) // 256) * 256
         sizes = {"batch": batch, "capacity": capacity, "chunk": chunk, "steps": steps}
         self.programs = Programs(model.graphdef, model.params, model.spec, sizes | {"cache": layout or CacheLayout()})
-        self.settings = stack([Sampling()] * batch), Limits(jnp.full(batch, 2**30, jnp.int32), jnp.array([-1]))
+        endless = jnp.full(batch, 2**30, jnp.int32)
+        lengths = jnp.full(batch, context + room, jnp.int32)
+        self.settings = stack([Sampling()] * batch), Limits(endless, jnp.array([-1]), lengths)
         self.programs.prepare(*self.settings, extend=context > chunk)
         tokens = jax.random.randint(jax.random.key(batch), (batch, context), 0, model.spec.vocab_size)
         self.chunks = [tokens[:, at : at + chunk] for at in range(0, context, chunk)]

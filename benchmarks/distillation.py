@@ -125,7 +125,7 @@ def _stage(
         chosen = np.sort(order.choice(count, plan.batch, replace=False))
         batch = {field: array[chosen] for field, array in rows.items()}
         if name == "finetune" and plan.sampler is not None:
-            batch["positions"] = plan.sampler.positions(batch["inputs"], start.seed, i, 0)
+            batch["positions"] = plan.sampler.positions(batch["inputs"], batch["segment_ids"], start.seed, i, 0)
         state, metrics = compiled(state, jax.tree.map(jnp.asarray, batch))
         found.append(metrics["loss"])
         if i in (0, steps - 1) or (i + 1) % 50 == 0:

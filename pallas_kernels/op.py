@@ -11,6 +11,8 @@ import jax
 
 _target = jax.make_user_context(default_value=None)
 _interpreter = jax.make_user_context(default_value=None)
+_preferred = jax.make_user_context(default_value=None)
+PREFERABLE = ("cudnn", "mosaic_gpu", "mosaic_tpu", "xla")
 
 
 class Unsupported(Exception):
@@ -37,6 +39,16 @@ def interpreter() -> Any:
 def interpret(parameters: Any) -> contextlib.AbstractContextManager[None]:
     """Interpret kernels with these Pallas `InterpretParams` inside the context."""
     return _interpreter(parameters)
+
+
+def prefer(backend: str) -> contextlib.AbstractContextManager[None]:
+    """Inside the context, ops that have `backend` among their platform's try it first, the others after it.
+
+    For timing a whole model on one library; a call's own `implementation` forces a backend. A context is its thread's.
+    """
+    if backend not in PREFERABLE:
+        raise ValueError(f"prefer: {backend!r} is not one of {', '.join(map(repr, PREFERABLE))}")
+    return _preferred(backend)
 
 
 def require_hopper() -> None:
@@ -67,7 +79,7 @@ def lazy(module: str, name: str) -> Callable:
 def dispatch[**A, R](
     op: str, backends: Mapping[str, Callable[A, R]], order: tuple[str, ...], implementation: str | None
 ) -> Callable[A, R]:
-    """The function that tries `order` in turn, or only `implementation` when one is named.
+    """The function that tries `order` in turn (see `prefer`), or only `implementation` when one is named.
 
     Raises:
       ValueError: `implementation` is not in `backends`.
@@ -75,7 +87,8 @@ def dispatch[**A, R](
     """
     if implementation is not None and implementation not in backends:
         raise ValueError(f"{op}: implementation={implementation!r} is not one of {', '.join(map(repr, backends))}")
-    names = order if implementation is None else (implementation,)
+    preferred = _preferred.value
+    names = sorted(order, key=lambda name: name != preferred) if implementation is None else (implementation,)
 
     def run(*args: A.args, **kwargs: A.kwargs) -> R:
         reasons = []

@@ -1,14 +1,17 @@
-"""Tiles of a kernel on the device at hand: measured where a file in `tuned/` has them, else a documented heuristic.
+"""What is measured about a kernel on the device at hand: its tiles, and where it is faster than the library's.
 
-A file is named after JAX's device kind and holds, per kernel and head dim, the tiles and the timings that chose them.
-`python -m benchmarks.attention --search` measures and writes one. Those of TPUs were chosen by the compiler's schedules
-and not on a device: `python -m benchmarks.tpu_schedule --tune`.
+A file of `tuned/` is named after JAX's device kind and holds, per kernel and head dim, the tiles and the timings that
+chose them; without it there is a documented heuristic. `python -m benchmarks.attention --search` measures and writes
+one. Those of TPUs were chosen by the compiler's schedules and not on a device: `python -m benchmarks.tpu_schedule
+--tune`. An entry with `faster_from` in place of tiles is written by hand, from the table of `python -m
+benchmarks.attention`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from importlib import resources
 from typing import Any
@@ -50,6 +53,11 @@ def tiles(kernel: str, *, dim: int) -> dict[str, Any]:
     return dict(_tiles(kernel, dim, _device_kind()))
 
 
+def faster_from(kernel: str, *, dim: int) -> float:
+    """Tokens a row from which on the kernel is measured to be faster than the library's, both ways; else infinite."""
+    return _faster_from(kernel, dim, _device_kind())
+
+
 def _device_kind() -> str | None:
     """The kind of device that code is traced for, also where it is only compiled for one."""
     if platform() == "cpu" or interpreter() is not None:
@@ -67,6 +75,13 @@ def _tiles(kernel: str, dim: int, device_kind: str | None) -> dict[str, Any]:
         if entry["kernel"] == kernel:
             choices[entry["dim"]] = entry["tiles"]
     return choices[min((d for d in choices if d >= dim), default=max(choices))]
+
+
+@functools.cache
+def _faster_from(kernel: str, dim: int, device_kind: str | None) -> float:
+    entries = measured(device_kind) if device_kind else []
+    found = (float(entry["faster_from"]) for entry in entries if (entry["kernel"], entry["dim"]) == (kernel, dim))
+    return next(found, math.inf)
 
 
 def measured(device_kind: str) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ class PasskeyTexts:
     """A `lcjax.data` source of `count` questions with `least` to `most` lines of filler each, depths and keys drawn.
 
     One line of filler is about 26 tokens. The keys come from other draws than the test's. named: further keys, each
-    with a name and at a depth of its own, asked for in another order before the pass key itself: what a model learns
-    to retrieve from a long text grows with them, and the text hardly does. A third of all keys stand at the beginning,
-    farthest from their questions, which is what models learn last.
+    with a name and at a depth of its own, asked for in another order behind the pass key itself, whose question follows
+    the text as in the test: what a model learns to retrieve from a long text grows with them, and the text hardly does.
+    Every second pass key and a third of the named ones stand at the beginning, farthest from their questions, which is
+    what models learn last.
     """
 
     count: int = 10_000
@@ -45,14 +46,15 @@ class _Questions(MadeTexts):
     def text(self, index: int) -> str:
         rng = Random(f"{self._source.seed}-{index}")
         lines = rng.randint(self._source.least, self._source.most)
-        draft = Passkey(depths=(rng.choice((0.0, rng.random(), rng.random())),)).draft(rng, lines, 0)
+        draft = Passkey(depths=(rng.choice((0.0, rng.random())),)).draft(rng, lines, 0)
         *body, question = draft.body.split("\n")
+        asked = [question, f"{draft.answer_prefix} {draft.references[0]}."]
         keys: dict[str, int] = {}
         while len(keys) < self._source.named:
             keys[compound(rng)] = rng.randrange(10_000, 100_000)
         for name, key in keys.items():
-            place = rng.choice((1, rng.randint(1, len(body)), rng.randint(1, len(body))))
+            place = rng.choice((2, rng.randint(2, len(body)), rng.randint(2, len(body))))
             body.insert(place, f"The pass key of {name} is {key}. Remember it.")
         for name in rng.sample([*keys], len(keys)):
-            body += [f"What is the pass key of {name}?", f"The pass key of {name} is {keys[name]}."]
-        return "\n".join([*body, question, f"{draft.answer_prefix} {draft.references[0]}."])
+            asked += [f"What is the pass key of {name}?", f"The pass key of {name} is {keys[name]}."]
+        return "\n".join(body + asked)

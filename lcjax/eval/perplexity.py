@@ -170,7 +170,7 @@ class Perplexity:
         """Negative log-likelihood in nats of each token after the first."""
         bos = self._bos(model)
         if self.context is None:
-            return score(model, np.concatenate([bos, tokens])[None], self.chunk)[0, len(bos) :]
+            return score(model, np.concatenate([bos, tokens])[None], self.chunk, grows=True)[0, len(bos) :]
         return self._sliding(model, tokens, bos)
 
     def _sliding(self, model: Loaded, tokens: np.ndarray, bos: np.ndarray) -> np.ndarray:
@@ -209,12 +209,18 @@ def intervals(name: str, losses: Mapping[str, np.ndarray]) -> dict[str, Table]:
 
 
 def score(
-    model: Loaded, rows: np.ndarray, chunk: int, last: int | None = None, longest: int | None = None
+    model: Loaded,
+    rows: np.ndarray,
+    chunk: int,
+    last: int | None = None,
+    longest: int | None = None,
+    grows: bool = False,
 ) -> np.ndarray:
     """rows `[B,N+1]` of tokens -> negative log-likelihood `[B,N]` (float64) of each token given all before it.
 
     With `last`, only that of the last tokens, `[B,last]`. With `longest`, the largest N of several calls, one program
-    serves all of them.
+    serves all of them. Laws that follow the length see all N tokens from the start, as in one pass; those of a text
+    that `grows` see what was read so far.
     """
     batch, count = rows.shape[0], rows.shape[1] - 1
     chunk = min(chunk, count)
@@ -222,14 +228,15 @@ def score(
     model = model.at(whole(count))
     caches = init_caches(model.spec, batch, whole(longest or count))
     first = 0 if last is None else count - last
+    lengths = None if grows else np.full(batch, count, np.int32)
     pieces = []
     console = Console(stderr=True)
     chunks = track(list(_chunks(rows, chunk)), "reading", console=console, disable=not console.is_terminal)
     for begin, (tokens, targets, valid) in chunks:
         if begin + chunk <= first:
-            caches = _reader(model.graphdef)(model.params, caches, tokens, valid)
+            caches = _reader(model.graphdef)(model.params, caches, tokens, valid, lengths)
         else:
-            nll, caches = _scorer(model.graphdef)(model.params, caches, tokens, targets, valid)
+            nll, caches = _scorer(model.graphdef)(model.params, caches, tokens, targets, valid, lengths)
             pieces.append(np.asarray(nll, np.float64))
     scored = np.concatenate(pieces, axis=1)
     return scored[:, : scored.shape[1] - -count % chunk][:, -(count - first) :]
@@ -248,8 +255,10 @@ def _chunks(rows: np.ndarray, chunk: int) -> Iterator[tuple[int, tuple[np.ndarra
 def _reader(graphdef: Any) -> Any:
     """One chunk into the caches; compiled once per model and shape."""
 
-    def read(params: Any, caches: Any, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"]) -> tuple[Any, ...]:
-        return nnx.merge(graphdef, params).hidden(tokens, caches=caches, valid=valid)[1]
+    def read(
+        params: Any, caches: Any, tokens: Int[Array, "B C"], valid: Bool[Array, "B C"], lengths: Any
+    ) -> tuple[Any, ...]:
+        return nnx.merge(graphdef, params).hidden(tokens, caches=caches, valid=valid, lengths=lengths)[1]
 
     return jax.jit(read, donate_argnums=1)
 
@@ -258,9 +267,11 @@ def _reader(graphdef: Any) -> Any:
 def _scorer(graphdef: Any) -> Any:
     """As `_reader`, and the losses `[B,C]` of the targets."""
 
-    def read(params: Any, caches: Any, tokens: Array, targets: Int[Array, "B C"], valid: Array) -> tuple[Array, Any]:
+    def read(
+        params: Any, caches: Any, tokens: Array, targets: Int[Array, "B C"], valid: Array, lengths: Any
+    ) -> tuple[Array, Any]:
         model = nnx.merge(graphdef, params)
-        hidden, caches = model.hidden(tokens, caches=caches, valid=valid)
+        hidden, caches = model.hidden(tokens, caches=caches, valid=valid, lengths=lengths)
         return token_losses(model, hidden, targets), caches
 
     return jax.jit(read, donate_argnums=1)

@@ -38,7 +38,8 @@ class SharedPrefixGenerator(Generator):
 
     Only whole chunks are shared, and every prompt keeps at least one token of its own, so that the programs and the
     numbers are those of the plain engine: the chunk borders are the same. With a paged cache nothing is shared: its
-    pool has no axis of requests along which the caches of one could be copied.
+    pool has no axis of requests along which the caches of one could be copied. Nor with a law that follows the length,
+    under which a prefix depends on what comes after it.
     """
 
     shared_tokens = 0  # prompt tokens that were not read again
@@ -46,7 +47,8 @@ class SharedPrefixGenerator(Generator):
     def _run(self, rows: list[Any]) -> Iterator[Any]:
         size = self._engine.chunk
         shared = min(common_prefix([row.ids for row in rows]), min(len(row.ids) for row in rows) - 1) // size * size
-        if len(rows) == 1 or shared < size or self._engine.cache.kind == "paged":
+        follows = any(law.follows_length for law, _ in self._spec.laws)
+        if len(rows) == 1 or shared < size or follows or self._engine.cache.kind == "paged":
             yield from super()._run(rows)
             return
         batch, capacity = self._size(rows)

@@ -15,6 +15,7 @@ from lcjax.layers.norm import RMSNorm
 from lcjax.layers.weight import Weight
 from lcjax.models.spec import ModelSpec
 from lcjax.models.stack import apply_stacked
+from lcjax.parallel.balanced import order_of
 from lcjax.parallel.rules import constrain
 from lcjax.positions.by_factor import CLEX
 from lcjax.positions.clex import Flow
@@ -45,18 +46,21 @@ class Decoder(nnx.Module):
         if spec.adapters is not None:
             attach(self, spec.adapters, **init)
 
-    def context(self, positions: Positions, start: Any, segment_ids: Any, valid: Any) -> Context:
+    def context(
+        self, positions: Positions, start: Any, segment_ids: Any, valid: Any, lengths: Int[Array, "B"] | None = None
+    ) -> Context:
         """Frequencies once per law, tables once per law and remap. `start`: of the columns, 0 without caches.
 
-        Laws that follow the length see each row's largest real position + 1.
+        Laws that follow the length see each row's largest real position + 1, or `lengths` where that is more.
         """
         span = (*positions.shape[-2:],)
         reached = positions if valid is None else jnp.where(valid, positions, 0)
         reached = jnp.floor(jnp.max(reached, axis=(*range(reached.ndim - 2), -1))).astype(jnp.int32)
         columns = jnp.broadcast_to(start + jnp.arange(span[1], dtype=jnp.int32), span)
         cached = not isinstance(start, int)
-        frequencies = {law: law.frequencies(self.spec.head_dim, reached + 1) for law, _ in self.spec.laws}
-        frequencies |= {flow.law: (flow.frequencies(reached + 1), 1.0) for flow in self.flows}
+        followed = reached + 1 if lengths is None else jnp.maximum(reached + 1, lengths)
+        frequencies = {law: law.frequencies(self.spec.head_dim, followed) for law, _ in self.spec.laws}
+        frequencies |= {flow.law: (flow.frequencies(followed), 1.0) for flow in self.flows}
         tables = {
             (law, remap): of_tokens(
                 law,
@@ -88,6 +92,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         caches: tuple[Any, ...] | None = None,
         valid: Bool[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
         remat: str = "none",
         scan: bool = False,
     ) -> tuple[Float[Array, "B T width"], tuple[Any, ...] | None]:
@@ -97,6 +102,8 @@ class Decoder(nnx.Module):
           are taken (training with sampled positions), and one position per axis (M-RoPE). A remap has its own.
         segment_ids: document of each token, 0 is padding; not together with caches.
         caches, valid: one cache per layer; `valid` marks real tokens of a chunk whose rows are padded on the right.
+        lengths: tokens that each row will have in the end, for laws that follow the length: chunks and single tokens
+          then give what one pass over the whole does. None: these laws see what was read so far.
         remat: 'none', 'full', 'attention' (only its results are kept) or 'dots' (matrix products kept).
         scan: stack runs of equal layers and scan over them.
         """
@@ -112,16 +119,25 @@ class Decoder(nnx.Module):
         start = 0 if caches is None else caches[0].length[:, None]
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        context = self.context(positions, start, segment_ids, valid)
-        x = self.embedded(tokens)
         if caches is None:
-            x = apply_stacked(list(self.layers), x, context, remat, scan)
-            return self.norm(x), None
+            return self._whole(tokens, positions, segment_ids, lengths, remat, scan), None
+        context = self.context(positions, start, segment_ids, valid, lengths)
+        x = self.embedded(tokens)
         advanced = []
         for block, cache in zip(self.layers, caches, strict=True):
             x, cache = block(x, context, cache)
             advanced.append(cache)
         return self.norm(x), tuple(advanced)
+
+    def _whole(self, tokens: Array, positions: Array, segment_ids: Any, lengths: Any, remat: str, scan: bool) -> Array:
+        """Final normed states of whole rows."""
+        spec, full = self.spec, positions.ndim == 2 and all(mixer.full for mixer in self.spec.layers)
+        order = order_of(full, *tokens.shape, spec.num_heads, spec.num_kv_heads)
+        tokens, positions, segment_ids = order.deal(tokens, positions, segment_ids)
+        with order.held():
+            context = self.context(positions, 0, segment_ids, None, lengths)
+            x = self.norm(apply_stacked(list(self.layers), self.embedded(tokens), context, remat, scan))
+        return order.restore(x)
 
     def unembedding(self) -> Float[Array, "width V"]:
         """The matrix that `logits` multiplies by, in the parameters' dtype (a transposed view of a tied table)."""

@@ -18,7 +18,7 @@ from pallas_kernels import merge_attention
 from pallas_kernels.masks import Causal, Intervals, Mask
 from pallas_kernels.plan import INF
 
-PARTS = 4  # of the keys that the last block reads: its few tiles of rows would leave half of a GPU idle
+PARTS = 2  # of the keys that the last block reads: its few tiles of rows would leave half of a GPU idle
 
 
 @dataclass(frozen=True)

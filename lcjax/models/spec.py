@@ -36,6 +36,11 @@ def check_positive(record: object, *fields: str) -> None:
 class Mixer:
     """Base of the records that say how one layer moves information between tokens."""
 
+    @property
+    def full(self) -> bool:
+        """Whether it is full causal attention, one rotation for all pairs: tokens may then lie in any order."""
+        return False
+
 
 @dataclass(frozen=True)
 class Attention(Mixer):
@@ -68,12 +73,16 @@ class Attention(Mixer):
                 f"Attention.pattern {type(self.pattern).__name__} keeps rotated keys, and those of "
                 f"{type(self.rope).__name__} turn with the length: use a law of fixed frequencies"
             )
-        full = self.window is None and self.pattern is None
-        if self.remap is not None and (not full or self.rope is None or isinstance(self.rope, XPos)):
+        whole = self.window is None and self.pattern is None
+        if self.remap is not None and (not whole or self.rope is None or isinstance(self.rope, XPos)):
             raise ValueError(
                 f"Attention.remap {type(self.remap).__name__} needs full attention with rotary positions; got "
                 f"window={self.window}, pattern={self.pattern}, rope={self.rope}"
             )
+
+    @property
+    def full(self) -> bool:
+        return self.window is None and self.pattern is None and self.remap is None
 
     def mask(self, num_heads: int, num_kv_heads: int) -> masks.Mask:
         """The layer's pattern in the kernels' mask algebra (segments are passed beside it)."""

@@ -67,11 +67,6 @@ def by_heads(x: Shard, mask: Mask, split: Split) -> Result:
     return back(o), jnp.swapaxes(back(jnp.swapaxes(lse, 1, 2)), 1, 2)
 
 
-def splits_heads(heads: int, kv_heads: int, shards: int) -> bool:
-    """Whether `by_heads` can deal these heads out."""
-    return heads % shards == 0 and (kv_heads % shards == 0 or shards % kv_heads == 0)
-
-
 def gathered(
     queries: tuple[Float[Array, "B C H D"], ...], keys: Keys, call: Callable[..., Result], split: Split
 ) -> Result:
@@ -92,13 +87,14 @@ def gathered(
     return unzigzag(o, split), jnp.swapaxes(unzigzag(jnp.swapaxes(lse, 1, 2), split), 1, 2)
 
 
-def ring(x: Shard, split: Split) -> Result:
+def ring(x: Shard, split: Split, *, dealt: bool = False) -> Result:
     """Keys and values travel around the shards while each attends to those it holds (Liu et al., arXiv 2310.01889).
 
-    A shard keeps one shard of keys beside its own, forward and backward.
+    A shard keeps one shard of keys beside its own, forward and backward. dealt: the arrays lie in balanced order.
     """
-    dealt = jax.tree.map(lambda a: zigzag(a, split), x)
-    o, lse = _ring(split, dealt)
+    if dealt:
+        return _ring(split, x)
+    o, lse = _ring(split, jax.tree.map(lambda a: zigzag(a, split), x))
     return unzigzag(o, split), jnp.swapaxes(unzigzag(jnp.swapaxes(lse, 1, 2), split), 1, 2)
 
 

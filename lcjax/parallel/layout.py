@@ -29,6 +29,28 @@ def attention_exchange(name: Exchange) -> AbstractContextManager[None]:
     return _exchange(name)
 
 
+def exchange_of(heads: int, kv_heads: int, shards: int, *, plain: bool = True) -> Exchange:
+    """How attention with a chip's heads goes over the shards, 'auto' decided; `plain`: causal, without a pattern.
+
+    Raises:
+      ValueError: 'heads' was asked for, and they don't split.
+    """
+    chosen, splits = exchange(), splits_heads(heads, kv_heads, shards)
+    if chosen == "heads" and not splits:
+        raise ValueError(
+            f"attention exchange 'heads': {heads} query and {kv_heads} KV heads of a chip do not split over "
+            f"context={shards}: choose 'ring' or 'gather'"
+        )
+    if chosen == "auto":
+        chosen = "heads" if plain and splits and kv_heads >= shards else "ring"
+    return chosen if plain or chosen == "heads" else "gather"
+
+
+def splits_heads(heads: int, kv_heads: int, shards: int) -> bool:
+    """Whether an all-to-all can deal these heads out to the shards of a sequence."""
+    return heads % shards == 0 and (kv_heads % shards == 0 or shards % kv_heads == 0)
+
+
 @dataclass(frozen=True)
 class Layout:
     """The mesh axes that split the batch, the heads and the length of an op's arrays; None or () where nothing does."""

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels as pk
 from lcjax.parallel import dense, sparse
 from lcjax.parallel.adjoint import adjoint
-from lcjax.parallel.layout import Layout, current_layout, exchange, per_shard
+from lcjax.parallel.balanced import dealt
+from lcjax.parallel.layout import Layout, current_layout, exchange_of, per_shard
 from lcjax.parallel.work import counting, stand_in, visible_pairs
 from pallas_kernels import BlockList, KVCache, LinearState
 from pallas_kernels.attention.api import SegmentIds
@@ -86,20 +87,15 @@ def attention(
 def _over_context(x: dense.Shard, mask: Mask, split: dense.Split) -> Result:
     """Bounded masks exchange what they read; full attention goes by the exchange that was chosen."""
     (_, length, heads, _), kv_heads = x.q.shape, x.k.shape[2]
+    plain = mask.causal and mask.plan(heads, 1, 1, 1, 1).dense and mask.lists is None
+    assert plain or not dealt(), "a pass in balanced order has no other masks"
     if plan := sparse.plan_exchange(mask, heads, length, split.shards, x.ids is not None):
         return sparse.bounded(x, plan, split)
-    plain = mask.causal and mask.plan(heads, 1, 1, 1, 1).dense and mask.lists is None
-    chosen = exchange()
-    dealt = dense.splits_heads(heads, kv_heads, split.shards)
-    if chosen == "heads" and not dealt:
-        raise ValueError(
-            f"attention exchange 'heads': {heads} query and {kv_heads} KV heads of a chip do not split over "
-            f"context={split.shards}: choose 'ring' or 'gather'"
-        )
-    if chosen == "heads" or (chosen == "auto" and plain and dealt and kv_heads >= split.shards):
+    chosen = exchange_of(heads, kv_heads, split.shards, plain=plain)
+    if chosen == "heads":
         return dense.by_heads(x, mask, split)
-    if plain and chosen != "gather":
-        return dense.ring(x, split)
+    if chosen == "ring":
+        return dense.ring(x, split, dealt=dealt())
     call = lambda queries, k, v, **where: dense.attend(split, queries[0], k, v, mask, **where)
     return dense.gathered((x.q,), dense.Keys(x.k, x.v, x.ids), call, split)
 

@@ -223,9 +223,11 @@ class Generator:
                 yield Piece(row.index, text, bool(done.reason))
 
     def _limits(self, rows: list[_Row], batch: int) -> Limits:
-        tokens = [row.request.max_new_tokens for row in rows] + [0] * (batch - len(rows))
+        none = [0] * (batch - len(rows))
+        tokens = [row.request.max_new_tokens for row in rows] + none
+        lengths = [len(row.ids) + row.request.max_new_tokens for row in rows] + none
         ends = sorted(self._tokenizer.stop_ids) or [-1]
-        return Limits(jnp.asarray(tokens, jnp.int32), jnp.asarray(ends, jnp.int32))
+        return Limits(*(jnp.asarray(each, jnp.int32) for each in (tokens, ends, lengths)))
 
     def _chunks(self, rows: list[_Row], batch: int) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
         """(tokens `[B,C]`, valid `[B,C]`, last `[B]`) until every prompt is read; padding on the right."""

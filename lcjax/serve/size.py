@@ -40,7 +40,8 @@ def size_decoding(job: Generate, where: Slice) -> Iterator[Sizing]:
 def _settings(job: Generate) -> tuple[Any, Limits]:
     """Sampling and limits of a full batch."""
     batch = job.engine.batch
-    limits = Limits(jnp.zeros((batch,), jnp.int32), jnp.zeros((1,), jnp.int32))
+    none = jnp.zeros((batch,), jnp.int32)
+    limits = Limits(none, jnp.zeros((1,), jnp.int32), none)
     return stack([job.sampling] * batch), limits
 
 

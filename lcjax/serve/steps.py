@@ -28,10 +28,15 @@ class DecodeState(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """When a row ends: after `tokens[B]`, or at one of the ids in `ends[E]` (-1: none)."""
+    """When a row ends: after `tokens[B]`, or at one of the ids in `ends[E]` (-1: none).
+
+    length: tokens of a row's prompt and its longest answer. Laws that follow the length take it from the first chunk
+    to the last token, so that an answer depends neither on the chunks nor on the batch.
+    """
 
     tokens: Int[Array, "B"]
     ends: Int[Array, "E"]
+    length: Int[Array, "B"]
 
 
 def prefill(
@@ -46,7 +51,8 @@ def prefill(
 ) -> DecodeState:
     """Read one chunk of every prompt; the rows whose prompt ends here (`last`) sample their first token."""
     model = nnx.merge(graphdef, params)
-    hidden, caches = model.hidden(tokens, caches=counted(state.caches, state.length), valid=valid)
+    caches = counted(state.caches, state.length)
+    hidden, caches = model.hidden(tokens, caches=caches, valid=valid, lengths=limits.length)
     end = jnp.maximum(jnp.sum(valid, axis=1) - 1, 0)
     final = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
     token = jnp.where(last, sample(model.logits(final), sampling, state.count), state.token)
@@ -64,7 +70,7 @@ def decode(
     def step(state: DecodeState, _: None) -> tuple[DecodeState, Array]:
         valid = state.active
         caches = counted(state.caches, state.length)
-        hidden, caches = model.hidden(state.token[:, None], caches=caches, valid=valid[:, None])
+        hidden, caches = model.hidden(state.token[:, None], caches=caches, valid=valid[:, None], lengths=limits.length)
         token = jnp.where(valid, sample(model.logits(hidden[:, 0]), sampling, state.count), state.token)
         count = state.count + valid
         new = DecodeState(*uncounted(caches), token, count, valid & _goes_on(token, count, limits))

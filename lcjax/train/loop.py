@@ -177,7 +177,8 @@ def next_rows(run: Run) -> dict[str, np.ndarray]:
         if sampler is None:
             return rows
         first = run.part.index * len(rows["inputs"])
-        return rows | {"positions": sampler.positions(rows["inputs"], run.job.seed, run.step, first)}
+        found = sampler.positions(rows["inputs"], rows["segment_ids"], run.job.seed, run.step, first)
+        return rows | {"positions": found}
     except StopIteration:
         raise TrainingStopped(
             f"the data ended after {run.step} batches: lower train.steps or let the data repeat"

@@ -1,4 +1,7 @@
-"""Plain causal and full masks through cuDNN (`jax.nn.dot_product_attention`)."""
+"""Plain causal and full masks through cuDNN (`jax.nn.dot_product_attention`).
+
+Its residuals have no name that a checkpoint policy could keep (`KEPT`): under such a policy its forward runs twice.
+"""
 
 from __future__ import annotations
 

@@ -362,11 +362,9 @@ def store_transposed(ref, x: Array, interpret: bool) -> None:
     plgpu.commit_smem()
 
 
-def attend(
-    call: Call, tiles: Tiles | None = None, interpret: plgpu.InterpretGPUParams | None = None
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
+def attend(call: Call, tiles: Tiles | None = None) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H T"]]:
     tiles = tiles or choose_tiles(call)
-    refuse(call, tiles, interpret is not None)
+    refuse(call, tiles)
     q, cache, shape = call.q, call.cache, describe(call)
     batch, queries, _, dim = q.shape
     kv_heads, group = shape.kv_heads, shape.group
@@ -385,7 +383,7 @@ def attend(
         "rules": None if shape.uniform else row_rules(shape, call.plan),
     }
     inputs = {name: x for name, x in inputs.items() if x is not None}
-    return run(tiles, shape, tuple(inputs), interpret, *inputs.values())
+    return run(tiles, shape, tuple(inputs), op.interpreter(), *inputs.values())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -461,8 +459,9 @@ def launch(tiles: Tiles, shape: Shape, dv: int, names: tuple[str, ...], interpre
     )
 
 
-def refuse(call: Call, tiles: Tiles, interpreting: bool) -> None:
+def refuse(call: Call, tiles: Tiles) -> None:
     """Raises Unsupported with the reason where the kernel cannot do what was asked."""
+    op.require_hopper()
     q, cache, plan, lists, group = call.q, call.cache, call.plan, call.lists, call.group
     dims = q.shape[-1], cache.v.shape[-1]
     if q.dtype != jnp.bfloat16 or cache.k.dtype not in (jnp.bfloat16, jnp.int8):
@@ -479,5 +478,3 @@ def refuse(call: Call, tiles: Tiles, interpreting: bool) -> None:
         )
     if lists is not None and (lists.block_k != tiles.block or lists.idx.shape[1] not in (1, cache.num_kv_heads)):
         raise op.Unsupported(f"block lists must count blocks of {tiles.block} keys, for all heads or for each KV head")
-    if not interpreting and op.platform() != "gpu":
-        raise op.Unsupported("it runs on Hopper GPUs only")

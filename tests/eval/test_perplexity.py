@@ -1,5 +1,6 @@
 """Perplexity through the cache against plain cross-entropy."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 from flax import nnx
 
 from lcjax.eval.perplexity import BLOCK, Perplexity, intervals, score
-from lcjax.serve.source import Pretrained
-from tests.serve.toy import TOKENIZER, toy
+from lcjax.models.spec import Attention
+from lcjax.positions import DynamicLinear, Linear
+from lcjax.serve.source import Pretrained, random_model
+from tests.serve.toy import SPEC, TOKENIZER, toy
 
 TEXT = "The quick brown fox jumps over the lazy dog, and Grüße from afar. " * 4
 SMOLLM2 = Path(os.environ.get("LCJAX_SMOLLM2", "models/SmolLM2-135M-Instruct.Q4_1.gguf"))
@@ -51,6 +54,20 @@ def test_chunks_equal_one_pass(model, plain):
     want = plain(rows)
     np.testing.assert_allclose(score(model, rows, 32), want, atol=2e-5)
     np.testing.assert_allclose(score(model, rows, 32, last=20), want[:, -20:], atol=2e-5)
+
+
+def test_laws_that_follow_the_length_see_the_whole_row():
+    """As interpolation by one factor; in a text that grows, each chunk by the factor of what was read so far."""
+    rows = np.array([TOKENIZER.encode(TEXT)[:97]], np.int32)
+    under = lambda law: random_model(
+        dataclasses.replace(SPEC, pattern=(Attention(rope=law),), num_layers=2), TOKENIZER, seed=3
+    )
+    found = under(DynamicLinear(original_length=32, max_factor=4))
+    want = score(under(Linear(factor=3.0)), rows, 32)
+    np.testing.assert_allclose(score(found, rows, 32), want, atol=2e-5)
+    grows = score(found, rows, 32, grows=True)
+    np.testing.assert_allclose(grows[:, :32], score(under(Linear()), rows[:, :33], 32), atol=2e-5)
+    assert np.abs(grows - want)[:, 32:].max() > 1e-4
 
 
 def test_lengths_and_positions(model, plain, text, tmp_path):

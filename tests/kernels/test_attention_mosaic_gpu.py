@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lcjax.models.documents import DocumentBlocks
 from pallas_kernels import Unsupported, block_sparse_attention
@@ -21,10 +22,11 @@ from pallas_kernels.attention.specs import random_lists
 from pallas_kernels.dual_chunk.masks import chunk_masks
 from pallas_kernels.lists import BlockList
 from pallas_kernels.masks import Causal, Full, Intervals, Mask, Recent, Segments, Sink, Stride, Window, per_head
-from pallas_kernels.op import target_platform
+from pallas_kernels.op import interpret, target_platform
 from tests.kernels.attention_suite import SPECS, AttentionSuite
 
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA Hopper GPU")
+interpreted = functools.partial(interpret, plgpu.InterpretGPUParams())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,23 +162,25 @@ def compare(case: Case, attend, tolerance: float = 6e-3) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", [n if n in SMALL else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_interpreted(name: str, fused: bool) -> None:
-    tiles = BackwardTiles(fused=fused)
-    compare(CASES[name], functools.partial(mosaic_gpu.attend, backward_tiles=tiles, interpret=True))
+    with interpreted():
+        compare(CASES[name], functools.partial(mosaic_gpu.attend, backward_tiles=BackwardTiles(fused=fused)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "stride", "lists"])
 def test_interpreted_halves_of_the_head_dim(name: str) -> None:
     """At 128 columns of dQ each warpgroup has its half, at 64 they take turns."""
-    attend = functools.partial(mosaic_gpu.attend, backward_tiles=BackwardTiles(fused=True), interpret=True)
-    compare(dataclasses.replace(CASES[name], dim=128), attend)
+    with interpreted():
+        attend = functools.partial(mosaic_gpu.attend, backward_tiles=BackwardTiles(fused=True))
+        compare(dataclasses.replace(CASES[name], dim=128), attend)
 
 
 def test_interpreted_columns_forward() -> None:
     """Two heads of different patterns, one of them with listed columns, in one row tile."""
     case = dataclasses.replace(CASES["per_head"], length=128)
     call, _, _ = case.call()
-    o, lse = mosaic_gpu.attend(call, interpret=True)
+    with interpreted():
+        o, lse = mosaic_gpu.attend(call)
     want_o, want_lse = reference.attend(call)
     assert relative(o, want_o) < 6e-3
     np.testing.assert_allclose(lse, want_lse, atol=2e-3)
@@ -298,14 +302,14 @@ def test_lists_by_key_are_the_lists_by_row(block_q: int, block_k: int) -> None:
 )
 def test_refuses_with_its_reason(change: dict, reason: str) -> None:
     call, _, _ = dataclasses.replace(Case(Causal()), **change).call()
-    with pytest.raises(Unsupported, match=reason):
-        mosaic_gpu.attend(call, interpret=True)
+    with interpreted(), pytest.raises(Unsupported, match=reason):
+        mosaic_gpu.attend(call)
 
 
 def test_refuses_float32_and_other_platforms() -> None:
     call, _, _ = Case(Causal()).call(jnp.float32)
-    with pytest.raises(Unsupported, match="float32"):
-        mosaic_gpu.attend(call, interpret=True)
+    with interpreted(), pytest.raises(Unsupported, match="float32"):
+        mosaic_gpu.attend(call)
     if jax.default_backend() != "gpu":
         with pytest.raises(Unsupported, match="Hopper"):
             mosaic_gpu.attend(Case(Causal()).call()[0])
@@ -354,9 +358,7 @@ class TestOnDevice:
                 np.testing.assert_array_equal(a, b)
 
 
-DECLINED = frozenset(
-    name for name, spec in SPECS.items() if mosaic_gpu.refusal(spec.call(jnp.bfloat16), interpret=True) is not None
-)
+DECLINED = frozenset(name for name, spec in SPECS.items() if mosaic_gpu.refusal(spec.call(jnp.bfloat16)) is not None)
 
 
 @pytest.mark.gpu

@@ -88,8 +88,9 @@ def test_xla(case):
 @pytest.fixture
 def interpreted(monkeypatch):
     tiles = mosaic_gpu.Tiles(sms=3, programs_per_sm=1)
-    run = jax.jit(lambda call: mosaic_gpu.attend(call, tiles, plgpu.InterpretGPUParams()))
-    monkeypatch.setitem(api.BACKENDS, "mosaic_gpu", run)
+    monkeypatch.setitem(api.BACKENDS, "mosaic_gpu", jax.jit(lambda call: mosaic_gpu.attend(call, tiles)))
+    with op.interpret(plgpu.InterpretGPUParams()):
+        yield
 
 
 @pytest.mark.parametrize("case", [c if c in IN_INTERPRETER else pytest.param(c, marks=pytest.mark.slow) for c in CASES])

@@ -306,7 +306,7 @@ def test_the_engine_fixes_spans_for_the_size_of_its_caches(plan_file):
     planned = MoA(str(plan_file)).model(SPEC)
     sizes = Engine(chunk=8).sizes(1, 64)
     programs = Programs(abstract(planned)[0], model.params, planned, sizes)
-    settings = stack([Sampling()]), Limits(jnp.ones((1,), jnp.int32), jnp.array([-1]))
+    settings = stack([Sampling()]), Limits(jnp.ones(1, jnp.int32), jnp.array([-1]), jnp.ones(1, jnp.int32))
     state, _ = programs.shapes(*settings)
     first, second = (cache.caches for cache in state.caches)
     assert planned.at(64).layers[0].pattern == Spans((4, 0), (12, None))

@@ -1,5 +1,8 @@
 """Meshes, rules, and a sharded decoder that equals the single-device one (8 virtual devices)."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.recurrent import GatedLinear
 from lcjax.models.spec import Attention, ModelSpec
+from lcjax.parallel.layout import attention_exchange
 from lcjax.parallel.mesh import make_mesh
 from lcjax.parallel.rules import batch_sharding, constrain, partition, shardings
 
@@ -48,6 +52,43 @@ def test_sharded_equals_single(degrees):
     if degrees.get("tensor"):
         kernel = sharded["layers"][0]["mixer"]["query"]["kernel"].get_value()
         assert kernel.addressable_shards[0].data.size == kernel.size // (degrees["fsdp"] * 2)
+
+
+def ring_pass(layers):
+    """Final states of packed rows by a decoder of full attention alone, as a function of its parameters; and these."""
+    spec = dataclasses.replace(SPEC, num_layers=layers, pattern=(Attention(sink_logits=True),))
+    graphdef, params = nnx.split(Decoder(spec, rngs=nnx.Rngs(0)), nnx.Param)
+    segments = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 2]], [5, 20, 7], axis=1))
+    positions = jnp.asarray([[*range(5), *range(20), *range(7)], [*range(25), *range(7)]])
+    tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
+
+    def hidden(params):
+        model = nnx.merge(graphdef, params)
+        found, _ = model.hidden(tokens, positions=positions, segment_ids=segments, remat="attention", scan=layers > 1)
+        return jnp.where(segments[..., None] > 0, found, 0)
+
+    return hidden, params
+
+
+def test_a_pass_is_dealt_out_once():
+    """Full attention alone around a ring: states and gradients as on one device, and no layer moves queries."""
+    hidden, params = ring_pass(2)
+    weights = jax.random.normal(jax.random.key(2), (2, 32, SPEC.width))
+
+    def scored(params):
+        states = hidden(params)
+        return jnp.vdot(weights, states), states
+
+    gradient, expected = jax.jit(jax.grad(scored, has_aux=True))(params)
+    mesh = make_mesh(fsdp=1, context=4, tensor=2)
+    with jax.set_mesh(mesh), attention_exchange("ring"):
+        got_gradient, got = jax.jit(jax.grad(scored, has_aux=True))(params)
+        jaxpr = str(jax.make_jaxpr(hidden)(params))
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    jax.tree.map(near, got_gradient, gradient)
+    moved = set(re.findall(r"(\w+\[[\d,]*\]) = ppermute", jaxpr))
+    assert moved == {"i32[2,4]", "f32[2,4,32]", "f32[2,8,1,8]", "i32[2,8]"}  # ids and states by halves, keys by shards
 
 
 def test_mesh():

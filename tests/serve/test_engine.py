@@ -9,11 +9,14 @@ import pytest
 from flax import nnx
 
 from lcjax.cache import CacheLayout
+from lcjax.eval.shared_prefix import SharedPrefixGenerator
 from lcjax.models.decoder import abstract
 from lcjax.models.spec import Attention
+from lcjax.positions import DynamicLinear, Linear
 from lcjax.serve import Engine, Generator, Request, Sampling
 from lcjax.serve.programs import Programs
 from lcjax.serve.sampling import stack
+from lcjax.serve.source import random_model
 from lcjax.serve.steps import Limits
 from tests.serve.toy import SPEC, TOKENIZER, toy
 
@@ -44,6 +47,24 @@ def test_greedy_answers_are_the_models_own(model, generator):
         best = np.asarray(jnp.argmax(forward(model.params, sequence), -1))[0, len(ids) - 1 :]
         assert best[: len(answer.tokens)].tolist() == answer.tokens
         assert answer.reason == ("length" if len(answer.tokens) == 10 else "end")
+
+
+def test_laws_that_follow_the_length_take_that_of_the_whole_request():
+    """As interpolation by one factor a request, from its first chunk on; prompts that begin alike are read apart."""
+    law, new = DynamicLinear(original_length=24, max_factor=8), 10
+    model = random_model(dataclasses.replace(SPEC, pattern=(Attention(rope=law),), num_layers=2), TOKENIZER, seed=3)
+    generator = SharedPrefixGenerator(model.graphdef, model.params, model.spec, model.tokenizer, ENGINE)
+    prompts = [PROMPTS[1][:38], 2 * PROMPTS[1], PROMPTS[1][:34]]  # 48, 134 and 44 tokens with their answers
+    answers = generator.generate([Request(prompt, max_new_tokens=new) for prompt in prompts])
+    for prompt, answer, factor in zip(prompts, answers, (2, 6, 2), strict=True):
+        ids = TOKENIZER.encode(prompt)
+        assert -(-(len(ids) + new) // 24) == factor
+        fixed = dataclasses.replace(model.spec, pattern=(Attention(rope=Linear(factor=float(factor))),))
+        sequence = np.zeros((1, 144), np.int32)
+        sequence[0, : len(ids) + len(answer.tokens)] = ids + answer.tokens
+        logits = nnx.merge(abstract(fixed)[0], model.params)(jnp.asarray(sequence))
+        best = np.asarray(jnp.argmax(logits, -1))[0, len(ids) - 1 :]
+        assert best[: len(answer.tokens)].tolist() == answer.tokens
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=7)])
@@ -107,7 +128,7 @@ def test_a_step_makes_nothing_of_the_caches_size():
     graphdef, params = abstract(spec)
     sizes = {"batch": 1, "capacity": 8192, "chunk": 16, "steps": 4, "cache": CacheLayout()}
     programs = Programs(graphdef, params, spec, sizes)
-    programs.prepare(stack([Sampling()]), Limits(jnp.full(1, 9, jnp.int32), jnp.array([-1])), extend=False)
+    programs.prepare(stack([Sampling()]), Limits(jnp.full(1, 9), jnp.array([-1]), jnp.full(1, 9)), extend=False)
     memory = programs.memory("decode")
     held = 2 * 3 * 8192 * 2 * 64 * 4
     assert memory.alias_size_in_bytes >= held

@@ -30,7 +30,7 @@ class Row:
 
     @property
     def follows_length(self) -> bool:
-        """Frequencies depend on how many tokens the batch has reached: a chunk and the whole differ by design."""
+        """Frequencies depend on how many tokens a row has: its documents turn by the longest of them."""
         return any(isinstance(m, Attention) and m.rope and m.rope.follows_length for m in self.spec.pattern)
 
     @property
