@@ -106,7 +106,7 @@ class TestMosaicGpu:
         assert_near(found, expected, 5e-3)
         assert_near(gradients, with_gradients(arrays, ids, "parts")[1], 1e-6)
 
-    @pytest.mark.parametrize("dim", [64, 128])
+    @pytest.mark.parametrize("dim", [64, slow(128)])
     def test_lowers_for_cuda(self, dim):
         arrays, _ = case(75, 1, 2, dim)
         with op.target_platform("gpu"):
