@@ -2,7 +2,13 @@
 
 from pallas_kernels import masks
 from pallas_kernels.attention.api import block_sparse_attention
-from pallas_kernels.causal_conv import causal_conv1d, causal_conv1d_sharded, causal_conv1d_step
+from pallas_kernels.causal_conv import (
+    causal_conv1d,
+    causal_conv1d_sharded,
+    causal_conv1d_step,
+    hedgehog,
+    hedgehog_conv1d,
+)
 from pallas_kernels.decode.api import decode_attention
 from pallas_kernels.decode.cache import KVCache, pack_factors, quantize_tokens
 from pallas_kernels.decode.select import BlockBounds, block_bounds, block_scores, select_blocks
@@ -36,6 +42,8 @@ __all__ = [
     "gated_linear_attention",
     "gated_linear_attention_sharded",
     "gated_linear_attention_truncated",
+    "hedgehog",
+    "hedgehog_conv1d",
     "masks",
     "merge_attention",
     "pack_factors",

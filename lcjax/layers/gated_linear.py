@@ -10,14 +10,13 @@ from jaxtyping import Array, Float
 
 from lcjax.cache.recurrent import RecurrentCache
 from lcjax.layers.attention import Context
+from lcjax.layers.forget import GATE_TEMPERATURE, log_forget
 from lcjax.layers.linear import Linear, each
 from lcjax.layers.norm import RMSNorm
 from lcjax.layers.recurrence import Convolution, Inputs, recur
 from lcjax.layers.weight import Weight
 from lcjax.models.recurrent import GatedLinear
 from lcjax.models.spec import ModelSpec
-
-GATE_TEMPERATURE = 16.0  # keeps one step's decay above exp(-1) for any sane logit
 
 FEATURES = {
     "none": lambda x: x,
@@ -60,8 +59,9 @@ class GatedLinearLayer(nnx.Module):
     def _log_decay(self, x: Float[Array, "B T width"]) -> Float[Array, "..."] | None:
         if self.decay_up is None:
             return None
-        logits = self.decay_up(x if self.decay_down is None else self.decay_down(x))
-        return jax.nn.log_sigmoid(logits.astype(jnp.float32)) / GATE_TEMPERATURE
+        if self.decay_down is not None:
+            return log_forget(self.decay_down(x), self.decay_up)
+        return jax.nn.log_sigmoid(self.decay_up(x).astype(jnp.float32)) / GATE_TEMPERATURE
 
     def __call__(
         self, x: Float[Array, "B T width"], context: Context, cache: RecurrentCache | None = None

@@ -103,6 +103,12 @@ class Linear(nnx.Module):
             y = self.adapter(x, y, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
+    def weights(self, dtype: DTypeLike) -> tuple[Float[Array, "*inputs_and_outputs"], Float[Array, "*outputs"] | None]:
+        """W as the adapter leaves it, and b, for a caller with a product of its own."""
+        kernel = self.kernel[...] if self.adapter is None else self.adapter.merged(self.kernel[...])
+        bias = None if self.bias is None else self.bias[...].astype(dtype)
+        return whole(kernel.astype(dtype), self.kernel.axes), bias
+
 
 class Embed(nnx.Module):
     """Token table [V, width]; also the unembedding where the two are tied."""

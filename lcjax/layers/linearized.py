@@ -11,17 +11,16 @@ from jaxtyping import Array, Bool, Float
 
 from lcjax.cache.recurrent import RecurrentCache, ragged_tail
 from lcjax.layers.attention import Context, HeadProjections, attend
-from lcjax.layers.gated_linear import GATE_TEMPERATURE
-from lcjax.layers.linear import Linear, precision
+from lcjax.layers.forget import GATE_TEMPERATURE, log_forget
+from lcjax.layers.linear import Linear
 from lcjax.layers.recurrence import Convolution, Inputs, masked, recur, repeat_heads
 from lcjax.layers.weight import Weight
 from lcjax.layers.window import window_sums
 from lcjax.models.recurrent import Linearized
 from lcjax.models.spec import ModelSpec
 from lcjax.positions.rotary import apply_rope
-from pallas_kernels import LinearState
+from pallas_kernels import LinearState, hedgehog
 
-FEATURE_FLOOR = 1e-12
 GATE_STD = 0.006  # of the gate's matrices: decay starts near logsigmoid(0) / 16, an e-fold in 23 tokens
 OTHER_TAPS = 1e-3  # of a convolution that starts near the identity
 
@@ -49,14 +48,6 @@ def time_steps(context: Context) -> Float[Array, "B T"]:
     assert context.positions is not None
     steps = jnp.diff(context.positions, axis=-1, prepend=context.positions[..., :1] - 1)
     return jnp.where(steps > 0, steps, 1).astype(jnp.float32)
-
-
-def hedgehog(x: Float[Array, "B T H D"], maps: Float[Array, "H D f"]) -> Float[Array, "B T H f2"]:
-    """[softmax(W x), softmax(-W x)] of each head: non-negative, with sum 2."""
-    u = jnp.einsum("bthd,hdf->bthf", x, maps.astype(x.dtype), precision=precision(x.dtype)).astype(jnp.float32)
-    signs = jnp.array([1, -1], u.dtype)[:, None]  # one softmax of both: one kernel reads u and writes the result
-    features = jax.nn.softmax(u[..., None, :] * signs, axis=-1).reshape(*u.shape[:-1], -1)
-    return jnp.maximum(features, FEATURE_FLOOR)
 
 
 class LinearizedLayer(HeadProjections):
@@ -87,20 +78,24 @@ class LinearizedLayer(HeadProjections):
     def _log_decay(self, x: Float[Array, "B T width"]) -> Float[Array, "B T K Dk"] | None:
         if self.decay_down is None or self.decay_up is None:
             return None
-        logits = self.decay_up(self.decay_down(x)).astype(jnp.float32)
-        return jax.nn.log_sigmoid(logits) / GATE_TEMPERATURE
+        return log_forget(self.decay_down(x), self.decay_up)
 
     def _features(
         self, streams: dict[str, jax.Array], context: Context, cache: RecurrentCache | None
     ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, Any]]:
-        """phi(q), phi(k) (float32, H heads), v (K heads, or H if convolved), and the convolutions' new tails."""
+        """phi(q), phi(k) (H heads), v (K heads, or H if convolved), and the convolutions' new tails."""
         tails: dict[str, Any] = {}
+        key_map = self.query_map if self.key_map is None else self.key_map
+        maps = {"q": self.query_map[...], "k": key_map[...]}
         for name, convolve in self.convs.items():
             tail = None if cache is None else cache.tails[name]
-            streams[name], tails[name] = convolve(streams[name], context, tail)
-        q, k = (repeat_heads(streams[name], self.query_map.shape[0]) for name in ("q", "k"))
-        key_map = self.query_map if self.key_map is None else self.key_map
-        return hedgehog(q, self.query_map[...]), hedgehog(k, key_map[...]), streams["v"], tails
+            if name in maps:
+                streams[name], tails[name] = convolve.features(streams[name], maps[name], context, tail)
+            else:
+                streams[name], tails[name] = convolve(streams[name], context, tail)
+        if not self.convs:
+            streams |= {n: hedgehog(repeat_heads(streams[n], len(map_)), map_) for n, map_ in maps.items()}
+        return streams["q"], streams["k"], streams["v"], tails
 
     def target(self, x: Float[Array, "B T width"], context: Context) -> Float[Array, "B T H D"]:
         """What the teacher's attention makes of x with the same projections."""

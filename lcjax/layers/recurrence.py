@@ -52,8 +52,23 @@ class Convolution(nnx.Module):
             segment_ids=context.segment_ids,
             activation=self.activation,
         )
-        after = None if tail is None else ragged_tail(x.reshape(*x.shape[:2], -1), tail, context.valid)
-        return y, after
+        return y, self._after(x, context, tail)
+
+    def features(
+        self,
+        x: Float[Array, "B T N D"],
+        maps: Float[Array, "H D f"],
+        context: Context,
+        tail: Float[Array, "B W1 ND"] | None,
+    ) -> tuple[Float[Array, "B T H f2"], Float[Array, "B W1 ND"] | None]:
+        """Hedgehog features of the convolved stream (neither bias nor activation), and the inputs for the next call."""
+        before = None if tail is None else tail.astype(x.dtype).reshape(*tail.shape[:2], *x.shape[2:])
+        taps = self.taps[...].astype(x.dtype)
+        y = ops.hedgehog_conv(x, taps, maps.astype(x.dtype), tail=before, segment_ids=context.segment_ids)
+        return y, self._after(x, context, tail)
+
+    def _after(self, x, context: Context, tail) -> Float[Array, "B W1 ND"] | None:
+        return None if tail is None else ragged_tail(x.reshape(*x.shape[:2], -1), tail, context.valid)
 
 
 def repeat_heads(x: Float[Array, "B T N *D"], heads: int) -> Float[Array, "B T H *D"]:

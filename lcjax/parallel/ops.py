@@ -261,6 +261,35 @@ def causal_conv(
     return per_shard(channels, specs, layout.spec(*QUERY))(*arguments)
 
 
+def hedgehog_conv(
+    x: Float[Array, "B T K D"],
+    taps: Float[Array, "W H D"],
+    maps: Float[Array, "H D f"],
+    *,
+    tail: Float[Array, "B W1 K D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T H f2"]:
+    """`pallas_kernels.hedgehog_conv1d`; a row with a tail is not split over context."""
+    heads = taps.shape[1], x.shape[2]
+    layout = None if counting() else current_layout(x.shape[0], heads, None if tail is not None else x.shape[1])
+    if counting() or (layout is not None and layout.length is not None):  # the convolution alone reads other shards
+        wide, before = (None if a is None else jnp.repeat(a, heads[0] // heads[1], axis=2) for a in (x, tail))
+        assert wide is not None
+        before = None if before is None else before.reshape(*before.shape[:2], -1)
+        return pk.hedgehog(causal_conv(wide, taps, tail=before, segment_ids=segment_ids), maps).astype(x.dtype)
+
+    def shard(x, taps, maps, tail, ids):
+        return pk.hedgehog_conv1d(x, taps, maps, tail=tail, segment_ids=ids)
+
+    arguments = (x, taps, maps, tail, segment_ids)
+    if layout is None:
+        return shard(*arguments)
+    per_head: Any = ("taps", "heads", "dim"), ("heads", "dim", "rank"), ("batch", "taps", "heads", "dim")
+    specs: Any = (QUERY, *per_head, ("batch", "length"))
+    specs = tuple(None if a is None else layout.spec(*axes) for a, axes in zip(arguments, specs, strict=True))
+    return per_shard(shard, specs, layout.spec(*QUERY))(*arguments)
+
+
 def _counted_attention(q: Array, k: Array, v: Array, mask: Mask, return_lse: bool) -> Any:
     """A stand-in with the work of the pairs that the mask allows; against a cache, of every pair."""
     batch, length, heads, dim = q.shape

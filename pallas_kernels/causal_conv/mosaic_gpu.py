@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv.problem import Problem, ids_with_tail
+from pallas_kernels.gated_linear.segments import Segments
 from pallas_kernels.op import Unsupported, interpreter, require_hopper
 
 ROWS = 64  # tokens of a tile
@@ -33,9 +34,9 @@ LAYOUT = plgpu.Layout.TILED(
 
 
 class Split(NamedTuple):
-    """How the work is cut: a program takes `per_part` tiles of one row, 64 channels wide, one after another."""
+    """How the work is cut: a program takes `per_part` tiles of one row and column, one after another."""
 
-    columns: int  # of 64 channels
+    columns: int  # groups of channels
     tiles: int  # of a row
     parts: int  # of a row
     per_part: int  # tiles
@@ -44,22 +45,22 @@ class Split(NamedTuple):
         column, rest = jax.lax.rem(program, self.columns), jax.lax.div(program, self.columns)
         first = jax.lax.rem(rest, self.parts) * self.per_part
         count = jnp.minimum(self.per_part, self.tiles - first)
-        return Place(jax.lax.div(rest, self.parts), pl.ds(column * WIDTH, WIDTH), first, count)
+        return Place(jax.lax.div(rest, self.parts), column, first, count)
 
 
 class Place(NamedTuple):
     """Where a program works; neighbouring programs take neighbouring channels, as memory does."""
 
     row: jax.Array
-    channels: pl.Slice
+    column: jax.Array
     first: jax.Array  # tile
     count: jax.Array  # of tiles
 
 
-def choose_split(batch: int, tokens: int, channels: int) -> Split:
-    """Enough parts to fill the chip about once."""
-    columns, tiles = channels // WIDTH, -(-tokens // ROWS)
-    parts = max(1, min(tiles, SLOTS // (batch * columns)))
+def choose_split(batch: int, tokens: int, columns: int, slots: int) -> Split:
+    """Enough parts to fill `slots` programs about once."""
+    tiles = -(-tokens // ROWS)
+    parts = max(1, min(tiles, slots // (batch * columns)))
     per_part = -(-tiles // parts)
     return Split(columns, tiles, -(-tiles // per_part), per_part)
 
@@ -74,17 +75,34 @@ class Refs(NamedTuple):
     partner: Any  # [B, T, C] or None
 
 
-def _rows(count: int):
-    """Rows of every tile on its way, each whole: a swizzle would start anew at every row that a load begins with."""
-    return plgpu.SMEM((STAGES, count, WIDTH), jnp.bfloat16, transforms=(plgpu.TilingTransform((1, WIDTH)),))
+def whole_rows(*shape: int):
+    """A buffer of rows of 64 channels, each whole: a swizzle would start anew at every row that a load begins with."""
+    return plgpu.SMEM((*shape, WIDTH), jnp.bfloat16, transforms=(plgpu.TilingTransform((1, WIDTH)),))
 
 
-def _pick(ref, rows: int):
+def copy_tile(source, beside, buffer, tile, signal, *, last: int | None = None):
+    """Starts the copies of a tile of `source` [T, 64] and of the 8 rows before it, in a row of tiles up to `last`
+    after it; `beside` [8, 64] has those outside of the row."""
+    tile_at, halo_at, edge, near = (HALO, 0, 0, -HALO) if last is None else (0, ROWS, last, ROWS)
+    halo = buffer.at[pl.ds(halo_at, HALO)]
+    inside = source.at[pl.ds(tile * ROWS + near, HALO)]
+    pl.when(tile == edge)(lambda: plgpu.copy_gmem_to_smem(beside, halo, signal))
+    pl.when(tile != edge)(lambda: plgpu.copy_gmem_to_smem(inside, halo, signal))
+    plgpu.copy_gmem_to_smem(source.at[pl.ds(tile * ROWS, ROWS)], buffer.at[pl.ds(tile_at, ROWS)], signal)
+
+
+def load_taps(ref, width: int):
+    """Float32 registers of the taps `ref` [W, 64], each for 16 tokens."""
+    taps = [plgpu.load(ref.at[d], layout=LAYOUT.reduce(0), optimized=False) for d in range(width)]
+    return [jax.lax.broadcast_in_dim(tap.astype(jnp.float32), (STEP, WIDTH), (1,)) for tap in taps]
+
+
+def pick(ref, rows: int):
     """16 rows of a tile as float32 registers."""
     return plgpu.load(ref.at[pl.ds(rows, STEP)], layout=LAYOUT, optimized=False).astype(jnp.float32)
 
 
-def _kept(x, marks, rows: int, tap: int):
+def kept(x, marks, rows: int, tap: int):
     """x with zeros in the rows whose mark lacks this tap."""
     if marks is None:
         return x
@@ -99,10 +117,10 @@ def _tile(buffers, taps, sums, out, start, *, reverse: bool):
     sums = list(sums)
     for row in range(0, ROWS, STEP):
         y: Any = None
-        own = None if partner is None else _kept(_pick(partner, row), marks, row, 0)
+        own = None if partner is None else kept(pick(partner, row), marks, row, 0)
         for d, tap in enumerate(taps):
-            x = _pick(source, row + d if reverse else HALO + row - d)
-            x = _kept(x, marks, row + d if reverse else row, d)
+            x = pick(source, row + d if reverse else HALO + row - d)
+            x = kept(x, marks, row + d if reverse else row, d)
             y = x * tap if y is None else y + x * tap
             if own is not None:
                 sums[d] += x * own
@@ -117,25 +135,19 @@ def _body(*refs, present: tuple[bool, ...], split: Split, width: int, reverse: b
     out_gmem, *sums_gmem = given
     program = jax.lax.axis_index("program")
     place = split.place(program)
-    tile_at, halo_at = (0, ROWS) if reverse else (HALO, 0)
-    taps = [plgpu.load(r.taps.at[d, place.channels], layout=LAYOUT.reduce(0), optimized=False) for d in range(width)]
-    taps = [jax.lax.broadcast_in_dim(tap, (STEP, WIDTH), (1,)) for tap in taps]
+    channels = pl.ds(place.column * WIDTH, WIDTH)
+    taps = load_taps(r.taps.at[:, channels], width)
 
     def scoped(source, marks, partner, arrived):
         def load(i):
             slot, tile = jax.lax.rem(i, STAGES), place.first + i
-            rows, signal = pl.ds(tile * ROWS, ROWS), arrived.at[slot]
-            edge = tile == (split.tiles - 1 if reverse else 0)
-            halo = source.at[slot, pl.ds(halo_at, HALO)]
-            near = pl.ds(tile * ROWS + (ROWS if reverse else -HALO), HALO)
-            pl.when(edge)(lambda: plgpu.copy_gmem_to_smem(r.beside.at[place.row, :, place.channels], halo, signal))
-            pl.when(~edge)(lambda: plgpu.copy_gmem_to_smem(r.source.at[place.row, near, place.channels], halo, signal))
-            whole = source.at[slot, pl.ds(tile_at, ROWS)]
-            plgpu.copy_gmem_to_smem(r.source.at[place.row, rows, place.channels], whole, signal)
+            rows, signal, last = pl.ds(tile * ROWS, ROWS), arrived.at[slot], split.tiles - 1 if reverse else None
+            row, beside = (ref.at[place.row, :, channels] for ref in (r.source, r.beside))
+            copy_tile(row, beside, source.at[slot], tile, signal, last=last)
             if r.marks is not None:
                 plgpu.copy_gmem_to_smem(r.marks.at[place.row, tile], marks.at[slot], signal)
             if r.partner is not None:
-                plgpu.copy_gmem_to_smem(r.partner.at[place.row, rows, place.channels], partner.at[slot], signal)
+                plgpu.copy_gmem_to_smem(r.partner.at[place.row, rows, channels], partner.at[slot], signal)
 
         for ahead in range(STAGES - 1):
             pl.when(ahead < place.count)(functools.partial(load, jnp.int32(ahead)))
@@ -146,7 +158,7 @@ def _body(*refs, present: tuple[bool, ...], split: Split, width: int, reverse: b
             plgpu.commit_smem()  # a barrier: every warp is done with the slot that is filled next
             pl.when(i + STAGES - 1 < place.count)(lambda: load(i + STAGES - 1))
             buffers = [None if ref is None else ref.at[slot] for ref in (source, marks, partner)]
-            out = out_gmem.at[place.row, :, place.channels]
+            out = out_gmem.at[place.row, :, channels]
             return _tile(buffers, taps, sums, out, (place.first + i) * ROWS, reverse=reverse)
 
         blank = lambda: plgpu.layout_cast(jnp.zeros((STEP, WIDTH), jnp.float32), LAYOUT)
@@ -156,9 +168,9 @@ def _body(*refs, present: tuple[bool, ...], split: Split, width: int, reverse: b
 
     pl.run_scoped(
         scoped,
-        _rows(ROWS + HALO),
+        whole_rows(STAGES, ROWS + HALO),
         None if r.marks is None else plgpu.SMEM((STAGES, MARKS), jnp.int32),
-        None if r.partner is None else _rows(ROWS),
+        None if r.partner is None else whole_rows(STAGES, ROWS),
         plgpu.Barrier(num_barriers=STAGES, num_arrivals=2 + (r.marks is not None) + (r.partner is not None)),
     )
 
@@ -171,7 +183,7 @@ def sweep(r: Refs, *, reverse: bool, interpret=None) -> tuple[Float[Array, "B T 
     mark says that it reads the one d before it; bit 0 that it is no padding.
     """
     (batch, tokens, channels), width = r.source.shape, len(r.taps)
-    split = choose_split(batch, tokens, channels)
+    split = choose_split(batch, tokens, channels // WIDTH, SLOTS)
     programs = batch * split.parts * split.columns
     out_type = [jax.ShapeDtypeStruct(r.source.shape, r.source.dtype)]
     if r.partner is not None:
@@ -201,7 +213,7 @@ def sweep(r: Refs, *, reverse: bool, interpret=None) -> tuple[Float[Array, "B T 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _kernel(x, before, w, marks, interpret):
     beside = jnp.zeros((x.shape[0], HALO, x.shape[2]), x.dtype) if before is None else before
-    return sweep(Refs(x, beside, _taps(w), marks, None), reverse=False, interpret=interpret)[0]
+    return sweep(Refs(x, beside, float_taps(w), marks, None), reverse=False, interpret=interpret)[0]
 
 
 def _kernel_forward(x, before, w, marks, interpret):
@@ -211,7 +223,7 @@ def _kernel_forward(x, before, w, marks, interpret):
 def _kernel_backward(interpret, residuals, dy):
     x, before, w, marks = residuals
     after = jnp.zeros((x.shape[0], HALO, x.shape[2]), x.dtype)
-    dx, dw = sweep(Refs(dy, after, _taps(w), marks, x), reverse=True, interpret=interpret)
+    dx, dw = sweep(Refs(dy, after, float_taps(w), marks, x), reverse=True, interpret=interpret)
     assert dw is not None
     dw, d_before = dw[::-1], None
     if before is not None:
@@ -224,7 +236,7 @@ def _kernel_backward(interpret, residuals, dy):
 _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
-def _taps(w: Float[Array, "W C"]) -> Float[Array, "W C"]:
+def float_taps(w: Float[Array, "W C"]) -> Float[Array, "W C"]:
     return w[::-1].astype(jnp.float32)
 
 
@@ -239,15 +251,15 @@ def _from_before(before: Float[Array, "B 8 C"], w: Float[Array, "W C"], marks) -
     return y
 
 
-def _marks(p: Problem, tokens: int) -> Int[Array, "B N 96"] | None:
+def mark_tokens(segments: Segments | None, width: int, tokens: int) -> Int[Array, "B N 96"] | None:
     """The marks of each tile's tokens and of the 32 after it, in a row padded up to `tokens`; None where all count."""
-    if p.segments is None:
+    if segments is None:
         return None
-    reach, valid = p.width - 1, p.segments.valid
-    ids = ids_with_tail(p.segments, p.width)
+    reach, valid = width - 1, segments.valid
+    ids = ids_with_tail(segments, width)
     there = jnp.pad(valid, ((0, 0), (reach, 0)), constant_values=True)
     words = jnp.zeros(valid.shape, jnp.int32)
-    for d in range(p.width):
+    for d in range(width):
         source = slice(reach - d, ids.shape[1] - d)
         counts = valid & there[:, source] & (ids[:, source] == ids[:, reach:])
         words |= counts.astype(jnp.int32) << d
@@ -259,9 +271,19 @@ def convolve_mosaic_gpu(p: Problem) -> Float[Array, "B T C"]:
     """The `mosaic_gpu` backend: bfloat16 inputs and outputs, taps and sums in float32."""
     _check(p)
     length = p.x.shape[1]
-    x = jnp.pad(p.x, ((0, 0), (0, -length % ROWS), (0, 0)))
-    before = None if p.tail is None else jnp.pad(p.tail, ((0, 0), (HALO + 1 - p.width, 0), (0, 0)))
-    return _kernel(x, before, p.w, _marks(p, x.shape[1]), interpreter())[:, :length]
+    x = whole_tiles(p.x)
+    before = None if p.tail is None else rows_beside(p.tail)
+    return _kernel(x, before, p.w, mark_tokens(p.segments, p.width, x.shape[1]), interpreter())[:, :length]
+
+
+def whole_tiles(x: Float[Array, "B T C"]) -> Float[Array, "B T1 C"]:
+    """Zeros up to a multiple of 64 tokens."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % ROWS), (0, 0)))
+
+
+def rows_beside(tail: Float[Array, "B W1 C"]) -> Float[Array, "B 8 C"]:
+    """The rows before the first tile: zeros, then the tail."""
+    return jnp.pad(tail, ((0, 0), (HALO - tail.shape[1], 0), (0, 0)))
 
 
 def _check(p: Problem) -> None:

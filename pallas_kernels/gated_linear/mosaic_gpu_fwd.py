@@ -89,9 +89,9 @@ def launch(body, split: Split, matrices, out_type, scratch, signals: int, *, int
 def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interpret: bool):
     """A segment's own state from zero, `(k suffix)^T v` chunk by chunk; also the decay sums of `Halves`.
 
-    With a fourth output the sums of `k suffix` too.
+    With a sixth output the sums of `k suffix` too.
     """
-    state_gmem, strongest_gmem, halves_gmem, *keys_gmem = outs
+    state_gmem, strongest_gmem, decay_gmem, weakest_gmem, halves_gmem, *keys_gmem = outs
     k, v, g, half, weighted = buffers
     place = split.place(unit)
     mm = functools.partial(products, interpret=interpret)
@@ -106,7 +106,7 @@ def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interp
     load(jnp.int32(0))
 
     def chunk(i, carry):
-        state, strongest, keys = carry
+        state, strongest, log_decay, weakest, keys = carry
         slot = jax.lax.rem(i, 2)
         plgpu.barrier_wait(signal(slot * 3 + 2))
         raw = read(g.at[slot])
@@ -122,30 +122,40 @@ def _states_body(unit, sums, ins, outs, buffers, signal, *, split: Split, interp
         half[0], half[1] = first, second
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(half, halves_gmem.at[place.sums(place.first + i)])
+        log_decay, weakest = log_decay + (first + second), jnp.minimum(weakest, jnp.minimum(first, second))
         total = jnp.exp(first + second)
         if keys_gmem:
             keys = keys * total + parts.over_tokens(weighted, sums.at[Sums.ALL], mm)
         plgpu.barrier_wait(signal(slot * 3 + 1))
         state = state * jax.lax.broadcast_in_dim(total, (WIDTH, WIDTH), (0,))
-        return mm([(weighted.transpose((1, 0)), v.at[slot])], state), strongest, keys
+        state = mm([(weighted.transpose((1, 0)), v.at[slot])], state)
+        return state, strongest, log_decay, weakest, keys
 
-    start = (parts.zeros(), parts.vector(), parts.vector() if keys_gmem else None)
-    state_gmem[unit], strongest_gmem[unit], keys = jax.lax.fori_loop(0, place.count, chunk, start)
+    start = (parts.zeros(), *(parts.vector() for _ in range(3)), parts.vector() if keys_gmem else None)
+    found = jax.lax.fori_loop(0, place.count, chunk, start)
+    state_gmem[unit], strongest_gmem[unit], log_decay, weakest_gmem[unit], keys = found
+    decay_gmem[unit] = jnp.exp(log_decay)
     for gmem in keys_gmem:
         gmem[unit] = keys
     plgpu.wait_smem_to_gmem(0)
 
 
-def segment_states(
-    k, v, g, split: Split, *, normalise: bool = False, interpret=None
-) -> tuple[Array, Array | None, Halves]:
-    """States of every segment from a zero start `[units, 64, 64]`, the sums of its keys `[units, 64]` (`normalise`),
-    and what the other kernels must know of g."""
+class SegmentStates(NamedTuple):
+    """What a unit finds of its segment from a zero start."""
+
+    state: Array  # [units, 64, 64]
+    keys: Array | None  # [units, 64], their sums, with the normaliser
+    decay: Array  # [units, 64], over all of its tokens
+    strong: Array  # [units] int32: 1 where it has to go level by level
+
+
+def segment_states(k, v, g, split: Split, *, normalise: bool = False, interpret=None) -> tuple[SegmentStates, Halves]:
+    """Of every segment, and what the backward kernels must know of g."""
     n = WARPGROUPS
     (b, t, _, dk), h = k.shape, split.heads
     out_type = [
         jax.ShapeDtypeStruct((split.units, WIDTH, WIDTH), jnp.float32),
-        jax.ShapeDtypeStruct((split.units, CHUNK), jnp.float32),
+        *[jax.ShapeDtypeStruct((split.units, CHUNK), jnp.float32)] * 3,
         jax.ShapeDtypeStruct((b, t // CHUNK, h, 2, dk), jnp.float32),
         *[jax.ShapeDtypeStruct((split.units, WIDTH), jnp.float32)] * normalise,
     ]
@@ -153,9 +163,11 @@ def segment_states(
     body = functools.partial(_states_body, split=split, interpret=bool(interpret))
     matrices = Sums.STATES[: Sums.ALL + normalise]
     run = launch(body, split, matrices, out_type, scratch, 6, interpret=interpret)
-    local, strongest, sums, *keys = run(k, v, g)
+    local, strongest, decay, weakest, sums, *keys = run(k, v, g)
+    strong = ((weakest < -parts.RANGE) | (strongest > -parts.FLOOR)).any(1).astype(jnp.int32)
     by_head = strongest.reshape(b, split.segments, h, split.key_tiles, split.value_tiles, CHUNK)
-    return local, keys[0] if normalise else None, Halves(sums, by_head.max((1, 4, 5)) > -parts.FLOOR)
+    found = SegmentStates(local, keys[0] if normalise else None, decay, strong)
+    return found, Halves(sums, by_head.max((1, 4, 5)) > -parts.FLOOR)
 
 
 class Carried(NamedTuple):
@@ -289,12 +301,15 @@ def _outputs_body(
     plgpu.wait_smem_to_gmem(0)
 
 
-def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, also: tuple[Also, ...], interpret=None):
+def outputs(
+    q, k, v, g, decays: tuple[Array, Array], entry, split: Split, *,
+    scale: float, also: tuple[Also, ...], interpret=None,
+):  # fmt: skip
     """`o` by key tile `[Dk/64, B, T, H, Dv]` in bfloat16, and of the normaliser's or the backward's what `also` names.
 
     'states': those that enter each chunk `[B, N, H, Dk, Dv]` in bfloat16; 'keys': the sums of keys that do
     `[B, N, H, Dk]`; 'weights': the sums of weights by key tile `[Dk/64, B, H, T]`, both in float32; where there is one
-    tile, o is divided by them.
+    tile, o is divided by them. `decays` are `Halves.sums` and `SegmentStates.strong`.
     """
     n = WARPGROUPS
     normalise = "weights" in also
@@ -311,7 +326,7 @@ def outputs(q, k, v, g, found: Halves, entry, split: Split, *, scale: float, als
     body = functools.partial(_outputs_body, split=split, scale=scale, also=also, interpret=bool(interpret))
     matrices = Sums.OUTPUTS[: Sums.OUTPUTS_ALL + normalise]
     run = launch(body, split, matrices, out_type, scratch, 5, interpret=interpret)
-    return run(q, k, v, g, found.sums, parts.strong_units(found, split), *(x for x in entry if x is not None))
+    return run(q, k, v, g, *decays, *(x for x in entry if x is not None))
 
 
 def to_units(state: Array, split: Split) -> Array:
@@ -366,17 +381,18 @@ def forward(q, k, v, g, start: LinearState, *, scale: float, save: bool = False,
     b, t, h, dk = q.shape
     split = parts.choose_split(b, h, t, (dk, v.shape[-1]), slots)
     normalise = start.z is not None
-    local, keys, found = segment_states(k, v, g, split, normalise=normalise, interpret=interpret)
-    over_segments = functools.partial(entry_states, decay=parts.unit_decays(found, split), split=split, reverse=False)
-    entry, last = over_segments(local, start=start.s)
+    own, halves = segment_states(k, v, g, split, normalise=normalise, interpret=interpret)
+    over_segments = functools.partial(entry_states, decay=own.decay, split=split, reverse=False)
+    entry, last = over_segments(own.state, start=start.s)
     entry_keys = last_keys = None
-    if start.z is not None and keys is not None:
+    if start.z is not None and own.keys is not None:
         by_value_tile = jnp.broadcast_to(start.z[..., None], (*start.z.shape, split.value_tiles))
-        entry_keys, last_keys = over_segments(keys[..., None], start=by_value_tile)
+        entry_keys, last_keys = over_segments(own.keys[..., None], start=by_value_tile)
         entry_keys, last_keys = entry_keys[..., 0], last_keys[..., 0]
     wanted: dict[Also, bool] = {"states": save, "keys": save and normalise, "weights": normalise}
     also = tuple(name for name, needed in wanted.items() if needed)
-    o, *more = outputs(q, k, v, g, found, (entry, entry_keys), split, scale=scale, also=also, interpret=interpret)
+    decays = halves.sums, own.strong
+    o, *more = outputs(q, k, v, g, decays, (entry, entry_keys), split, scale=scale, also=also, interpret=interpret)
     named = dict(zip(also, more, strict=True))
-    saved = (LinearState(named["states"], named.get("keys")), found) if save else None
+    saved = (LinearState(named["states"], named.get("keys")), halves) if save else None
     return Result(o, named.get("weights"), LinearState(last, last_keys), saved)

@@ -9,14 +9,19 @@ import pytest
 from flax import nnx
 
 from lcjax.cache import RecurrentCache, init_caches
+from lcjax.layers.adapter import Adapter
 from lcjax.layers.attention import AttentionLayer
-from lcjax.layers.linearized import LinearizedLayer, hedgehog
+from lcjax.layers.forget import log_forget
+from lcjax.layers.linear import Linear
+from lcjax.layers.linearized import LinearizedLayer
 from lcjax.layers.recurrence import Inputs, recur
+from lcjax.layers.weight import Weight
 from lcjax.models.decoder import Decoder
 from lcjax.models.flops import flops_per_token
 from lcjax.models.recurrent import DeltaNet, Linearized, Mamba2
-from lcjax.models.spec import Attention, ModelSpec
+from lcjax.models.spec import Adapters, Attention, ModelSpec
 from lcjax.positions.rotary import apply_rope
+from pallas_kernels import hedgehog
 
 SIZES = {"vocab_size": 61, "width": 32, "mlp_width": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 MIXERS = {
@@ -219,3 +224,25 @@ def test_work_a_token_does_not_grow_with_the_length(mixer):
 def test_bad_records(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_forget_gate_is_log_sigmoid_down_to_its_bound(adapted):
+    """Also with an adapter; its gradient is log_sigmoid's, beyond the bound too."""
+    options = {"rngs": nnx.Rngs(0), "param_dtype": jnp.float32}
+    up = Linear(Weight((3, 2, 4), ("rank", "heads", "head_dim"), std=1.0), bias=True, **options)
+    if adapted:
+        up.adapter = Adapter(Adapters(rank=2, alpha=4.0, targets=("up",), dora=True), up, **options)
+        up.adapter.up[...] = jax.random.normal(jax.random.key(1), up.adapter.up.shape)
+    up.bias[...] = jnp.asarray([[-300.0, -60.0, 0.0, 9.0], [300.0, -2.0, 2.0, -9.0]])
+    x = jax.random.normal(jax.random.key(0), (1, 5, 3))
+    graphdef, params = nnx.split(up, nnx.Param)
+
+    def both(gate):
+        y, pull = jax.vjp(lambda x, params: gate(x, nnx.merge(graphdef, params)), x, params)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    found, gradients = both(log_forget)
+    expected, wanted = both(lambda x, up: jax.nn.log_sigmoid(up(x)) / 16)
+    np.testing.assert_allclose(found, jnp.maximum(expected, -5), rtol=1e-5, atol=1e-12)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), gradients, wanted)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from lcjax.models.decoder import Decoder, abstract
 from lcjax.models.recurrent import GatedLinear
 from lcjax.models.spec import Attention, ModelSpec
+from lcjax.parallel import ops
 from lcjax.parallel.layout import attention_exchange
 from lcjax.parallel.mesh import make_mesh
 from lcjax.parallel.rules import batch_sharding, constrain, partition, shardings
@@ -132,3 +133,17 @@ def test_indivisible_parameter_is_named():
 def test_constrain_without_a_mesh_is_nothing():
     x = jnp.ones((3, 4))
     assert constrain(x, ("batch", "length")) is x
+
+
+def test_features_of_a_convolution_come_from_shards_as_from_one_device():
+    """Groups of heads over tensor, the length over context; there the convolution reads the shard before it."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, 16, 2, 8), (4, 4, 8), (4, 8, 4)
+    x, taps, maps = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    ids = jnp.asarray([[1] * 7 + [2] * 9] * 2)
+    run = jax.jit(lambda *arrays: ops.hedgehog_conv(*arrays, segment_ids=ids))
+    expected = run(x, taps, maps)
+    with jax.set_mesh(make_mesh(fsdp=2, tensor=2, context=2)):
+        np.testing.assert_allclose(run(x, taps, maps), expected, atol=1e-6)
+    with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
+        np.testing.assert_allclose(run(x, taps, maps), expected, atol=1e-6)
