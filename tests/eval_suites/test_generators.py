@@ -383,7 +383,7 @@ def test_training_texts_ask_for_every_named_key():
     assert sorted(stated) == sorted((name, key) for _, name, key in asked)
     assert all(question == name for question, name, _ in asked)
     answer = re.search(r"What is the pass key\?\nThe pass key is (\d+)\.$", text, re.MULTILINE)
-    assert text.index("What is the pass key?") < text.index("What is the pass key of")  # as in the test: behind the text
+    assert text.index("What is the pass key?") < text.index("What is the pass key of")
     assert re.findall(r"^The pass key is (\d+)\. Remember it\. The pass key is (\d+)\.$", text, re.MULTILINE) == [
         (answer[1], answer[1])
     ]
