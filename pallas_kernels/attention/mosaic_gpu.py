@@ -57,6 +57,7 @@ def attend(
         scale=call.scale,
         soft_cap=call.soft_cap,
         causal=plan.causal,
+        dense=plan.dense and lists == "none",
         patterns=plan.num_patterns,
         lists=lists,
         list_rows=0 if call.lists is None else call.lists.block_q,
@@ -89,6 +90,7 @@ class Settings:
     scale: float
     soft_cap: float | None
     causal: bool
+    dense: bool
     patterns: int
     lists: str
     list_rows: int
@@ -225,6 +227,7 @@ def _static(settings: Settings, q, k, v) -> Static:
         dim_v=dim_v,
         patterns=settings.patterns,
         causal=settings.causal,
+        dense=settings.dense,
         scale=settings.scale,
         soft_cap=settings.soft_cap,
         lists=settings.lists,

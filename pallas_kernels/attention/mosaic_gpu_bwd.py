@@ -351,10 +351,11 @@ def _each_row_tile(g: Inputs, s: Static, tiles: BackwardTiles, w: Column, unit, 
         field = fields(g.table, w.batch, pattern, unit)
         first, begin_1, begin_2 = field(tb.STEPS_1), field(tb.BEGIN_1), field(tb.BEGIN_2)
         inner, count = (field(tb.C_INNER), field(tb.C_INNER_END)), first + field(tb.STEPS_2)
+        start = lax.rem(w.index * (ROW_TILE // tiles.dkv_block_q), jnp.maximum(count, 1))
 
         def step(r, carry):
             if not s.causal:  # causal columns begin apart, at their diagonals; others would all add to one tile of dQ
-                r = lax.rem(r + w.index * (ROW_TILE // tiles.dkv_block_q), jnp.maximum(count, 1))
+                r = r + start - jnp.where(r + start < count, 0, count)
             tile = jnp.where(r < first, begin_1 + r, begin_2 + r - first)
             return body(Visit(head, tile, pattern, field, *inner, jnp.int32(0)), carry)
 
@@ -505,8 +506,7 @@ def _mask_columns(g: Inputs, s: Static, w: Column, visit: Visit, first, row, x: 
     if g.rules.expiry is not None:
         unit = jnp.minimum(unit, g.rules.expiry.shape[1] - 1)
 
-    def edge():
-        j, i = first + iota(shape, 0), row_lo + iota(shape, 1)
+    def by_rules(j, i):
         place, places = j, places_of(g)
         if places is not None:
             place = spread(plgpu.load(places.at[w.batch, pl.ds(first, WG)], layout=ROWS, optimized=False), shape, 0)
@@ -515,9 +515,13 @@ def _mask_columns(g: Inputs, s: Static, w: Column, visit: Visit, first, row, x: 
             keep |= i < g.rules.expiry[pattern, unit]
         if g.rules.start is not None:
             keep |= (g.rules.start[pattern, unit] <= i) & (i < g.rules.stop[pattern, unit])
-        if s.lists == "call":
-            keep ^= visit.listed > 0  # the mask's own keys have their own visits
-        keep &= j < limit
+        return keep ^ (visit.listed > 0) if s.lists == "call" else keep  # the mask's own keys have their own visits
+
+    def edge():
+        j, i = first + iota(shape, 0), row_lo + iota(shape, 1)
+        keep = j < limit
+        if not s.dense:
+            keep &= by_rules(j, i)
         if s.causal:
             keep &= j <= i
         if g.segments is not None:
@@ -531,9 +535,11 @@ def _mask_columns(g: Inputs, s: Static, w: Column, visit: Visit, first, row, x: 
         return lax.cond(whole & ((first + WG <= row_lo + 1) | (not s.causal)), lambda: x, edge)
     if g.segments is None:
         return edge()
-    same = one_segment(g, w.batch, lax.div(row, WG), shape[1] // WG, [lax.div(first, tb.UNIT)])
-    full = all_sinks(g, w.batch, first, WG, sink) | (row_lo + shape[1] - 1 - first < window)
-    if g.rules.expiry is not None:
-        full |= row_lo + shape[1] - 1 < g.rules.expiry[pattern, unit]
-    full &= first + WG <= limit
-    return lax.cond(same & full & ((first + WG <= row_lo + 1) | (not s.causal)), lambda: x, edge)
+    full = one_segment(g, w.batch, lax.div(row, WG), shape[1] // WG, [lax.div(first, tb.UNIT)])
+    full &= (first + WG <= limit) & ((first + WG <= row_lo + 1) | (not s.causal))
+    if not s.dense:
+        ruled = all_sinks(g, w.batch, first, WG, sink) | (row_lo + shape[1] - 1 - first < window)
+        if g.rules.expiry is not None:
+            ruled |= row_lo + shape[1] - 1 < g.rules.expiry[pattern, unit]
+        full &= ruled
+    return lax.cond(full, lambda: x, edge)

@@ -41,6 +41,7 @@ class Static(NamedTuple):
     dim_v: int
     patterns: int
     causal: bool
+    dense: bool  # every key that causality allows, and no lists
     scale: float
     soft_cap: float | None
     lists: str  # "none", "plan" (per pattern) or "call" (per batch, head and row tile)
@@ -240,19 +241,22 @@ def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array,
     shape = x.shape
     sink, window, row = w.row(tb.SINK), w.row(tb.WINDOW), row_lo - w.row(tb.OFFSET)
 
+    def by_rules(col, j, i):
+        places = places_of(g)
+        keep = ((j if places is None else _by_key(places, w.batch, place, shape)) < sink) | (i - j < window)
+        if g.rules.expiry is not None:
+            keep |= _column_rules(g, w, (first, second), col, i)
+        return keep ^ (full_until >= 0) if s.lists == "call" else keep  # static rules have their own steps
+
     def edge():
         col = iota(shape, 1)
         j = first + col
         if full_until is not None:
             j = jnp.where(col < tb.UNIT, j, second - tb.UNIT + col)
         i = row_lo + iota(shape, 0)
-        places = places_of(g)
-        keep = ((j if places is None else _by_key(places, w.batch, place, shape)) < sink) | (i - j < window)
-        if g.rules.expiry is not None:
-            keep |= _column_rules(g, w, (first, second), col, i)
-        if s.lists == "call":
-            keep ^= full_until >= 0  # static rules have their own steps
-        keep &= j < limit
+        keep = j < limit
+        if not s.dense:
+            keep &= by_rules(col, j, i)
         if s.causal:
             keep &= j <= i
         if g.segments is not None:
@@ -262,8 +266,9 @@ def mask_rows(g: Inputs, s: Static, block_k: int, w: Work, row_lo, x: jax.Array,
 
     whole = None if full_until is None else row_lo + (WG - 1) < full_until
     if g.segments is not None:
-        beside = all_sinks(g, w.batch, first, block_k, sink) | (row_lo + (WG - 1) - first < window)
-        beside &= (first + block_k <= limit) & ((first + block_k <= row_lo + 1) | (not s.causal))
+        beside = (first + block_k <= limit) & ((first + block_k <= row_lo + 1) | (not s.causal))
+        if not s.dense:
+            beside &= all_sinks(g, w.batch, first, block_k, sink) | (row_lo + (WG - 1) - first < window)
         whole = beside if full_until is None else whole | (beside & (full_until < 0))
         units = [lax.div(f, tb.UNIT) for f in (first, second)[: block_k // tb.UNIT]]
         whole &= one_segment(g, w.batch, lax.div(row, WG), 1, units)
