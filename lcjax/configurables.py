@@ -76,6 +76,7 @@ CONFIGURABLES = {
     "TextFiles": "lcjax.data.sources:TextFiles",
     "JsonLines": "lcjax.data.sources:JsonLines",
     "SourceTree": "lcjax.data.sources:SourceTree",
+    "Excerpts": "lcjax.data.excerpts:Excerpts",
     "PasskeyDocuments": "lcjax.data.passkeys:PasskeyDocuments",
     "TFDSText": "lcjax.data.sources:TFDSText",
     "pretrained": "lcjax.serve.source:Pretrained",

@@ -5,6 +5,7 @@
 
 from typing import Any
 
+from lcjax.data.excerpts import Excerpts
 from lcjax.data.sources import DataError, JsonLines, PythonStdlib, SourceTree, TextFiles, TFDSText
 from lcjax.data.spec import DataSpec, Mixture
 from lcjax.data.tokenizers import Tokenizer, TokenizerError, load_tokenizer
@@ -12,6 +13,7 @@ from lcjax.data.tokenizers import Tokenizer, TokenizerError, load_tokenizer
 __all__ = [
     "DataError",
     "DataSpec",
+    "Excerpts",
     "JsonLines",
     "Mixture",
     "PythonStdlib",

@@ -28,14 +28,18 @@ class Scored(str):
         return made
 
 
+def border(text: str, low: int, high: int) -> int:
+    """The best place to cut a text in low..high: late and between words, or `high` where there is none."""
+    low = max(low, high - _SEARCH)
+    places = ([m.start() for m in pattern.finditer(text, low, high)] for pattern in _BORDERS)
+    return next((found[-1] for found in places if found), high)
+
+
 def cuts(text: str, size: int = PART) -> list[int]:
     """Where a text is cut into parts of at most `size` characters, from 0 to its length."""
     borders = [0]
     while len(text) - borders[-1] > size:
-        end = borders[-1] + size
-        low = max(borders[-1] + 1, end - _SEARCH)
-        places = ([m.start() for m in pattern.finditer(text, low, end)] for pattern in _BORDERS)
-        borders.append(next((found[-1] for found in places if found), end))
+        borders.append(border(text, borders[-1] + 1, borders[-1] + size))
     return [*borders, len(text)]
 
 

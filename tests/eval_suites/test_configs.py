@@ -56,6 +56,9 @@ def test_a_macro_names_the_texts_of_an_extended_model():
     assert [task.text for task in job.tasks[:4]] == ["a.txt", "b.txt"] * 2
     with pytest.raises(settings.SettingsError, match="SECOND"):
         settings.load("evaluate", [FOLDER / "extended.gin"], books[:1])
+    longer, _ = settings.load("evaluate", [FOLDER / "extended_64k.gin"], books)
+    assert [task.lengths for task in longer.tasks[:4]] == [(8192, 32768, 65536)] * 2 + [(32768,)] * 2
+    assert longer.tasks[4].lengths[0] == 65536
 
 
 def test_books_of_a_million_tokens_are_one_binding():
