@@ -32,7 +32,7 @@ class Order:
 
     layout: Layout | None = None
 
-    def deal(self, *arrays: Shaped[Array, "B T"] | None) -> Sequence[Any]:
+    def deal(self, *arrays: Shaped[Array, "... T"] | None) -> Sequence[Any]:
         """The arrays in this order."""
         return [self._moved(dense.zigzag, x, "batch", "length") for x in arrays]
 

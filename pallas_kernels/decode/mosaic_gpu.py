@@ -461,7 +461,6 @@ def launch(tiles: Tiles, shape: Shape, dv: int, names: tuple[str, ...], interpre
 
 def refuse(call: Call, tiles: Tiles) -> None:
     """Raises Unsupported with the reason where the kernel cannot do what was asked."""
-    op.require_hopper()
     q, cache, plan, lists, group = call.q, call.cache, call.plan, call.lists, call.group
     dims = q.shape[-1], cache.v.shape[-1]
     if q.dtype != jnp.bfloat16 or cache.k.dtype not in (jnp.bfloat16, jnp.int8):
@@ -478,3 +477,4 @@ def refuse(call: Call, tiles: Tiles) -> None:
         )
     if lists is not None and (lists.block_k != tiles.block or lists.idx.shape[1] not in (1, cache.num_kv_heads)):
         raise op.Unsupported(f"block lists must count blocks of {tiles.block} keys, for all heads or for each KV head")
+    op.require_hopper()
