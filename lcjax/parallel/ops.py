@@ -6,7 +6,7 @@ fsdp, heads over tensor, the length over context. Layers and caches call these a
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -79,7 +79,7 @@ def attention(
         layout.spec("batch", "length"), per_head, rows, rows,
     )  # fmt: skip
     arguments = (q, k, v, numbers, segment_ids, sink_logits, q_offset, kv_length)
-    specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
+    specs = _of_given(arguments, specs)
     o, lse = per_shard(shard, specs, (layout.spec(*QUERY), layout.spec("batch", "heads", "length")))(*arguments)
     return (o, lse) if return_lse else o
 
@@ -133,7 +133,7 @@ def dual_chunk_attention(
         return shard(*arguments)
     wide = layout.spec(*QUERY)
     specs = ((wide,) * 3, wide, wide, layout.spec("batch", "length"), layout.spec("heads"))
-    specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
+    specs = _of_given(arguments, specs)
     return per_shard(shard, specs, wide)(*arguments)
 
 
@@ -217,7 +217,7 @@ def gated_linear(
     decay = layout.spec(*QUERY[: 3 if log_decay is None else log_decay.ndim])
     arguments = (q, k, v, log_decay, beta, segment_ids, initial_state)
     specs = (wide, wide, wide, decay, layout.spec(*QUERY[:3]), layout.spec("batch", "length"), state)
-    specs = tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
+    specs = _of_given(arguments, specs)
     return per_shard(shard, specs, (wide, LinearState(state, state if normalise else None)))(*arguments)
 
 
@@ -257,7 +257,7 @@ def causal_conv(
     if layout is None:
         return channels(*arguments)
     specs: Any = (QUERY, ("taps", "heads", "dim"), ("heads", "dim"), ("batch", "taps", "heads"), ("batch", "length"))
-    specs = tuple(None if a is None else layout.spec(*axes) for a, axes in zip(arguments, specs, strict=True))
+    specs = _of_given(arguments, [layout.spec(*axes) for axes in specs])
     return per_shard(channels, specs, layout.spec(*QUERY))(*arguments)
 
 
@@ -286,8 +286,13 @@ def hedgehog_conv(
         return shard(*arguments)
     per_head: Any = ("taps", "heads", "dim"), ("heads", "dim", "rank"), ("batch", "taps", "heads", "dim")
     specs: Any = (QUERY, *per_head, ("batch", "length"))
-    specs = tuple(None if a is None else layout.spec(*axes) for a, axes in zip(arguments, specs, strict=True))
+    specs = _of_given(arguments, [layout.spec(*axes) for axes in specs])
     return per_shard(shard, specs, layout.spec(*QUERY))(*arguments)
+
+
+def _of_given(arguments: tuple[Any, ...], specs: Sequence[Any]) -> tuple[Any, ...]:
+    """The specs of arguments that are there, None for the others."""
+    return tuple(None if x is None else spec for x, spec in zip(arguments, specs, strict=True))
 
 
 def _counted_attention(q: Array, k: Array, v: Array, mask: Mask, return_lse: bool) -> Any:
